@@ -1,0 +1,1 @@
+"""From files to token batches: prompts, tasks, rows, encoding."""

@@ -1,0 +1,1 @@
+"""From a model and tasks to scores: generate, score, report."""

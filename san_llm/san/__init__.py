@@ -1,0 +1,1 @@
+"""SAN itself: the propagation map, the layer, and the tuner that PEFT drives."""
