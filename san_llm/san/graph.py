@@ -219,7 +219,9 @@ class PropagationGraph:
         where = ", previous block" if node.link.blocks_back and "layers." in node.anterior else ""
         repeat = ", repeated over kv groups" if node.link.how != "as is" else ""
         source = node.anterior.rsplit(".", 1)[-1]
-        return f"{text}  [green]<- s = gamma of {source}[/] [dim]({node.link.kind}{where}{repeat})[/]"
+        return (
+            f"{text}  [green]<- s = gamma of {source}[/] [dim]({node.link.kind}{where}{repeat})[/]"
+        )
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:

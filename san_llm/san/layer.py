@@ -201,8 +201,12 @@ class SanLayer(nn.Module, BaseTunerLayer):
         else:
             self.set_base_weight(weight)
         if bias is not None:
-            kept = base.bias.dtype if base.bias is not None else getattr(
-                base, "compute_dtype", None) or (old.dtype if old.is_floating_point() else bias.dtype)
+            kept = (
+                base.bias.dtype
+                if base.bias is not None
+                else getattr(base, "compute_dtype", None)
+                or (old.dtype if old.is_floating_point() else bias.dtype)
+            )
             base.bias = nn.Parameter(bias.to(kept), requires_grad=False)
         self.merged_adapters.extend(names)
 

@@ -79,7 +79,8 @@ class SanModel(BaseTuner):
         names = [
             name
             for name, module in model.named_modules()
-            if name and not isinstance(module, nn.ParameterDict)
+            if name
+            and not isinstance(module, nn.ParameterDict)
             and self._check_target_module_exists(config, name)
         ]
         self._check_every_target_matched(config, names)
@@ -163,7 +164,9 @@ class SanModel(BaseTuner):
         if shifted:
             family = self.get_model_config(self.model)["model_type"]
             if family not in BIAS_FLAGS:
-                raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
+                raise InputError(
+                    f"a stock {family} cannot hold the biases that a shift merges into"
+                )
         model: nn.Module = super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )

@@ -1,0 +1,523 @@
+"""Every command: options -> one function -> one printed result. No logic of its own.
+
+Stages are imported inside their command, so that help pages and refused input never load torch.
+Results go to stdout, progress and errors to stderr; the exit code is 0, 1 for a run that failed,
+2 for input that cannot be right, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from san_llm import __version__
+from san_llm.errors import InputError, SanError
+
+if TYPE_CHECKING:
+    from san_llm.recipe import Base
+
+stdout = Console(highlight=False, soft_wrap=True)
+
+app = typer.Typer(
+    name="san-llm",
+    help="Instruction-tune LLaMA-family models with SAN: train, evaluate, merge.",
+    epilog="""A first run, on any laptop:
+
+    san-llm download smollm2-135m
+
+    san-llm train smollm2_demo
+
+    san-llm eval --limit 10
+
+    san-llm merge --verify""",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+recipes_app = typer.Typer(
+    help="List, show and copy the recipes that come with san-llm.",
+    epilog="""Examples:
+
+    san-llm recipes list
+
+    san-llm recipes show llama7b_commonsense
+
+    san-llm recipes copy llama7b_commonsense mine.yaml""",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(recipes_app, name="recipes")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"san-llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["SAN_LLM_DEBUG"] = "1"
+
+
+@app.command(
+    epilog="""Examples:
+
+    san-llm download smollm2-135m
+
+    san-llm download meta-llama/Meta-Llama-3-8B --output models/llama3"""
+)
+def download(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, or a hub id: owner/name.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to keep it. Default: models/NAME.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Get a base model, as safetensors, and print its folder."""
+    from san_llm.download import download as run
+
+    stdout.print(str(run(name, output, overwrite)), markup=False)
+
+
+@app.command(
+    epilog="""Examples:
+
+    san-llm train recipes/smollm2_demo.yaml
+
+    san-llm train smollm2_demo training.epochs=2 method.mode=neuron
+
+    san-llm train llama7b_commonsense --processes 8
+
+    san-llm train --resume"""
+)
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe file or the name of a shipped one; with --resume a run's folder "
+            "(default: the last run)."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Override any key.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
+    ] = None,
+    accelerate: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG.yaml", help="Launch as this file of Accelerate's says."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run's folder. Default: runs/NAME-DATE-TIME.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of a run.")
+    ] = False,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train an adapter as a recipe says; the run's folder holds all that it leaves behind."""
+    _quiet_libraries()
+    from san_llm.data.rows import read_rows, training_files
+    from san_llm.launch import accelerate_command, run_launched
+    from san_llm.progress import stderr
+    from san_llm.recipe import find_recipe, load_recipe
+    from san_llm.record import last_run, new_run, point_latest, recipe_of
+
+    if resume and recipe is not None and "=" in recipe and not Path(recipe).exists():
+        overrides, recipe = [recipe, *(overrides or [])], None
+    if resume and (overrides or output):
+        raise InputError("--resume goes on with the run's own recipe: no key=value, no --output")
+    run: Path | None = None
+    if resume and (recipe is None or Path(recipe).is_dir()):
+        run = last_run() if recipe is None else Path(recipe)
+        chosen = recipe_of(run)
+    elif recipe is None:
+        raise InputError("no recipe named; `san-llm recipes list` shows those that are shipped")
+    else:
+        chosen = load_recipe(find_recipe(recipe), overrides or [])
+        if resume:
+            run = last_run()
+            if recipe_of(run) != chosen:
+                raise InputError(
+                    f"{run}: was made by another recipe than {recipe}; "
+                    "name the run's folder to go on with it"
+                )
+    if run is not None and (run / "adapter").is_dir():
+        raise InputError(f"{run}: is finished; there is nothing to go on with")
+    launched = "WORLD_SIZE" in os.environ
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not (launched and resume):
+        for file in training_files(chosen.data.train):
+            read_rows(file)  # a wrong row is found before a folder is made or torch is loaded
+        stderr.print(chosen.to_yaml(), markup=False)
+
+    if (processes or accelerate) and not launched:
+        command = accelerate_command([], processes, accelerate)
+        run = run or new_run(chosen, output, overwrite)
+        point_latest(run)
+        child = ["train", str(run), "--resume", *(["--json"] if as_json else [])]
+        code = run_launched([*command, *(["--debug"] if _debug() else []), *child])
+        raise typer.Exit(code if code in (0, 2, 130) else 1)
+
+    from san_llm.train import agree, train as start
+
+    if run is None:
+        run = Path(agree(str(new_run(chosen, output, overwrite)) if first else None))
+    if first:
+        point_latest(run)
+        stderr.print(f"run: {run}", markup=False)
+    result = start(chosen, run)
+    if not first:
+        return
+    if as_json:
+        print(json.dumps(asdict(result)))
+    elif result.finished:
+        stdout.print(_train_table(asdict(result)))
+    if not result.finished:
+        stderr.print(
+            f"stopped after step {result.steps} of {result.max_steps}; "
+            f"`san-llm train {run} --resume` goes on",
+            markup=False,
+        )
+        raise typer.Exit(130)
+
+
+def _train_table(result: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    loss = result["held_out_loss"]
+    rows = [
+        ("trained numbers", f"{result['trained_numbers']:,}"),
+        (
+            "rows",
+            f"{result['rows']:,} ({result['dropped_rows']:,} dropped, {result['cut_rows']:,} cut)",
+        ),
+        ("steps", f"{result['steps']:,}; the checkpoint of step {result['best_step']:,} is kept"),
+        ("held-out loss", "-" if loss is None else f"{loss:.4f} a token"),
+        ("time", f"{result['seconds']:.0f} s"),
+        ("adapter", f"{result['run']}/adapter"),
+    ]
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", escape(value))
+    return table
+
+
+@app.command(
+    name="eval",
+    epilog="""Examples:
+
+    san-llm eval --tasks boolq,piqa
+
+    san-llm eval --base-only --limit 20
+
+    san-llm eval --model runs/latest/merged --data path/to/dataset
+
+    san-llm eval --json --output scores""",
+)
+def evaluate(
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks, joined by commas. Default: the recipe's, or all eight."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Evaluate this model: a folder or hub id.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Evaluate this adapter. Default: the last run's.")
+    ] = None,
+    base_only: Annotated[
+        bool, typer.Option("--base-only", help="Evaluate the base without the adapter.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="'pocket', or a folder with <task>/test.json.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="llm-adapters, llm-adapters-aligned, alpaca or chat. Default: the run's."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first rows of each task.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at once. Default: as memory allows.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for rows.jsonl and results.json.")
+    ] = None,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure accuracy on commonsense tasks, by the protocol of LLM-Adapters, DoRA and SAN."""
+    _quiet_libraries()
+    from typing import get_args
+
+    from san_llm.data.prompts import PromptStyle
+    from san_llm.data.tasks import TASKS, find_tasks
+    from san_llm.errors import did_you_mean
+    from san_llm.recipe import Base, Evaluation, Recipe
+    from san_llm.record import adapter_of, last_run, recipe_of, run_of, whole_folder
+
+    if base_only and adapter is not None:
+        raise InputError("--base-only and --adapter exclude each other")
+    styles = get_args(PromptStyle)
+    if prompt is not None and prompt not in styles:
+        raise InputError(
+            f"--prompt: {prompt!r} is not one of {', '.join(styles)}{did_you_mean(prompt, styles)}"
+        )
+    run: Path | None = None
+    base: Base
+    if model is None or adapter is not None:
+        run = last_run() if adapter is None else run_of(adapter)
+        if adapter is None and not base_only:
+            assert run is not None
+            adapter = adapter_of(run)
+    recipe: Recipe | None = recipe_of(run) if run is not None else None
+    if model is not None:
+        base = Base(model=model, dtype=recipe.base.dtype if recipe else "float32")
+    elif recipe is not None:
+        base = recipe.base
+    else:
+        assert adapter is not None
+        from san_llm.merge import base_of
+
+        base = base_of(adapter, None)
+    settings = recipe.evaluation if recipe else Evaluation()
+    chosen = find_tasks(tasks.split(",")) if tasks else [TASKS[name] for name in settings.tasks]
+    data = data or settings.data
+    limit = limit or settings.limit
+    style = prompt or settings.prompt or (recipe.data.prompt if recipe else "llm-adapters")
+    what = model if adapter is None and model else base.model
+    about = {
+        "title": f"{what}{f' + {adapter}' if adapter else ''} on {data}",
+        "model": base.model,
+        "adapter": str(adapter) if adapter else None,
+        "data": data,
+        "limit": limit,
+    }
+    kind = "base" if adapter is None else "adapter"
+    if output is None:
+        home = run / "eval" if run is not None else Path("runs") / "eval"
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}"
+        names = (stem, *(f"{stem}-{number}" for number in range(2, 100)))
+        output = next(home / name for name in names if not (home / name).exists())
+    from san_llm.record import refuse_files
+
+    refuse_files(output, overwrite)
+    from san_llm.evaluate.report import table
+    from san_llm.evaluate.run import evaluate as start, read_questions
+    from san_llm.model import load_adapter, load_base, load_tokenizer
+
+    questions = read_questions(chosen, data, limit)
+    tokenizer = load_tokenizer(base)
+    loaded: Any = load_base(base)
+    if adapter is not None:
+        loaded = load_adapter(loaded, adapter)
+    with whole_folder(output, overwrite) as folder:
+        result = start(
+            loaded.eval(), tokenizer, questions, style, folder, about, batch_size, output
+        )
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        stdout.print(table(result))
+        stdout.print(f"rows: {output / 'rows.jsonl'}", markup=False)
+
+
+@app.command(
+    epilog="""Examples:
+
+    san-llm merge --verify
+
+    san-llm merge --adapter runs/mine/adapter --output llama-mine --dtype bfloat16"""
+)
+def merge(
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter. Default: the last run's.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its full-precision base. Default: the one it names.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to save. Default: merged/ in the run's folder.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the base's.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Compare the result with base + adapter, in a fresh process."
+        ),
+    ] = False,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
+    _quiet_libraries()
+    from san_llm.errors import did_you_mean
+    from san_llm.progress import stderr
+    from san_llm.record import adapter_of, last_run, refuse_files, run_of
+
+    dtypes = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in dtypes:
+        raise InputError(
+            f"--dtype: {dtype!r} is not one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"
+        )
+    if adapter is None:
+        adapter = adapter_of(last_run())
+    run = run_of(adapter)
+    if output is None:
+        if run is None:
+            raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
+        output = run / "merged"
+    refuse_files(output, overwrite)
+    from san_llm.merge import base_of, full_precision_note, merge as start
+
+    base = base_of(adapter, model)
+    result = start(adapter, base, output, dtype, overwrite, verified=verify)
+    note = full_precision_note(result)
+    if note:
+        stderr.print(note, markup=False)
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    rows = [
+        ("merged", result.output),
+        ("base", result.base),
+        ("weights", f"{result.parameters:,} in {result.dtype}"),
+    ]
+    if result.verified is not None:
+        check = result.verified
+        rows += [
+            (
+                "verified",
+                f"logits differ from base + adapter by {check.largest_difference:.2g} at most "
+                f"({check.relative:.2g} of their spread; {result.dtype} allows {check.bound:g})",
+            ),
+            ("adapter moved", f"logits by {check.adapter_moved:.3g} at most"),
+            ("same top word", f"in {100 * check.same_top_word:.1f} % of positions"),
+        ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", escape(value))
+    stdout.print(table)
+
+
+@recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")
+def recipes_list(as_json: Json = False) -> None:
+    """List the shipped recipes, with the hardware that each is meant for."""
+    from san_llm.recipe import hardware, load_recipe, shipped_recipes
+
+    found = {name: (load_recipe(path), hardware(path)) for name, path in shipped_recipes().items()}
+    if as_json:
+        print(json.dumps({name: {"hardware": about} for name, (_, about) in found.items()}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("recipe", "base", "bits", "hardware"):
+        table.add_column(column)
+    for name, (recipe, about) in found.items():
+        bits = recipe.base.quantization or recipe.base.dtype
+        table.add_row(f"[bold]{name}[/]", recipe.base.model, bits, about)
+    Console(highlight=False).print(table)
+
+
+@recipes_app.command("show", epilog="Example:\n\n    san-llm recipes show smollm2_demo")
+def recipes_show(name: Annotated[str, typer.Argument(help="A shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    from san_llm.recipe import find_recipe
+
+    text = find_recipe(name).read_text(encoding="utf-8")
+    if stdout.is_terminal:
+        stdout.print(Syntax(text.rstrip(), "yaml", background_color="default"))
+    else:
+        print(text, end="")
+
+
+@recipes_app.command(
+    "copy", epilog="Example:\n\n    san-llm recipes copy llama7b_commonsense mine.yaml"
+)
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Copy a shipped recipe, to be changed."""
+    from san_llm.recipe import find_recipe
+
+    source = find_recipe(name)
+    target = target or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() and not overwrite:
+        raise InputError(f"{target}: exists; add --overwrite to replace it")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder")
+    shutil.copyfile(source, target)
+    stdout.print(str(target), markup=False)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices out of the way; set before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _debug() -> bool:
+    return os.environ.get("SAN_LLM_DEBUG") == "1"
+
+
+def main() -> None:
+    """Run the command line, turning every expected error into one line and an exit code."""
+    from san_llm.progress import stderr
+
+    try:
+        app()
+    except SanError as error:
+        if _debug():
+            raise
+        for line in str(error).splitlines():
+            stderr.print(f"[bold red]error:[/] {escape(line)}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of stdout (head, say) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback for a user
+        if _debug():
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        stderr.print(f"[bold red]error:[/] {escape(f'{type(error).__name__}: {first}')}")
+        stderr.print("san-llm --debug COMMAND ... shows where it happened")
+        sys.exit(1)

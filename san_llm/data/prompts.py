@@ -1,0 +1,69 @@
+"""Prompt styles, as pure text: what a row looks like in training and in evaluation.
+
+``llm-adapters`` reproduces the published scripts (Hu et al. 2023), which train with one text and
+evaluate with a slightly different one. ``llm-adapters-aligned`` trains alike and evaluates with the
+training text. ``alpaca`` is the un-indented Alpaca text (Taori et al. 2023). ``chat`` is the
+model's own chat template, which only its tokenizer knows; see ``data.encode``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+PromptStyle = Literal["llm-adapters", "llm-adapters-aligned", "alpaca", "chat"]
+
+_PLAIN = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+_PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
+# The published scripts are indented by 16 spaces inside their string, and so are their prompts.
+_INDENT = " " * 16
+
+
+def _blocks(instruction: str, context: str) -> list[tuple[str, str]]:
+    blocks = [("Instruction", instruction)]
+    if context:
+        blocks.append(("Input", context))
+    return blocks
+
+
+def training_prompt(style: PromptStyle, instruction: str, context: str = "") -> str:
+    """Return the text before the response in training.
+
+    Args:
+        style: Any style but ``chat``.
+        instruction: What is asked.
+        context: The row's ``input``; empty for none.
+    """
+    lead = _PAIRED if context else _PLAIN
+    if style == "alpaca":
+        body = "".join(f"### {name}:\n{text}\n\n" for name, text in _blocks(instruction, context))
+        return f"{lead}\n\n{body}### Response:\n"
+    _refuse_chat(style)
+    # Two spaces end the first line, and the empty lines between blocks are 16 spaces.
+    body = "".join(
+        f"{_INDENT}### {name}:\n{_INDENT}{text}\n{_INDENT}\n"
+        for name, text in _blocks(instruction, context)
+    )
+    return f"{lead}  \n\n{body}{_INDENT}### Response:\n{_INDENT}"
+
+
+def evaluation_prompt(style: PromptStyle, instruction: str, context: str = "") -> str:
+    """Return the text after which the model goes on in evaluation; see :func:`training_prompt`."""
+    if style != "llm-adapters":
+        return training_prompt(style, instruction, context)
+    lead = _PAIRED if context else _PLAIN
+    # One space ends the first line, and the empty lines between blocks are empty.
+    body = "".join(
+        f"{_INDENT}### {name}:\n{_INDENT}{text}\n\n" for name, text in _blocks(instruction, context)
+    )
+    return f"{lead} \n\n{body}{_INDENT}### Response:\n{_INDENT}"
+
+
+def _refuse_chat(style: PromptStyle) -> None:
+    if style == "chat":
+        raise ValueError("the chat style is the tokenizer's template, not a text of ours")

@@ -1,0 +1,211 @@
+"""Read training and test rows, and refuse what cannot be learned from, naming file and row.
+
+Three shapes are read, as JSON (a list) or JSONL: LLM-Adapters rows (instruction, input, output,
+answer), Alpaca rows (instruction, input, output) and chat rows (messages).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from san_llm.data.tasks import Task
+from san_llm.errors import InputError, did_you_mean
+
+POCKET = Path(__file__).parent / "pocket"
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. A chat row has ``messages`` and no instruction.
+
+    Attributes:
+        instruction: What is asked.
+        context: The row's ``input``; empty for none.
+        output: The response to learn.
+        answer: The label that an evaluation compares with; empty where there is none.
+        messages: ``(role, content)`` of each turn of a conversation.
+    """
+
+    instruction: str = ""
+    context: str = ""
+    output: str = ""
+    answer: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+def training_files(train: str | tuple[str, ...]) -> list[Path]:
+    """Return the files behind a recipe's ``data.train``: ``pocket``, a file, or several."""
+    names = (train,) if isinstance(train, str) else train
+    return [POCKET / "train.json" if name == "pocket" else Path(name) for name in names]
+
+
+def test_file(data: str, task: Task) -> Path:
+    """Return the file with a task's test rows in ``data``: ``pocket`` or a directory.
+
+    Raises:
+        InputError: when the directory or the task's file is not there.
+    """
+    folder = POCKET if data == "pocket" else Path(data)
+    if not folder.is_dir():
+        raise InputError(
+            f"{data}: no such directory; expected 'pocket' or one with <task>/test.json"
+        )
+    for name in (task.name, *task.aliases):
+        path = folder / name / "test.json"
+        if path.is_file():
+            return path
+    have = sorted(path.parent.name for path in folder.glob("*/test.json"))
+    raise InputError(
+        f"{folder / task.name / 'test.json'}: no such file; "
+        f"{data} has {', '.join(have) if have else 'no <task>/test.json at all'}"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's sha256 as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """Read and check all rows of a file.
+
+    Args:
+        path: A ``.json`` file with a list of objects, or a ``.jsonl`` file with one a line.
+        limit: Return only the first rows; all are checked.
+
+    Raises:
+        InputError: naming the file, the row and what is wrong with it.
+    """
+    rows = [_row(path, where, value) for where, value in _values(path)]
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows[:limit]
+
+
+def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
+    """Read a task's test rows: every answer must be one that the task can have.
+
+    Raises:
+        InputError: as :func:`read_rows`, and for a missing or impossible answer.
+    """
+    rows = read_rows(path, limit)
+    for number, row in enumerate(rows, start=1):
+        if row.messages:
+            raise InputError(f"{path}: row {number}: a conversation; {task.name} has instructions")
+        if row.answer not in task.answers:
+            found = repr(row.answer) if row.answer else "no 'answer'"
+            raise InputError(
+                f"{path}: row {number}: found {found}, expected one of {', '.join(task.answers)}"
+            )
+    return rows
+
+
+def _values(path: Path) -> list[tuple[str, Any]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+            f"{error.start}; convert the file first"
+        ) from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty")
+    if path.suffix == ".jsonl":
+        return [
+            (f"line {number}", _json(path, line, number))
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
+    if path.suffix != ".json":
+        raise InputError(f"{path}: expected a .json or .jsonl file")
+    values = _json(path, text, None)
+    if not isinstance(values, list):
+        raise InputError(f"{path}: expected a list of rows, found {_kind(values)}")
+    return [(f"row {number}", value) for number, value in enumerate(values, start=1)]
+
+
+def _json(path: Path, text: str, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = (
+            "; one object a line? then name it .jsonl"
+            if line is None and error.msg == "Extra data"
+            else ""
+        )
+        raise InputError(
+            f"{path}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+            f"{hint}"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid rows: nested too deeply") from None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names[type(value)]
+
+
+def _row(path: Path, where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {where}: expected an object, found {_kind(value)}")
+    if "messages" in value:
+        return Row(messages=_messages(path, where, value["messages"]))
+    texts = {}
+    for key, needed in (
+        ("instruction", True),
+        ("input", False),
+        ("output", True),
+        ("answer", False),
+    ):
+        if key not in value:
+            if needed:
+                raise InputError(
+                    f"{path}: {where}: key {key!r} is missing; found "
+                    f"{', '.join(map(repr, value)) or 'no keys'}{did_you_mean(key, value)}"
+                )
+            texts[key] = ""
+            continue
+        text = value[key]
+        if text is None and not needed:
+            text = ""
+        if not isinstance(text, str):
+            raise InputError(f"{path}: {where}: {key!r} is {_kind(text)}, expected a text")
+        if needed and not text.strip():
+            raise InputError(f"{path}: {where}: {key!r} is empty, so there is nothing to learn")
+        texts[key] = text
+    return Row(texts["instruction"], texts["input"], texts["output"], texts["answer"])
+
+
+def _messages(path: Path, where: str, value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{path}: {where}: 'messages' is not a list of turns")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        at = f"{path}: {where}: message {number}"
+        if not isinstance(turn, dict):
+            raise InputError(f"{at}: expected an object, found {_kind(turn)}")
+        for key in ("role", "content"):
+            if not isinstance(turn.get(key), str):
+                raise InputError(f"{at}: {key!r} is missing or not a text")
+        if turn["role"] not in ROLES:
+            raise InputError(
+                f"{at}: role {turn['role']!r} is not one of {', '.join(ROLES)}"
+                f"{did_you_mean(turn['role'], ROLES)}"
+            )
+        turns.append((turn["role"], turn["content"]))
+    if not any(role == "assistant" and content.strip() for role, content in turns):
+        raise InputError(
+            f"{path}: {where}: no assistant message with text, so there is nothing to learn"
+        )
+    return tuple(turns)

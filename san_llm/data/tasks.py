@@ -1,0 +1,73 @@
+"""The eight commonsense tasks as data: what a task asks, how its answer reads, how many rows.
+
+Source: LLM-Adapters (Hu et al. 2023, arXiv:2304.01933), used by DoRA (arXiv:2402.09353) and SAN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from san_llm.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the protocol.
+
+    Attributes:
+        name: Its name, and the name of its folder.
+        answers: Every answer it can have; the first one to occur in a generated text counts.
+        test_rows: Rows of the published test split.
+        aliases: Other spellings in use.
+    """
+
+    name: str
+    answers: tuple[str, ...]
+    test_rows: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """The protocol's regular expression: the answers, case-sensitive."""
+        return re.compile("|".join(self.answers))
+
+
+def _numbered(word: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{word}{number}" for number in range(1, count + 1))
+
+
+_ALL = (
+    Task("boolq", ("true", "false"), 3270),
+    Task("piqa", _numbered("solution", 2), 1838),
+    Task("social_i_qa", _numbered("answer", 5), 1954, ("social_iqa", "siqa")),
+    Task("hellaswag", _numbered("ending", 4), 10042),
+    Task("winogrande", _numbered("option", 2), 1267),
+    Task("ARC-Easy", _numbered("answer", 5), 2376, ("arc_easy", "arc-e")),
+    Task("ARC-Challenge", _numbered("answer", 5), 1172, ("arc_challenge", "arc-c")),
+    Task("openbookqa", _numbered("answer", 5), 500, ("obqa",)),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+
+
+def find_tasks(names: Iterable[str]) -> list[Task]:
+    """Return the tasks named, in the order given, each once; spellings in use are understood.
+
+    Raises:
+        InputError: listing the eight tasks and the nearest spelling.
+    """
+    known = {task.name.lower(): task for task in _ALL}
+    known |= {alias: task for task in _ALL for alias in task.aliases}
+    found: dict[str, Task] = {}
+    for name in names:
+        task = known.get(name.strip().lower())
+        if task is None:
+            raise InputError(
+                f"task {name.strip()!r} is not one of {', '.join(TASKS)}"
+                f"{did_you_mean(name.strip(), [*TASKS, *known])}"
+            )
+        found[task.name] = task
+    if not found:
+        raise InputError(f"no task named; known are {', '.join(TASKS)}")
+    return list(found.values())

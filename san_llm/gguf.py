@@ -1,0 +1,72 @@
+"""A ``.gguf`` file to a plain checkpoint: dequantized once, saved as safetensors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from san_llm.errors import InputError
+from san_llm.record import whole_folder
+from san_llm.san.graph import check_family
+
+
+def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
+    """Write the model and tokenizer in a GGUF file as a checkpoint that transformers loads.
+
+    Args:
+        path: The ``.gguf`` file of a Llama, Mistral or Qwen2 model.
+        folder: The checkpoint to make; bf16, complete or absent.
+        overwrite: Replace what is there.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        InputError: when the file is no GGUF file, or of an unsupported family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise InputError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        read_config = AutoConfig.from_pretrained(**where)
+        check_family(read_config.model_type)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except InputError:
+        raise
+    except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as a model: {first}") from None
+    # The loaded config says that it is quantized, so the model refuses to be saved: build the same
+    # architecture from a config without that, and hand the numbers over.
+    settings = {
+        key: value
+        for key, value in loaded.config.to_dict().items()
+        if key not in ("quantization_config", "_name_or_path", "dtype", "torch_dtype")
+    }
+    config = type(loaded.config)(**settings)
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(config)
+    clean.load_state_dict(loaded.state_dict(), assign=True)
+    clean.tie_weights()
+    clean = clean.to(torch.bfloat16)
+    clean.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with whole_folder(folder, overwrite) as temporary:
+        clean.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for licence in path.parent.glob("LICENSE*"):
+            shutil.copy(licence, temporary)
+    return folder

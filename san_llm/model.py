@@ -1,0 +1,226 @@
+"""The model of a recipe: the base, its tokenizer, and the adapter on top."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from san_llm.download import PINNED, model_folder
+from san_llm.errors import InputError, SanError, did_you_mean
+from san_llm.quantize import quantization_config
+from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
+from san_llm.san.graph import check_family
+from san_llm.san.model import SanConfig, keep_4bit_layout
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def locate(model: str) -> str:
+    """Return what transformers loads for a recipe's ``base.model``: a folder or a hub id.
+
+    A ``.gguf`` file is converted once and kept in the cache.
+
+    Raises:
+        InputError: when a folder or file is not there, naming what would get it.
+    """
+    folder = model_folder(model)
+    if folder is not None and not Path(model).exists():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{model}: not here yet: `san-llm download {model}` gets it")
+        return str(folder.resolve())
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model}: no config.json in it, so it is not a model")
+        return str(path.resolve())
+    if path.exists():
+        raise InputError(f"{model}: a file; expected a folder, a .gguf file or a hub id")
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local or ("/" not in model and did_you_mean(model, PINNED)):
+        raise InputError(f"{model}: no such folder{did_you_mean(model, PINNED)}")
+    return model
+
+
+def _converted(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    from san_llm.gguf import convert_gguf
+    from san_llm.progress import stderr
+
+    facts = path.stat()
+    key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
+    home = os.environ.get("SAN_LLM_CACHE") or Path.home() / ".cache" / "san-llm"
+    folder = Path(home) / "gguf" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
+    if not (folder / "config.json").is_file():
+        stderr.print(f"converting {path} once, to {folder}")
+        convert_gguf(path, folder)
+    return folder
+
+
+def _read(what: str, name: str, load: Any, **how: Any) -> Any:
+    """Load from a folder or the hub, turning what went wrong into one line."""
+    try:
+        return load(name, **how)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = InputError if isinstance(error, (OSError, ValueError)) else SanError
+        raise kind(f"{name}: its {what} cannot be loaded: {first}") from error
+
+
+def load_config(base: Base) -> Any:
+    """Load a base's config, and refuse a family that SAN's propagation table does not know.
+
+    Raises:
+        InputError: naming the supported families.
+    """
+    from transformers import AutoConfig
+
+    config = _read(
+        "config",
+        locate(base.model),
+        AutoConfig.from_pretrained,
+        revision=base.revision or "main",
+        trust_remote_code=base.trust_remote_code,
+    )
+    check_family(config.model_type)
+    return config
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
+    """Load a base's tokenizer.
+
+    Raises:
+        InputError: when there is none that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerFast = _read(
+        "tokenizer",
+        locate(base.model),
+        AutoTokenizer.from_pretrained,
+        revision=base.revision or "main",
+        trust_remote_code=base.trust_remote_code,
+    )
+    return tokenizer
+
+
+def device() -> torch.device:
+    """Return the device of this process: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load the frozen base model onto this process's device.
+
+    Args:
+        base: The recipe's section.
+        dtype: Instead of the section's, and without quantization: for merging.
+
+    Raises:
+        InputError: when it cannot be loaded or its family is not supported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(base)
+    chosen = dtype or getattr(torch, base.dtype)
+    how: dict[str, Any] = {"dtype": chosen}
+    if base.quantization is not None and dtype is None:
+        how["quantization_config"] = quantization_config(base.quantization, chosen)
+        how["device_map"] = {"": device()}
+    model: PreTrainedModel = _read(
+        "weights",
+        locate(base.model),
+        AutoModelForCausalLM.from_pretrained,
+        revision=base.revision or "main",
+        trust_remote_code=base.trust_remote_code,
+        config=config,
+        use_safetensors=True,
+        **how,
+    )
+    keep_4bit_layout(model)
+    if "device_map" not in how and dtype is None:
+        model.to(device())
+    model.requires_grad_(False)
+    return model
+
+
+def adapter_config(method: Method) -> PeftConfig:
+    """Return the PEFT config of a recipe's method."""
+    from peft import IA3Config, LoraConfig
+
+    targets = list(method.target_modules)
+    match method:
+        case SanMethod():
+            return SanConfig(
+                task_type="CAUSAL_LM",
+                target_modules=targets,
+                carrier=method.carrier,
+                mode=method.mode,
+                shift=method.shift,
+                links=list(method.links),
+                adapt_embedding=method.adapt_embedding,
+            )
+        case LoraMethod() | DoraMethod():
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                target_modules=targets,
+                r=method.rank,
+                lora_alpha=method.alpha,
+                lora_dropout=method.dropout,
+                use_dora=isinstance(method, DoraMethod),
+            )
+        case Ia3Method():
+            return IA3Config(
+                task_type="CAUSAL_LM",
+                target_modules=targets,
+                feedforward_modules=list(method.feedforward_modules),
+            )
+
+
+def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
+    """Put a fresh adapter on a base.
+
+    Raises:
+        InputError: when a target matches nothing in the model.
+    """
+    from peft import get_peft_model
+
+    try:
+        adapted: PeftModel = get_peft_model(model, adapter_config(method))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"method {method.name}: {str(error).splitlines()[0]}") from error
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Put a saved adapter on a base.
+
+    Raises:
+        InputError: when the folder has no adapter in safetensors, or one of another base's shape.
+    """
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise InputError(f"{adapter}: not an adapter: no {name} in it")
+    adapted: PeftModel = _read(
+        "adapter", str(adapter), lambda name: PeftModel.from_pretrained(model, name)
+    )
+    return adapted.eval()
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Return how many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

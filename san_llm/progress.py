@@ -1,0 +1,84 @@
+"""Signs of life on stderr: a bar in a terminal, now and then a line in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# Progress, notes and errors go here; results go to stdout.
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
+
+
+class Bar:
+    """One running job. Made by :func:`bar`."""
+
+    def __init__(self, what: str, total: int, unit: str, live: tuple[Progress, TaskID] | None):
+        self.what, self.total, self.unit, self._live = what, total, unit, live
+        self.done = 0
+        self._began = self._spoke = time.monotonic()
+
+    def to(self, done: int, note: str = "") -> None:
+        """Show that ``done`` of the total are done, with a short note such as the loss."""
+        self.done = done
+        if self._live is not None:
+            progress, task = self._live
+            progress.update(task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._spoke >= LINE_EVERY or done == self.total:
+            self._spoke = now
+            spent = now - self._began
+            left = f", about {spent / done * (self.total - done):.0f} s left" if done else ""
+            tail = f", {note}" if note else ""
+            stderr.print(
+                f"{self.what}: {done:,} of {self.total:,} {self.unit} after {spent:.0f} s"
+                f"{left if done < self.total else ''}{tail}"
+            )
+
+    def advance(self, by: int = 1, note: str = "") -> None:
+        """Show that ``by`` more are done."""
+        self.to(self.done + by, note)
+
+
+@contextmanager
+def bar(what: str, total: int, unit: str = "steps", quiet: bool = False) -> Iterator[Bar]:
+    """Show the progress of a long job.
+
+    Args:
+        what: What is being done: ``Training``.
+        total: How many units the job has.
+        unit: What is counted.
+        quiet: Show nothing (all processes but the first).
+    """
+    if quiet:
+        with Progress(console=stderr, disable=True) as progress:
+            yield Bar(what, total, unit, (progress, progress.add_task(what, total=total)))
+    elif not stderr.is_terminal:
+        yield Bar(what, total, unit, None)
+    else:
+        columns = (
+            TextColumn("[bold]{task.description}[/]"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}[/]"),
+        )
+        with Progress(*columns, console=stderr) as progress:
+            yield Bar(what, total, unit, (progress, progress.add_task(what, total=total, note="")))

@@ -1,0 +1,464 @@
+"""A recipe: one YAML file that says what is trained, how, on what, and how it is judged.
+
+The schema is strict and frozen; a recipe is data, never code. Reading one imports no torch, so a
+misspelt key costs a tenth of a second, not a model load. All mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from san_llm.data.prompts import PromptStyle
+from san_llm.data.tasks import TASKS, find_tasks
+from san_llm.errors import InputError, did_you_mean
+from san_llm.san.graph import KINDS, TARGETS, check_targets
+
+Kind = Literal["attention", "mlp", "residual"]
+PathInProject = tuple[str | int, ...]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Base(_Section):
+    """The frozen model that is tuned."""
+
+    model: str = Field(
+        min_length=1,
+        description="a directory, a .gguf file, a name known to `san-llm download`, or a hub id",
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="dtype of the weights; with 4 or 8 bits, of the arithmetic"
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="load the base in 4 bits (nf4, double quantization) or 8 bits"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="let the model's repository run its own code"
+    )
+
+
+class _Targets(_Section):
+    target_modules: tuple[str, ...] = Field(default=TARGETS, min_length=1)
+
+    @field_validator("target_modules")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_targets(value)
+        return value
+
+
+class SanMethod(_Targets):
+    """SAN: one neuron scale per output channel, carried into the next projection's columns."""
+
+    name: Literal["san"]
+    carrier: Literal["scale"] = "scale"
+    mode: Literal["both", "neuron", "synapse"] = "both"
+    shift: bool = False
+    links: tuple[Kind, ...] = KINDS
+    adapt_embedding: bool = False
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> SanMethod:
+        if self.mode == "synapse" and not self.links:
+            raise ValueError("mode 'synapse' without links trains nothing")
+        return self
+
+
+class _LowRank(_Targets):
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=64.0, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class LoraMethod(_LowRank):
+    """LoRA (Hu et al. 2021) through PEFT; the defaults are those of LLM-Adapters and DoRA."""
+
+    name: Literal["lora"]
+
+
+class DoraMethod(_LowRank):
+    """DoRA (Liu et al. 2024) through PEFT."""
+
+    name: Literal["dora"]
+
+
+class Ia3Method(_Targets):
+    """IA3 (Liu et al. 2022) through PEFT: k, v and down, as PEFT's own default for LLaMA."""
+
+    name: Literal["ia3"]
+    target_modules: tuple[str, ...] = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
+    feedforward_modules: tuple[str, ...] = ("down_proj",)
+
+
+Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discriminator="name")]
+
+
+class Data(_Section):
+    """What is learned from."""
+
+    train: str | tuple[str, ...] = Field(
+        description="'pocket', or one or more JSON / JSONL files", min_length=1
+    )
+    held_out: str | int = Field(
+        default=120,
+        description="rows taken out of the training rows, or a file, to choose the best checkpoint",
+    )
+    prompt: PromptStyle = "llm-adapters"
+    loss: Literal["response", "all"] = Field(description="which tokens are learned")
+    cutoff: int = Field(default=256, ge=8, description="tokens a row may have")
+    limit: int | None = Field(default=None, ge=1, description="use the first rows only")
+    workers: int = Field(default=4, ge=1, description="processes that tokenize")
+
+    @field_validator("held_out")
+    @classmethod
+    def _held_out_rows(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("expected 0 rows or more, or a file")
+        return value
+
+
+class Training(_Section):
+    """How it is learned."""
+
+    epochs: float = Field(default=3.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="stop here, whatever the epochs")
+    batch_size: int = Field(
+        default=16, ge=1, description="rows an optimizer step sees, over all processes"
+    )
+    micro_batch_size: int = Field(
+        default=4,
+        ge=1,
+        description="rows a process computes at most at once; never changes a result",
+    )
+    learning_rate: float = Field(gt=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_steps: int = Field(default=100, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    evaluate_every: int = Field(
+        default=80, ge=1, description="steps between checkpoints, each judged by held-out loss"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations twice, to keep fewer"
+    )
+    seed: int = Field(default=42, ge=0, lt=2**32)
+
+
+class Evaluation(_Section):
+    """How the result is judged."""
+
+    tasks: tuple[str, ...] = Field(default=tuple(TASKS), min_length=1)
+    data: str = Field(
+        default="pocket", description="'pocket', or a directory with <task>/test.json"
+    )
+    prompt: PromptStyle | None = Field(default=None, description="default: data.prompt")
+    limit: int | None = Field(default=None, ge=1, description="rows a task")
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(task.name for task in find_tasks(value))
+
+
+class Recipe(_Section):
+    """All of a run. ``name`` is the file's stem unless the file says otherwise."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Base
+    method: Method
+    data: Data
+    training: Training
+    evaluation: Evaluation = Evaluation()
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML: every key with the value that is used."""
+        return yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, reading ``1e-4`` as the number that it is in YAML 1.2 and in Python."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+# The resolver above also matches whole numbers; YAML's own int resolver must be asked first.
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = sorted(
+        _resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int"
+    )
+
+
+@dataclass
+class _Source:
+    """Where each key of a recipe was written: a line of the file or an argument."""
+
+    file: str
+    lines: dict[PathInProject, int] = field(default_factory=dict)
+    arguments: dict[PathInProject, str] = field(default_factory=dict)
+
+    def of(self, path: PathInProject) -> str:
+        """Return ``file:line`` or the argument that set ``path`` or the nearest key above it."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.arguments:
+                return f"argument {self.arguments[path[:end]]!r}"
+            if path[:end] in self.lines:
+                return f"{self.file}:{self.lines[path[:end]]}"
+        return self.file
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key=value`` arguments such as ``training.learning_rate=1e-3``; the value is
+            read as YAML.
+
+    Raises:
+        InputError: with one line for each mistake: where, what was found, what would be right.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: byte {error.start} is not valid") from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe given as text; ``file`` names it in messages. See :func:`load_recipe`."""
+    source = _Source(file)
+    raw = _parse_yaml(text, source)
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{file}: expected a mapping with the sections "
+            f"{', '.join(name for name in Recipe.model_fields if name != 'name')}"
+        )
+    # The method's name first: it decides which other keys there are.
+    for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
+        _override(raw, argument, source)
+    raw.setdefault("name", Path(file).stem)
+    try:
+        # JSON has lists where the schema has tuples; YAML likewise, so validate as JSON does.
+        return Recipe.model_validate(_tuples(raw))
+    except ValidationError as errors:
+        lines = [_explain(error, raw, source) for error in errors.errors()]
+        raise InputError("\n".join(lines)) from None
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _parse_yaml(text: str, source: _Source) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise InputError(f"{source.file}: the file is empty")
+        _record_lines(node, (), source)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{source.file}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        first = (str(error).splitlines() or ["nested too deeply"])[0]
+        raise InputError(f"{source.file}: not valid YAML: {first}") from None
+    finally:
+        loader.dispose()
+
+
+def _record_lines(node: yaml.Node, path: PathInProject, source: _Source) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = str(key.value)
+            line = key.start_mark.line + 1
+            if (*path, name) in source.lines:
+                first = source.lines[(*path, name)]
+                raise InputError(
+                    f"{source.file}:{line}: {_dotted((*path, name))}: given twice, first in "
+                    f"line {first}"
+                )
+            source.lines[(*path, name)] = line
+            _record_lines(value, (*path, name), source)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            source.lines[(*path, index)] = item.start_mark.line + 1
+            _record_lines(item, (*path, index), source)
+
+
+def _override(raw: dict[str, Any], argument: str, source: _Source) -> None:
+    key, equals, text = argument.partition("=")
+    names = tuple(key.split("."))
+    if not equals or not all(names):
+        raise InputError(
+            f"argument {argument!r}: expected key=value, such as training.learning_rate=1e-3"
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise InputError(f"argument {argument!r}: the value is not valid YAML") from None
+    section = raw
+    for name in names[:-1]:
+        below = section.setdefault(name, {})
+        if not isinstance(below, dict):
+            raise InputError(f"argument {argument!r}: {name!r} is a value, not a section")
+        section = below
+    if names[0] == "method" and names[-1] == "name" and section.get("name") != value:
+        # Another method has other options: those written for the old one would all be unknown.
+        section.clear()
+    section[names[-1]] = value
+    source.arguments[names] = argument
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _strip(location: tuple[int | str, ...], raw: Any) -> PathInProject:
+    """Drop what pydantic adds to a location: the tag of a union's member is not in the file."""
+    path: list[str | int] = []
+    value = raw
+    for index, part in enumerate(location):
+        inside = isinstance(value, Mapping) and part in value
+        listed = isinstance(value, (list, tuple)) and isinstance(part, int)
+        last = index == len(location) - 1
+        if not (inside or listed or (last and isinstance(value, Mapping))):
+            continue
+        path.append(part)
+        value = value[part] if inside or (listed and int(part) < len(value)) else None
+    return tuple(path)
+
+
+def _fields(path: PathInProject, raw: Mapping[str, Any]) -> list[str]:
+    """Return the keys that the schema knows beside ``path``'s last one."""
+    model: Any = Recipe
+    for part in path[:-1]:
+        if part == "method":
+            name = raw["method"].get("name") if isinstance(raw.get("method"), Mapping) else None
+            members = get_args(get_args(Method)[0])
+            named = [m for m in members if m.model_fields["name"].annotation == Literal[name]]
+            model = named[0] if named else SanMethod
+        else:
+            model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+}
+
+
+def _explain(error: Any, raw: dict[str, Any], source: _Source) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    path = _strip(error["loc"], raw)
+    where, key, found = source.of(path), _dotted(path), error["input"]
+    if isinstance(found, tuple):
+        found = list(found)
+    if kind == "extra_forbidden":
+        known = _fields(path, raw)
+        name = str(path[-1])
+        others = next(
+            (
+                f" (it belongs to {section!r})"
+                for section, info in Recipe.model_fields.items()
+                if name in getattr(info.annotation, "model_fields", {})
+            ),
+            "",
+        )
+        hint = did_you_mean(name, known) or others or f": known here are {', '.join(known)}"
+        return f"{where}: {key}: unknown key{hint}"
+    if kind in ("missing", "union_tag_not_found"):
+        if kind == "union_tag_not_found":
+            key = "method.name"
+        return f"{where}: {key}: missing"
+    if kind == "union_tag_invalid":
+        names = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        return (
+            f"{where}: method.name: {context['tag']!r} is not one of {', '.join(names)}"
+            f"{did_you_mean(str(context['tag']), names)}"
+        )
+    if kind == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        return (
+            f"{where}: {key}: {found!r} is not one of {', '.join(names)}"
+            f"{did_you_mean(str(found), names)}"
+        )
+    if kind == "value_error":
+        message = str(context["error"])
+        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    expected = _EXPECTED.get(kind)
+    if expected:
+        return f"{where}: {key}: expected {expected}, found {found!r}"
+    return f"{where}: {key}: {error['msg'].lower()}, found {found!r}"
+
+
+SHIPPED = next(
+    folder
+    for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")
+    if folder.is_dir() or folder.parent != Path(__file__).parent
+)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find_recipe(text: str) -> Path:
+    """Return the file of a recipe given as a path, or as the name of a shipped one.
+
+    Raises:
+        InputError: naming the nearest shipped recipe.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise InputError(f"{text}: a directory; expected a recipe, a YAML file")
+    if path.exists():
+        return path
+    shipped = shipped_recipes()
+    # `recipes/NAME.yaml` works outside a clone, too.
+    name = path.stem if path.suffix in ("", ".yaml") and path.parent.name in ("", "recipes") else ""
+    if name in shipped:
+        return shipped[name]
+    raise InputError(
+        f"{text}: no such recipe{did_you_mean(path.stem, shipped)}; "
+        f"shipped are {', '.join(shipped)}"
+    )
+
+
+def hardware(path: Path) -> str:
+    """Return what a recipe's first comment says of the hardware and time that it needs."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("# Hardware:").strip() if first.startswith("# Hardware:") else ""

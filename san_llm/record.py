@@ -1,0 +1,202 @@
+"""What each run leaves behind: the recipe as run, versions, seeds, hashes, results.
+
+A run folder is complete on its own: ``recipe.yaml`` (resolved), ``manifest.json``, ``log.jsonl``,
+``metrics.json``, ``adapter/``, ``checkpoints/`` and later ``eval/`` and ``merged/``. Every file is
+written under a temporary name and renamed, so that a killed run leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from san_llm import __version__
+from san_llm.errors import InputError
+from san_llm.recipe import Recipe, parse_recipe
+
+RUNS = Path("runs")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: under a temporary name beside it, then renamed."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_files(folder: Path, overwrite: bool) -> None:
+    """Refuse to write where files are.
+
+    Raises:
+        InputError: when ``folder`` has files and ``overwrite`` is not set, or is a file itself.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file stands there; expected a folder to write to")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: has files in it; add --overwrite to replace them")
+
+
+@contextmanager
+def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``folder`` if the block ends well, else vanishes.
+
+    Raises:
+        InputError: see :func:`refuse_files`.
+    """
+    refuse_files(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        for path in (temporary, *temporary.rglob("*")):  # made private, like every temporary
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if folder.exists():
+            # Moved aside, not deleted: if the rename below fails the old folder comes back.
+            aside = temporary.with_name(f"{temporary.name}.old")
+            folder.rename(aside)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
+    """Make a run's folder with the resolved recipe in it.
+
+    Args:
+        recipe: What will run.
+        output: The folder; default ``runs/<name>-<date>-<time>``.
+        overwrite: Empty the folder first if it is a run of ours.
+
+    Raises:
+        InputError: when the folder has files and may not, or must not, be emptied.
+    """
+    if output is None:
+        stem = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        names = (stem, *(f"{stem}-{number}" for number in range(2, 100)))
+        output = next(RUNS / name for name in names if not (RUNS / name).exists())
+    refuse_files(output, overwrite)
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / "recipe.yaml").is_file():
+            raise InputError(f"{output}: not a run of ours (no recipe.yaml): not emptied")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "recipe.yaml", recipe.to_yaml())
+    return output
+
+
+def point_latest(run: Path) -> None:
+    """Make ``runs/latest`` name this run."""
+    RUNS.mkdir(exist_ok=True)
+    inside = run.resolve().parent == RUNS.resolve()
+    target = Path(run.name) if inside else run.resolve()
+    temporary = RUNS / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, RUNS / "latest")
+
+
+def last_run() -> Path:
+    """Return the run that ``runs/latest`` names.
+
+    Raises:
+        InputError: when there is none yet.
+    """
+    latest = RUNS / "latest"
+    if not latest.is_dir():
+        raise InputError(
+            f"{latest}: no run yet in this directory: `san-llm train RECIPE` makes one, "
+            "or name a model or an adapter"
+        )
+    return latest.resolve()
+
+
+def recipe_of(run: Path) -> Recipe:
+    """Read the resolved recipe of a run.
+
+    Raises:
+        InputError: when the folder is not a run.
+    """
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise InputError(f"{run}: not a run: no recipe.yaml in it")
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+
+def adapter_of(run: Path) -> Path:
+    """Return the folder of a run's adapter.
+
+    Raises:
+        InputError: when training has not come to its end.
+    """
+    adapter = run / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(
+            f"{run}: no adapter yet: the training was not finished; "
+            f"`san-llm train {run} --resume` goes on with it"
+        )
+    return adapter
+
+
+def run_of(adapter: Path) -> Path | None:
+    """Return the run folder that an adapter lies in, or None."""
+    run = adapter.resolve().parent
+    return run if (run / "recipe.yaml").is_file() else None
+
+
+def manifest(**facts: Any) -> dict[str, Any]:
+    """Return where and with what a run was made, with the facts that only it knows."""
+    versions = {"san-llm": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "made": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git": _git_state(),
+        **facts,
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
