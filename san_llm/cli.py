@@ -8,13 +8,14 @@ Results go to stdout, progress and errors to stderr; the exit code is 0, 1 for a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,9 +25,6 @@ from rich.table import Table
 
 from san_llm import __version__
 from san_llm.errors import InputError, SanError
-
-if TYPE_CHECKING:
-    from san_llm.recipe import Base
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -185,7 +183,8 @@ def train(
         code = run_launched([*command, *(["--debug"] if _debug() else []), *child])
         raise typer.Exit(code if code in (0, 2, 130) else 1)
 
-    from san_llm.train import agree, train as start
+    from san_llm.train import agree
+    from san_llm.train import train as start
 
     if run is None:
         run = Path(agree(str(new_run(chosen, output, overwrite)) if first else None))
@@ -276,73 +275,39 @@ def evaluate(
 ) -> None:
     """Measure accuracy on commonsense tasks, by the protocol of LLM-Adapters, DoRA and SAN."""
     _quiet_libraries()
-    from typing import get_args
-
-    from san_llm.data.prompts import PromptStyle
+    from san_llm.data.prompts import prompt_style
     from san_llm.data.tasks import TASKS, find_tasks
-    from san_llm.errors import did_you_mean
-    from san_llm.recipe import Base, Evaluation, Recipe
-    from san_llm.record import adapter_of, last_run, recipe_of, run_of, whole_folder
+    from san_llm.recipe import Evaluation
+    from san_llm.record import new_eval_folder, refuse_files, whole_folder
+    from san_llm.subject import find_subject
 
-    if base_only and adapter is not None:
-        raise InputError("--base-only and --adapter exclude each other")
-    styles = get_args(PromptStyle)
-    if prompt is not None and prompt not in styles:
-        raise InputError(
-            f"--prompt: {prompt!r} is not one of {', '.join(styles)}{did_you_mean(prompt, styles)}"
-        )
-    run: Path | None = None
-    base: Base
-    if model is None or adapter is not None:
-        run = last_run() if adapter is None else run_of(adapter)
-        if adapter is None and not base_only:
-            assert run is not None
-            adapter = adapter_of(run)
-    recipe: Recipe | None = recipe_of(run) if run is not None else None
-    if model is not None:
-        base = Base(model=model, dtype=recipe.base.dtype if recipe else "float32")
-    elif recipe is not None:
-        base = recipe.base
-    else:
-        assert adapter is not None
-        from san_llm.merge import base_of
-
-        base = base_of(adapter, None)
+    subject = find_subject(model, adapter, base_only)
+    recipe = subject.recipe
     settings = recipe.evaluation if recipe else Evaluation()
     chosen = find_tasks(tasks.split(",")) if tasks else [TASKS[name] for name in settings.tasks]
     data = data or settings.data
     limit = limit or settings.limit
-    style = prompt or settings.prompt or (recipe.data.prompt if recipe else "llm-adapters")
-    what = model if adapter is None and model else base.model
+    trained_with = recipe.data.prompt if recipe else "llm-adapters"
+    style = prompt_style(prompt) if prompt else settings.prompt or trained_with
+    output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")
+    refuse_files(output, overwrite)
+
+    from san_llm.evaluate.report import table
+    from san_llm.evaluate.run import evaluate as start
+    from san_llm.evaluate.run import read_questions
+    from san_llm.model import load_subject
+
+    questions = read_questions(chosen, data, limit)
+    loaded, tokenizer = load_subject(subject)
     about = {
-        "title": f"{what}{f' + {adapter}' if adapter else ''} on {data}",
-        "model": base.model,
-        "adapter": str(adapter) if adapter else None,
+        "title": f"{subject} on {data}",
+        "model": subject.base.model,
+        "adapter": str(subject.adapter) if subject.adapter else None,
         "data": data,
         "limit": limit,
     }
-    kind = "base" if adapter is None else "adapter"
-    if output is None:
-        home = run / "eval" if run is not None else Path("runs") / "eval"
-        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}"
-        names = (stem, *(f"{stem}-{number}" for number in range(2, 100)))
-        output = next(home / name for name in names if not (home / name).exists())
-    from san_llm.record import refuse_files
-
-    refuse_files(output, overwrite)
-    from san_llm.evaluate.report import table
-    from san_llm.evaluate.run import evaluate as start, read_questions
-    from san_llm.model import load_adapter, load_base, load_tokenizer
-
-    questions = read_questions(chosen, data, limit)
-    tokenizer = load_tokenizer(base)
-    loaded: Any = load_base(base)
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
     with whole_folder(output, overwrite) as folder:
-        result = start(
-            loaded.eval(), tokenizer, questions, style, folder, about, batch_size, output
-        )
+        result = start(loaded, tokenizer, questions, style, folder, about, batch_size, output)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -383,25 +348,24 @@ def merge(
     _quiet_libraries()
     from san_llm.errors import did_you_mean
     from san_llm.progress import stderr
-    from san_llm.record import adapter_of, last_run, refuse_files, run_of
+    from san_llm.record import adapter_of, last_run, refuse_files
+    from san_llm.subject import find_subject
 
     dtypes = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in dtypes:
         raise InputError(
             f"--dtype: {dtype!r} is not one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"
         )
-    if adapter is None:
-        adapter = adapter_of(last_run())
-    run = run_of(adapter)
+    subject = find_subject(model, adapter or adapter_of(last_run()))
     if output is None:
-        if run is None:
+        if subject.run is None:
             raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
-        output = run / "merged"
+        output = subject.run / "merged"
     refuse_files(output, overwrite)
-    from san_llm.merge import base_of, full_precision_note, merge as start
+    from san_llm.merge import full_precision_note
+    from san_llm.merge import merge as start
 
-    base = base_of(adapter, model)
-    result = start(adapter, base, output, dtype, overwrite, verified=verify)
+    result = start(subject, output, dtype, overwrite, verified=verify)
     note = full_precision_note(result)
     if note:
         stderr.print(note, markup=False)
@@ -489,6 +453,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not _debug():
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def _debug() -> bool:
@@ -514,7 +482,7 @@ def main() -> None:
         # The reader of stdout (head, say) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback for a user
+    except Exception as error:
         if _debug():
             raise
         first = (str(error).strip().splitlines() or [""])[0]

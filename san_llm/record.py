@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,7 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
     Raises:
         InputError: when the folder has files and may not, or must not, be emptied.
     """
-    if output is None:
-        stem = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        names = (stem, *(f"{stem}-{number}" for number in range(2, 100)))
-        output = next(RUNS / name for name in names if not (RUNS / name).exists())
+    output = output or _unused(RUNS / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_files(output, overwrite)
     if output.is_dir() and any(output.iterdir()):
         if not (output / "recipe.yaml").is_file():
@@ -112,6 +110,17 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
     return output
+
+
+def _unused(path: Path) -> Path:
+    """Return ``path``, or with a number behind it the first that does not exist."""
+    paths = chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2)))
+    return next(path for path in paths if not path.exists())
+
+
+def new_eval_folder(run: Path | None, kind: str) -> Path:
+    """Return an unused name for an evaluation's folder: in its run, or beside the runs."""
+    return _unused((run or RUNS) / "eval" / f"{datetime.now():%Y%m%d-%H%M%S}-{kind}")
 
 
 def point_latest(run: Path) -> None:

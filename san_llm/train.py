@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import set_seed
 from transformers.utils import cached_file
 
@@ -154,6 +154,8 @@ def token_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 class SanTrainer(Trainer):
     """Trainer with our batches and our loss; everything else is its own."""
 
+    control: TrainerControl
+
     def __init__(self, *, recipe: Recipe, **how: Any) -> None:
         """Train as ``recipe.training`` says; ``how`` goes to Trainer."""
         super().__init__(**how)
@@ -161,6 +163,7 @@ class SanTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that Trainer counts tokens over a global batch
         self.loss_is_scaled_for_ga = True
         self.can_return_loss = True
+        self.remove_callback(PrinterCallback)  # it prints on stdout, where results go
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
         rows: Rows = self.train_dataset
@@ -180,7 +183,8 @@ class SanTrainer(Trainer):
         """
         if num_items_in_batch is None:
             raise SanError("Trainer did not count the tokens of the batch")
-        return token_losses(model, inputs) * self.args.world_size / num_items_in_batch
+        share: torch.Tensor = token_losses(model, inputs) / num_items_in_batch
+        return share * int(self.args.world_size)
 
     def evaluate(
         self,
@@ -258,8 +262,8 @@ def _arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArguments:
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=training.seed,
         data_seed=training.seed,
         eval_strategy="steps" if judged else "no",

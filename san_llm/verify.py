@@ -94,8 +94,8 @@ def verify(merged: Path, adapter: Path, base: Base, dtype: str) -> VerifyResult:
     # A NaN is above no bound: ask for what must be true, not for what must not.
     if not result.relative <= result.bound:
         raise SanError(
-            f"{merged}: differs from base + adapter by {difference:.3g}, which is "
-            f"{result.relative:.3g} standard deviations of the logits; {dtype} allows {result.bound}"
+            f"{merged}: differs from base + adapter by {difference:.3g}, that is "
+            f"{result.relative:.3g} of the logits' spread; {dtype} allows {result.bound}"
         )
     return result
 

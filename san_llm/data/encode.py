@@ -36,7 +36,7 @@ class Encoded:
     """Tokenized rows, and what became of those that are not among them.
 
     Attributes:
-        rows: ``input_ids`` and ``labels`` of each row, both (tokens,); a label of -100 is not learned.
+        rows: ``input_ids`` and ``labels`` of each row, (tokens,); label -100 is not learned.
         dropped: Rows whose response was cut away whole.
         cut: Rows that lost a part of their response, its end token with it.
         supervised: Labels that are learned, in all.

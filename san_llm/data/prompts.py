@@ -8,9 +8,13 @@ model's own chat template, which only its tokenizer knows; see ``data.encode``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
+
+from san_llm.errors import InputError, did_you_mean
 
 PromptStyle = Literal["llm-adapters", "llm-adapters-aligned", "alpaca", "chat"]
+
+STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
 
 _PLAIN = (
     "Below is an instruction that describes a task. "
@@ -22,6 +26,20 @@ _PAIRED = (
 )
 # The published scripts are indented by 16 spaces inside their string, and so are their prompts.
 _INDENT = " " * 16
+
+
+def prompt_style(name: str) -> PromptStyle:
+    """Return the style of that name.
+
+    Raises:
+        InputError: listing the styles and the nearest spelling.
+    """
+    for style in STYLES:
+        if style == name:
+            return style
+    raise InputError(
+        f"prompt style {name!r} is not one of {', '.join(STYLES)}{did_you_mean(name, STYLES)}"
+    )
 
 
 def _blocks(instruction: str, context: str) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Generation as in the published evaluation: 4 beams, at most 32 new tokens, no sampling.
 
+The beams of a prompt share its keys and values, which are computed once and not four times.
 Prompts are padded on the left and masked, so that an answer does not depend on the batch it was in
 (the published script passes no mask). They are sorted by length, and a batch is as large as memory
 allows.
@@ -8,7 +9,7 @@ allows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -16,14 +17,14 @@ import torch
 from san_llm.data.encode import pad_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 BEAMS = 4
 NEW_TOKENS = 32
 LARGEST_BATCH = 32
 
 
-def fitting_batch_size(config: object, longest: int, free: int) -> int:
+def fitting_batch_size(config: Any, longest: int, free: int) -> int:
     """Return how many prompts to answer at once.
 
     Args:
@@ -31,15 +32,15 @@ def fitting_batch_size(config: object, longest: int, free: int) -> int:
         longest: Tokens of the longest prompt.
         free: Bytes of memory that may be used.
     """
-    heads = getattr(config, "num_attention_heads")  # noqa: B009 - the config classes are untyped
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size") // heads  # noqa: B009
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    blocks, vocabulary = getattr(config, "num_hidden_layers"), getattr(config, "vocab_size")  # noqa: B009
+    blocks, vocabulary = config.num_hidden_layers, config.vocab_size
     tokens = longest + NEW_TOKENS
     # Keys and values in fp32 and their reordered copy, and a few fp32 copies of the last logits.
     cache = 2 * 2 * 4 * blocks * kv_heads * head_dim * tokens
     row = BEAMS * (cache + 8 * 4 * vocabulary)
-    return max(1, min(LARGEST_BATCH, free // (2 * row)))
+    return max(1, min(LARGEST_BATCH, int(free // (2 * row))))
 
 
 def free_memory(device: torch.device) -> int:
@@ -96,11 +97,7 @@ def generate(
             mask[i, width - length :] = 1
         try:
             with torch.inference_mode():
-                out = model.generate(
-                    input_ids=tokens.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=settings,
-                )
+                out = _beam_search(model, tokens.to(device), mask.to(device), settings)
         except torch.OutOfMemoryError:
             if size == 1 or batch_size is not None:
                 raise
@@ -110,3 +107,26 @@ def generate(
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         done(list(zip(batch, texts, strict=True)))
         start += len(batch)
+
+
+def _beam_search(
+    model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig
+) -> torch.Tensor:
+    """Return prompt and new tokens of the best beams; tokens and mask are (batch, width)."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    if tokens.shape[1] > 1:
+        model(
+            input_ids=tokens[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(settings.num_beams)
+    out: torch.Tensor = model.generate(
+        input_ids=tokens, attention_mask=mask, past_key_values=cache, generation_config=settings
+    )
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class EvalResult:
     scores: tuple[TaskScore, ...]
     prompt: str
     output: str
-    about: dict[str, object]
+    about: Mapping[str, object]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; accuracies are fractions of 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ class Questions:
 
 
 def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Questions:
-    """Read the test rows of each task; see :func:`san_llm.data.rows.read_task` for what is refused."""
+    """Read the test rows of each task; :func:`read_task` says what is refused."""
     files = {task: test_file(data, task) for task in tasks}
     return Questions(
         {task: read_task(file, task, limit) for task, file in files.items()},
@@ -45,7 +45,7 @@ def evaluate(
     questions: Questions,
     style: PromptStyle,
     folder: Path,
-    about: dict[str, object],
+    about: Mapping[str, object],
     batch_size: int | None = None,
     output: Path | None = None,
 ) -> EvalResult:

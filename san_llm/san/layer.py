@@ -7,6 +7,7 @@ replaces when it casts adapters or loads them on the meta device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,16 @@ def scaled(features: Tensor, scale: Tensor) -> Tensor:
             learned, so the product is rounded instead.
     """
     return (features * scale.to(features.device)).to(features.dtype)
+
+
+def _bias_dtype(base: nn.Module, weight: Tensor) -> torch.dtype:
+    """Return the dtype a merged bias is kept in: the old bias's, else that of the arithmetic."""
+    if isinstance(base.bias, Tensor):
+        return base.bias.dtype
+    if weight.is_floating_point():
+        return weight.dtype
+    computed = getattr(base, "compute_dtype", None)  # bitsandbytes' 4-bit layers have one
+    return computed if isinstance(computed, torch.dtype) else torch.float32
 
 
 class Feed(NamedTuple):
@@ -61,6 +72,12 @@ class SanLayer(nn.Module, BaseTunerLayer):
     # Plain dicts: a module held in one is hidden from nn.Module, so that a shared gamma is
     # registered, saved and counted once, by the layer that owns it.
     other_param_names = ("san_mode", "san_feed")
+
+    # PEFT is untyped; this is what is used of its layer.
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, d_out: int) -> None:
         """Wrap the frozen ``base_layer``; adapters join through ``update_layer``."""
@@ -104,7 +121,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
     def neuron_shift(self, adapter: str) -> Tensor | None:
         """Return beta (d_out,), or None for 0."""
-        return self.san_beta[adapter] if adapter in self.san_beta else None
+        beta: Tensor | None = self.san_beta.get(adapter)
+        return beta
 
     def synapse_scale(self, adapter: str) -> Tensor | None:
         """Return s (d_in,), read from the layer that feeds this one, or None for 1."""
@@ -201,13 +219,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         else:
             self.set_base_weight(weight)
         if bias is not None:
-            kept = (
-                base.bias.dtype
-                if base.bias is not None
-                else getattr(base, "compute_dtype", None)
-                or (old.dtype if old.is_floating_point() else bias.dtype)
-            )
-            base.bias = nn.Parameter(bias.to(kept), requires_grad=False)
+            base.bias = nn.Parameter(bias.to(_bias_dtype(base, old)), requires_grad=False)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -236,7 +248,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
         elif self.merged:
             self.unmerge()
         self._unmerged = None
-        return self.get_base_layer()
+        base: nn.Module = self.get_base_layer()
+        return base
 
     def __repr__(self) -> str:
         """Show the wrapped layer under a name that says what wraps it."""
@@ -246,7 +259,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
 class SanLinear(SanLayer):
     """A target Linear, full-precision or quantized by bitsandbytes: W is (d_out, d_in)."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Linear) -> None:
         """Wrap a Linear."""
         super().__init__(base_layer, d_out=base_layer.out_features)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -255,7 +268,7 @@ class SanLinear(SanLayer):
 class SanEmbedding(SanLayer):
     """The token embedding with a scale on its features: W is (vocabulary, hidden)."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Embedding) -> None:
         """Wrap an Embedding."""
         super().__init__(base_layer, d_out=base_layer.embedding_dim)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -35,9 +35,11 @@ class SanModel(BaseTuner):
 
     prefix = "san_"
     tuner_layer_cls = SanLayer
-    target_module_mapping = {family: list(TARGETS) for family in FAMILIES}
+    target_module_mapping: ClassVar = {family: list(TARGETS) for family in FAMILIES}
 
-    def _prepare_adapter_config(self, peft_config: SanConfig, model_config: dict) -> SanConfig:
+    def _prepare_adapter_config(
+        self, peft_config: SanConfig, model_config: dict[str, Any]
+    ) -> SanConfig:
         check_family(model_config.get("model_type"))
         if peft_config.shift and model_config["model_type"] not in BIAS_FLAGS:
             import warnings
@@ -141,15 +143,14 @@ class SanModel(BaseTuner):
     def _join(
         self, model: nn.Module, adapter_name: str, links: dict[str, tuple[str, Link]]
     ) -> None:
-        shapes = linear_shapes(self.get_model_config(model))
+        config = self.get_model_config(model)
+        shapes, heads = linear_shapes(config), config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
         for name, (anterior_name, link) in links.items():
-            posterior, anterior = model.get_submodule(name), model.get_submodule(anterior_name)
+            posterior: Any = model.get_submodule(name)
+            anterior: Any = model.get_submodule(anterior_name)
             repeat = link.how == "repeat kv heads"
             groups = shapes["q_proj"][0] // shapes["v_proj"][0] if repeat else 1
-            config = self.get_model_config(model)
-            head_dim = config.get("head_dim") or (
-                config["hidden_size"] // config["num_attention_heads"]
-            )
             posterior.san_feed[adapter_name] = Feed(anterior, groups, head_dim)
 
     def _unload_and_optionally_merge(
@@ -175,7 +176,7 @@ class SanModel(BaseTuner):
         return model
 
 
-def hold_biases(model: nn.Module) -> None:
+def hold_biases(model: Any) -> None:
     """Let a stock config load the merged biases: set its flags, fill absent biases with zeros."""
     for flag, parent in BIAS_FLAGS[model.config.model_type].items():
         linears = [

@@ -1,0 +1,80 @@
+"""What an evaluation or a merge is about: an adapter over its base, or a model alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from san_llm.errors import InputError
+from san_llm.recipe import Base, Recipe
+from san_llm.record import adapter_of, last_run, recipe_of, run_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what is known of its making.
+
+    Attributes:
+        base: The base model.
+        adapter: The adapter's folder, or None for the base alone.
+        run: The run that the adapter or base was found through, or None.
+        recipe: That run's recipe.
+    """
+
+    base: Base
+    adapter: Path | None
+    run: Path | None
+    recipe: Recipe | None
+
+    def __str__(self) -> str:
+        """Return ``base`` or ``base + adapter``."""
+        return f"{self.base.model} + {self.adapter}" if self.adapter else self.base.model
+
+
+def find_subject(
+    model: str | None = None, adapter: Path | None = None, base_only: bool = False
+) -> Subject:
+    """Return what the options name; by default the last run's adapter over its base.
+
+    Args:
+        model: A base, or a model of its own when no adapter is named.
+        adapter: An adapter's folder.
+        base_only: Leave the adapter of the last run out.
+
+    Raises:
+        InputError: when the options contradict each other or name nothing.
+    """
+    if base_only and adapter is not None:
+        raise InputError("--base-only and --adapter exclude each other")
+    if adapter is None and model is not None:
+        return Subject(Base(model=model, dtype="float32"), None, None, None)
+    if adapter is None:
+        run = last_run()
+        recipe = recipe_of(run)
+        return Subject(recipe.base, None if base_only else adapter_of(run), run, recipe)
+    owner = run_of(adapter)
+    recipe_or_none = recipe_of(owner) if owner else None
+    if recipe_or_none is not None and model is None:
+        base = recipe_or_none.base
+    else:
+        base = Base(model=model or named_base(adapter), dtype="float32")
+    return Subject(base, adapter, owner, recipe_or_none)
+
+
+def named_base(adapter: Path) -> str:
+    """Return the base model that an adapter's config names.
+
+    Raises:
+        InputError: when the folder holds no adapter, or it names no base.
+    """
+    path = adapter / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except OSError:
+        raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it") from None
+    except (ValueError, AttributeError):
+        raise InputError(f"{path}: not valid JSON") from None
+    if not named:
+        raise InputError(f"{adapter}: does not name its base model; give it with --model")
+    return str(named)
