@@ -181,7 +181,9 @@ def train(
         point_latest(run)
         child = ["train", str(run), "--resume", *(["--json"] if as_json else [])]
         code = run_launched([*command, *(["--debug"] if _debug() else []), *child])
-        raise typer.Exit(code if code in (0, 2, 130) else 1)
+        if code == 0 and not (run / "adapter").is_dir():
+            code = 130  # stopped when asked to; the first process has said how to go on
+        raise typer.Exit(code if code in (0, 130) else 1)
 
     from san_llm.train import agree
     from san_llm.train import train as start
@@ -204,7 +206,8 @@ def train(
             f"`san-llm train {run} --resume` goes on",
             markup=False,
         )
-        raise typer.Exit(130)
+        # A launcher takes anything but 0 for a crash.
+        raise typer.Exit(0 if launched else 130)
 
 
 def _train_table(result: dict[str, Any]) -> Table:

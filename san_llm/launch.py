@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 from san_llm.errors import InputError
 
@@ -48,15 +52,21 @@ def _free_port() -> int:
 
 
 def run_launched(command: list[str]) -> int:
-    """Run a launcher to its end and return its exit code; it gets the signals that we get."""
-    child = subprocess.Popen(command)
-    # A terminal sends Ctrl-C to the child as well; a kill of this process must reach it through us.
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(
-            signal.SIGTERM, lambda number, frame: child.send_signal(number)
-        ),
-    }
+    """Run a launcher to its end and return its exit code.
+
+    Ctrl-C and a polite kill go to the training processes alone, which save and end well; the
+    launcher, if it were asked to stop, would end them after its own manner.
+    """
+    # In a session of its own the launcher does not get the terminal's Ctrl-C.
+    child = subprocess.Popen(command, start_new_session=True)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(psutil.Error):
+            for worker in psutil.Process(child.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    worker.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return child.wait()
     finally:

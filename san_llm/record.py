@@ -146,7 +146,8 @@ def last_run() -> Path:
             f"{latest}: no run yet in this directory: `san-llm train RECIPE` makes one, "
             "or name a model or an adapter"
         )
-    return latest.resolve()
+    run = latest.resolve()
+    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
 
 
 def recipe_of(run: Path) -> Recipe:
