@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,16 @@ class GroupedByLength(Sampler[int]):
 
     WINDOW = 50  # global batches sorted together: enough for like lengths, few enough to shuffle
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        """Group rows of these token counts into batches of ``batch_size``."""
-        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
-        self._epoch = 0
+    def __init__(
+        self, lengths: list[int], batch_size: int, seed: int, step: Callable[[], int]
+    ) -> None:
+        """Group rows of these token counts into batches of ``batch_size``.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
-        self._epoch = epoch
+        ``step`` gives the optimizer steps done. The epoch follows from it alone: Trainer's
+        ``set_epoch`` does not reach a sampler that resumes in several processes.
+        """
+        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self._step = step
 
     def __len__(self) -> int:
         """Return the rows of an epoch, fillers included."""
@@ -110,7 +112,8 @@ class GroupedByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over row numbers."""
-        dice = random.Random(f"{self._seed} {self._epoch}")
+        epoch = self._step() // (len(self) // self._batch_size)
+        dice = random.Random(f"{self._seed} {epoch}")
         rows = list(range(len(self._lengths)))
         dice.shuffle(rows)
         window = self.WINDOW * self._batch_size
@@ -168,7 +171,9 @@ class SanTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
         rows: Rows = self.train_dataset
         training = self._recipe.training
-        return GroupedByLength(rows.lengths, training.batch_size, training.seed)
+        return GroupedByLength(
+            rows.lengths, training.batch_size, training.seed, lambda: self.state.global_step
+        )
 
     def compute_loss(
         self,
