@@ -1,0 +1,44 @@
+# make demo   set everything up, tune a real small LLaMA, evaluate, merge, verify
+# make test   linters, types and all tests
+#
+# TORCH=cpu takes PyTorch's CPU build (a few hundred MB) where the default build for Linux would
+# bring several GB of CUDA; TORCH=cu126, cu128, ... take another CUDA version.
+
+PYTHON ?= python3
+TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := models/smollm2-135m/config.json
+TORCH_FROM := $(if $(TORCH),--index-url https://download.pytorch.org/whl/$(TORCH))
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint constraints.txt
+
+.PHONY: demo test setup check pytest clean
+
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+test: setup check pytest
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_FROM) torch
+	$(PIP) --editable '.[dev]'
+	@touch $(INSTALLED)
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+pytest: setup $(MODEL)
+	$(BIN)/python -m pytest
+
+$(MODEL): | setup
+	$(BIN)/san-llm download smollm2-135m
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
