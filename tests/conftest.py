@@ -1,0 +1,69 @@
+"""Fixtures: a working directory and a cache of the test's own, a tiny base, the real 135M."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("SAN_LLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny LLaMA with its tokenizer. Not to be changed by a test."""
+    from tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M, which `make test` fetches before it starts pytest."""
+    folder = ROOT / "models" / "smollm2-135m"
+    if not (folder / "config.json").is_file():
+        pytest.skip("models/smollm2-135m is not there: `san-llm download smollm2-135m` gets it")
+    return folder
+
+
+@pytest.fixture
+def cli(here: Path) -> Cli:
+    """Run ``san-llm`` as a process in the test's directory, on one thread."""
+
+    def run(
+        *arguments: object, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "san_llm", *map(str, arguments)],
+            cwd=here,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run
