@@ -1,0 +1,128 @@
+"""SAN written out plainly, to compare with: every W' = diag(gamma) W diag(s) as a dense matrix.
+
+Nothing of the product is imported. The vectors of an adapter come by module name, such as
+``model.layers.0.mlp.up_proj``; a name that is absent from ``gammas`` has gamma = 1.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SEVEN = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+ALL_LINKS = ("attention", "mlp", "residual")
+
+
+def module_name(block: int, projection: str) -> str:
+    """Return the full name of one projection of a causal language model."""
+    parent = "self_attn" if projection in ATTENTION else "mlp"
+    return f"model.layers.{block}.{parent}.{projection}"
+
+
+def synapse_source(block: int, projection: str, links: tuple[str, ...]) -> str | None:
+    """Return the name of the module whose gamma scales the columns of this projection."""
+    if projection == "o_proj" and "attention" in links:
+        return module_name(block, "v_proj")
+    if projection == "down_proj" and "mlp" in links:
+        return module_name(block, "up_proj")
+    if projection in ("gate_proj", "up_proj") and "residual" in links:
+        return module_name(block, "o_proj")
+    if projection in ("q_proj", "k_proj", "v_proj") and "residual" in links:
+        return module_name(block - 1, "down_proj") if block > 0 else "model.embed_tokens"
+    return None
+
+
+def over_query_heads(gamma_v: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Return gamma of v (kv_heads * head_dim,) as o_proj sees it (heads * head_dim,)."""
+    head_dim = len(gamma_v) // kv_heads
+    parts = []
+    for head in range(heads):
+        kv_head = head * kv_heads // heads
+        parts.append(gamma_v[kv_head * head_dim : (kv_head + 1) * head_dim])
+    return torch.cat(parts)
+
+
+def dense_parameters(
+    plain: Any,
+    gammas: dict[str, Tensor],
+    betas: dict[str, Tensor],
+    *,
+    targets: tuple[str, ...] = SEVEN,
+    mode: str = "both",
+    links: tuple[str, ...] = ALL_LINKS,
+    adapt_embedding: bool = False,
+) -> dict[str, Tensor]:
+    """Return the weights and biases that SAN gives a plain model, by parameter name.
+
+    Differentiable in ``gammas`` and ``betas``; computed in the wider dtype of vectors and weights.
+    """
+    heads = plain.config.num_attention_heads
+    kv_heads = plain.config.num_key_value_heads
+    adapted = {
+        module_name(block, projection)
+        for block in range(plain.config.num_hidden_layers)
+        for projection in targets
+    }
+    if adapt_embedding:
+        adapted.add("model.embed_tokens")
+    result = {}
+    for block in range(plain.config.num_hidden_layers):
+        for projection in targets:
+            name = module_name(block, projection)
+            linear = plain.get_submodule(name)
+            weight, bias = linear.weight.detach(), linear.bias
+            if name in gammas and mode != "synapse":
+                weight = torch.diag(gammas[name]).to(weight) @ weight
+                bias = None if bias is None else bias.detach() * gammas[name]
+            source = synapse_source(block, projection, links)
+            if mode != "neuron" and source in adapted and source in gammas:
+                s = gammas[source]
+                if projection == "o_proj":
+                    s = over_query_heads(s, heads, kv_heads)
+                weight = weight @ torch.diag(s).to(weight)
+            if name in betas:
+                bias = betas[name] if bias is None else bias + betas[name]
+            result[f"{name}.weight"] = weight
+            if bias is not None:
+                result[f"{name}.bias"] = bias
+    if adapt_embedding and mode != "synapse" and "model.embed_tokens" in gammas:
+        table = plain.model.embed_tokens.weight.detach()
+        result["model.embed_tokens.weight"] = table @ torch.diag(gammas["model.embed_tokens"])
+    return result
+
+
+def skeleton(plain: Any, parameters: dict[str, Tensor]) -> Any:
+    """Return an untied copy of the plain model with room for every bias in ``parameters``."""
+    model = deepcopy(plain)
+    model.lm_head.weight = nn.Parameter(plain.lm_head.weight.detach().clone())
+    for name in parameters:
+        if name.endswith(".bias"):
+            linear = model.get_submodule(name.removesuffix(".bias"))
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    return model
+
+
+def dense_model(
+    plain: Any, gammas: dict[str, Tensor], betas: dict[str, Tensor], **options: Any
+) -> Any:
+    """Return a copy of the plain model that holds W' and b'; options as ``dense_parameters``."""
+    parameters = dense_parameters(plain, gammas, betas, **options)
+    model = skeleton(plain, parameters)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            model.get_parameter(name).copy_(value)
+    return model
+
+
+def dense_logits(
+    plain: Any, tokens: Tensor, gammas: dict[str, Tensor], betas: dict[str, Tensor], **options: Any
+) -> Tensor:
+    """Return logits (batch, tokens, vocabulary), differentiable in gammas and betas."""
+    parameters = dense_parameters(plain, gammas, betas, **options)
+    logits: Tensor = functional_call(skeleton(plain, parameters), parameters, (tokens,)).logits
+    return logits

@@ -1,0 +1,599 @@
+"""The tuner against the dense reference, and everything PEFT lets a person do with an adapter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from reference import ALL_LINKS, SEVEN, dense_logits, dense_model, module_name
+from safetensors import safe_open
+from safetensors.torch import load_file
+from san.adapted import adapt, family_model, logits, relative, shake, text, vectors
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
+
+from san_llm import SanConfig
+from san_llm.errors import InputError, SanError
+
+pytestmark = pytest.mark.filterwarnings("ignore:shift=True:UserWarning")
+
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+OPTIONS = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(["both", "neuron", "synapse"]),
+        "links": st.lists(st.sampled_from(ALL_LINKS), unique=True).map(tuple),
+        "adapt_embedding": st.booleans(),
+        "form": st.sampled_from(["lean", "plain"]),
+    }
+)
+
+
+def split(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options as the reference names them."""
+    return {
+        "targets": tuple(options["target_modules"]),
+        **{key: options[key] for key in ("mode", "links", "adapt_embedding")},
+    }
+
+
+def trains_something(options: dict[str, Any], shift: bool) -> bool:
+    """Whether synapse mode, where a gamma acts only through a link, has anything to train."""
+    if options["mode"] != "synapse":
+        return True
+    links, targets = options["links"], options["target_modules"]
+    linked = (
+        ("attention" in links and {"v_proj", "o_proj"} <= set(targets))
+        or ("mlp" in links and {"up_proj", "down_proj"} <= set(targets))
+        or ("residual" in links and "o_proj" in targets and {"gate_proj", "up_proj"} & set(targets))
+        or (
+            "residual" in links
+            and {"q_proj", "k_proj", "v_proj"} & set(targets)
+            and ("down_proj" in targets or options["adapt_embedding"])
+        )
+    )
+    return bool(links) and (linked or shift)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "mistral", "qwen2"]),
+    heads=st.sampled_from(sorted(HEADS)),
+    head_dim=st.sampled_from([None, 4]),
+    biases=st.booleans(),
+    tied=st.booleans(),
+    shift=st.booleans(),
+    targets=st.lists(st.sampled_from(SEVEN), min_size=1, unique=True),
+    options=OPTIONS,
+    seed=st.integers(0, 2**16),
+)
+def test_logits_and_gradients_equal_the_dense_reference(
+    family, heads, head_dim, biases, tied, shift, targets, options, seed
+):
+    options = options | {"target_modules": targets}
+    assume(trains_something(options, shift))
+    changes: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "num_attention_heads": HEADS[heads][0],
+        "num_key_value_heads": HEADS[heads][1],
+        "tie_word_embeddings": tied,
+    }
+    if family == "llama" and biases:
+        changes |= {"attention_bias": True, "mlp_bias": True}
+    if head_dim is not None and family != "qwen2":
+        changes["head_dim"] = head_dim
+    plain = family_model(family, torch.float64, seed, **changes)
+    model = adapt(deepcopy(plain), seed + 1, shift=shift, **options)
+    gammas, betas = vectors(model)
+    found = model(input_ids=text()).logits
+    expected = dense_logits(plain, text(), gammas, betas, **split(options))
+    assert relative(found, expected) < 1e-12
+    trained = [*gammas.values(), *betas.values()]
+    assert trained
+    weights = torch.randn(found.shape, dtype=found.dtype)
+    mine = torch.autograd.grad((found * weights).sum(), trained, allow_unused=True)
+    theirs = torch.autograd.grad((expected * weights).sum(), trained, allow_unused=True)
+    for name, one, other in zip([*gammas, *betas], mine, theirs, strict=True):
+        assert one is not None, f"{name} gets no gradient"
+        # relative to all of them: the gradient of a key's shift is zero in exact arithmetic
+        assert (one - other).abs().max() < 1e-11 * max(g.abs().max() for g in theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"mode": "neuron"}, {"mode": "synapse"}])
+def test_a_merged_weight_is_the_reference_rounded_once(dtype, options):
+    plain = tiny_model(dtype=dtype)
+    model = adapt(deepcopy(plain), adapt_embedding=True, **options)
+    reference = dense_model(
+        deepcopy(plain).float(),
+        *vectors(model),
+        adapt_embedding=True,
+        mode=options.get("mode", "both"),
+    ).to(dtype)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(plain)
+    assert set(merged.state_dict()) == set(reference.state_dict())
+    for name, weight in reference.state_dict().items():
+        assert merged.state_dict()[name].dtype == dtype
+        assert torch.equal(merged.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_merged_shift_loads_in_stock_transformers(tmp_path, bias):
+    plain = tiny_model(attention_bias=bias)
+    model = adapt(deepcopy(plain), shift=True, target_modules=["q_proj", "up_proj"])
+    before = logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert stock.config.attention_bias
+    assert stock.config.mlp_bias
+    assert relative(logits(stock), before) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_family_that_cannot_hold_a_shift_says_so_first_and_refuses_the_merge(family):
+    plain = family_model(family)
+    with pytest.warns(UserWarning, match="will never merge"):
+        model = get_peft_model(plain, SanConfig(shift=True))
+    shake(model)
+    before = logits(model)
+    with pytest.raises(InputError, match=f"stock {family} cannot hold the biases"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), before)  # refused before anything was changed
+
+
+def test_a_tied_head_is_untouched_by_a_scaled_embedding_and_untied_by_the_merge(tmp_path):
+    plain = tiny_model(tie_word_embeddings=True)
+    head = plain.lm_head.weight.detach().clone()
+    model = adapt(deepcopy(plain), adapt_embedding=True)
+    reference = dense_model(plain, *vectors(model), adapt_embedding=True)
+    before = logits(model)
+    assert relative(before, logits(reference)) < 1e-5
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, head)
+    merged.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(stock.lm_head.weight, head)
+    assert torch.equal(stock.model.embed_tokens.weight, reference.model.embed_tokens.weight)
+    assert relative(logits(stock), before) < 1e-5
+
+
+def test_a_tied_model_stays_tied_when_the_embedding_is_not_adapted(tmp_path):
+    merged = adapt(tiny_model(tie_word_embeddings=True)).merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    merged.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert stock.config.tie_word_embeddings
+    assert torch.equal(logits(stock), logits(merged))
+
+
+# --- saving and loading ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor]:
+    """A saved base, a saved adapter that uses every option, and the logits of both together."""
+    root = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(root / "base")
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    model = adapt(base, shift=True, adapt_embedding=True, links=["mlp", "residual"])
+    model.save_pretrained(root / "adapter")
+    return root / "base", root / "adapter", logits(model)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_an_adapter_loads_bit_for_bit(saved, low_cpu_mem_usage, is_trainable):
+    base, adapter, expected = saved
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base),
+        adapter,
+        is_trainable=is_trainable,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert torch.equal(logits(model), expected)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".san_" in name for name in trained)
+    assert bool(trained) == is_trainable
+
+
+def test_the_auto_class_loads_bit_for_bit(saved):
+    _, adapter, expected = saved
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
+
+
+def test_transformers_own_load_adapter_loads_bit_for_bit(saved):
+    base, adapter, expected = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(str(adapter))
+    assert torch.equal(logits(model), expected)
+    assert model.active_adapters() == ["default"]
+
+
+def test_loading_beside_another_adapter_is_bit_for_bit(saved):
+    base, adapter, expected = saved
+    model = adapt(AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
+    first = logits(model)
+    model.load_adapter(adapter, "second", low_cpu_mem_usage=True)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shift": True},
+        {"mode": "synapse"},
+        {"mode": "neuron"},
+        {"adapt_embedding": True},
+        {"target_modules": ["v_proj", "o_proj"]},
+    ],
+)
+def test_the_file_holds_each_trained_vector_once_and_nothing_else(tmp_path, options):
+    model = adapt(tiny_model(), **options)
+    model.save_pretrained(tmp_path)
+    gammas, betas = vectors(model)
+    expected = {f"base_model.model.{name}.san_gamma": value for name, value in gammas.items()}
+    expected |= {f"base_model.model.{name}.san_beta": value for name, value in betas.items()}
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+    trained, _ = model.get_nb_trainable_parameters()
+    assert sum(value.numel() for value in found.values()) == trained
+
+
+def test_scales_are_saved_in_fp32_over_a_bf16_base(tmp_path):
+    model = adapt(tiny_model(dtype=torch.bfloat16))
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
+    again = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path)
+    assert torch.equal(logits(again), before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"intermediate_size": 64}, {"num_key_value_heads": 4}, {"num_hidden_layers": 3}],
+    ids=["width", "kv heads", "fewer blocks"],
+)
+def test_an_adapter_of_another_shape_is_refused(saved, changes):
+    _, adapter, _ = saved
+    with pytest.raises((RuntimeError, SanError), match=r"size mismatch|another base"):
+        PeftModel.from_pretrained(tiny_model(**changes), adapter)
+
+
+def test_an_adapter_of_a_shallower_model_is_warned_about(saved):
+    _, adapter, _ = saved
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*layers\.4\."):
+        PeftModel.from_pretrained(tiny_model(num_hidden_layers=6), adapter)
+
+
+# --- several adapters --------------------------------------------------------------------------
+
+SECOND = {"shift": True, "target_modules": ["v_proj", "o_proj", "down_proj"], "mode": "synapse"}
+
+
+def two_adapters() -> Any:
+    model = adapt(tiny_model(), adapter="one")
+    model.add_adapter("two", SanConfig(**SECOND))
+    return shake(model, 2, "two")
+
+
+def alone(name: str) -> torch.Tensor:
+    if name == "one":
+        return logits(adapt(tiny_model()))
+    return logits(adapt(tiny_model(), 2, **SECOND))
+
+
+def test_each_named_adapter_acts_as_if_it_were_alone():
+    model = two_adapters()
+    assert torch.equal(logits(model), alone("one"))
+    model.set_adapter("two")
+    assert torch.equal(logits(model), alone("two"))
+    model.set_adapter("one")
+    assert torch.equal(logits(model), alone("one"))
+    assert not torch.equal(alone("one"), alone("two"))
+
+
+def test_only_the_active_adapter_trains():
+    model = two_adapters()
+    for active in ("one", "two", "one"):
+        model.set_adapter(active)
+        trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained
+        assert all(name.endswith(f".{active}") for name in trained)
+
+
+def test_a_new_adapter_does_not_change_what_trains():
+    model = adapt(tiny_model(), adapter="one")
+    before = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+    model.add_adapter("two", SanConfig(shift=True))
+    assert {n for n, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+def test_two_active_adapters_multiply_in_order():
+    plain = tiny_model(dtype=torch.float64)
+    model = two_adapters()
+    model.base_model.set_adapter(["one", "two"])
+    found = logits(model)
+    once = dense_model(plain, *double(vectors(model, "one")))
+    twice = dense_model(
+        once,
+        *double(vectors(model, "two")),
+        mode="synapse",
+        targets=tuple(SECOND["target_modules"]),
+    )
+    assert relative(found.double(), logits(twice)) < 1e-5
+    merged = model.merge_and_unload(adapter_names=["one", "two"])
+    assert relative(logits(merged), found) < 1e-5
+
+
+def double(pair: tuple[dict[str, torch.Tensor], ...]) -> list[dict[str, torch.Tensor]]:
+    return [{name: value.double() for name, value in part.items()} for part in pair]
+
+
+def test_a_deleted_adapter_leaves_no_vector_and_the_other_one_intact():
+    model = two_adapters()
+    model.delete_adapter("two")
+    assert torch.equal(logits(model), alone("one"))
+    assert not [name for name, _ in model.named_parameters() if name.endswith(".two")]
+    model.add_adapter("two", SanConfig(**SECOND))  # the name is free again
+    shake(model, 2, "two").set_adapter("two")
+    assert torch.equal(logits(model), alone("two"))
+
+
+def test_deleting_the_active_adapter_activates_the_other_one():
+    model = adapt(tiny_model(), adapter="one")
+    model.add_adapter("two", SanConfig(mode="synapse"))
+    shake(model, 2, "two")
+    with pytest.warns(UserWarning, match="Setting active adapter to two"):
+        model.delete_adapter("one")
+    assert torch.equal(logits(model), logits(adapt(tiny_model(), 2, mode="synapse")))
+
+
+def test_an_adapter_name_is_saved_in_a_folder_of_its_own(tmp_path):
+    two_adapters().save_pretrained(tmp_path)
+    for name in ("one", "two"):
+        loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / name)
+        assert torch.equal(logits(loaded), alone(name))
+
+
+# --- switching off, copying, merging in place --------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_disabled_adapter_is_the_base_bit_for_bit(dtype):
+    expected = logits(tiny_model(dtype=dtype))
+    model = adapt(tiny_model(dtype=dtype), shift=True, adapt_embedding=True)
+    before = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(before, expected)
+
+
+def test_a_copy_is_independent_and_reads_its_own_scales():
+    model = adapt(tiny_model())
+    before = logits(model)
+    copy = deepcopy(model)
+    shake(model, 5)
+    assert torch.equal(logits(copy), before)
+    shake(copy, 5)
+    assert torch.equal(logits(copy), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_unmerging_restores_every_bit(dtype, tied):
+    model = adapt(
+        tiny_model(dtype=dtype, tie_word_embeddings=tied), shift=True, adapt_embedding=True
+    )
+    before, state = logits(model), deepcopy(model.state_dict())
+    model.merge_adapter()
+    merged = logits(model)
+    # half precision rounds W' once; 4 blocks of rounding differences are some percent
+    assert relative(merged, before) < (1e-5 if dtype == torch.float32 else 0.1)
+    assert not torch.equal(
+        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight,
+        state["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"],
+    )
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert set(after) == set(state)
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+    assert torch.equal(logits(model), before)
+
+
+def test_merging_one_by_one_and_unmerging_restores_every_bit():
+    model = two_adapters()
+    state = deepcopy(model.state_dict())
+    model.merge_adapter(["one"])
+    assert relative(logits(model), alone("one")) < 1e-5
+    model.merge_adapter(["two"])
+    both = logits(model)
+    model.unmerge_adapter()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    model.base_model.set_adapter(["one", "two"])
+    assert relative(logits(model), both) < 1e-5
+
+
+def test_disabling_a_merged_adapter_gives_the_base_bit_for_bit():
+    model = adapt(tiny_model())
+    before = logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_model()))
+    assert relative(logits(model), before) < 1e-5
+
+
+@pytest.mark.parametrize("merge_first", [False, True])
+def test_unloading_gives_back_the_base_bit_for_bit(merge_first):
+    plain = tiny_model()
+    model = adapt(deepcopy(plain), shift=True, adapt_embedding=True)
+    if merge_first:
+        model.merge_adapter()
+    base = model.unload()
+    assert set(base.state_dict()) == set(plain.state_dict())
+    assert all(torch.equal(base.state_dict()[k], v) for k, v in plain.state_dict().items())
+
+
+def test_merging_in_place_before_unloading_changes_nothing():
+    model = adapt(tiny_model())
+    twin = deepcopy(model)
+    model.merge_adapter()
+    one, other = model.merge_and_unload().state_dict(), twin.merge_and_unload().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_safe_merge_refuses_numbers_that_are_not_finite():
+    model = adapt(tiny_model())
+    gammas, _ = vectors(model)
+    gammas[module_name(2, "up_proj")].data[3] = float("inf")
+    with pytest.raises(SanError, match="not finite"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_a_merge_never_changes_a_tensor_that_someone_else_holds():
+    plain = tiny_model()
+    held = dict(plain.named_parameters())
+    values = {name: value.detach().clone() for name, value in held.items()}
+    adapt(plain, shift=True, adapt_embedding=True).merge_and_unload()
+    assert all(torch.equal(held[name], value) for name, value in values.items())
+
+
+# --- what it says and what it refuses ----------------------------------------------------------
+
+
+def test_trainable_parameters_are_counted_once(capsys):
+    model = get_peft_model(tiny_model(), SanConfig())
+    model.print_trainable_parameters()
+    hidden, kv, inter, blocks = 32, 16, 48, 4
+    trained = blocks * (3 * hidden + 2 * kv + 2 * inter)  # q, o, down; k, v; gate, up
+    assert f"trainable params: {trained:,} ||" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("targets", [None, r".*c_attn", "all-linear"])
+def test_a_family_without_a_map_is_refused_with_the_list(targets):
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40))
+    names = [name for name, _ in gpt2.named_modules()]
+    with pytest.raises(InputError, match="llama, mistral, qwen2"):
+        get_peft_model(gpt2, SanConfig(target_modules=targets))
+    assert [name for name, _ in gpt2.named_modules()] == names
+
+
+def test_every_linear_can_be_asked_for_by_one_word():
+    everything = get_peft_model(tiny_model(), SanConfig(target_modules="all-linear"))
+    seven = get_peft_model(tiny_model(), SanConfig())
+    assert set(vectors(everything)[0]) == set(vectors(seven)[0])
+    assert torch.equal(logits(shake(everything)), logits(shake(seven)))
+
+
+def test_a_regular_expression_picks_blocks(tmp_path):
+    expression = r"model\.layers\.[12]\..*(v_proj|o_proj)"
+    model = adapt(tiny_model(), target_modules=expression)
+    assert set(vectors(model)[0]) == {
+        module_name(block, projection) for block in (1, 2) for projection in ("v_proj", "o_proj")
+    }
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+def test_full_names_pick_single_modules():
+    names = [module_name(1, "v_proj"), module_name(1, "o_proj"), module_name(3, "v_proj")]
+    assert set(vectors(adapt(tiny_model(), target_modules=names))[0]) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["model.layers.9.self_attn.q_proj"], "matches nothing"),
+        (["mlp.q_proj"], "matches nothing"),
+        (r".*nowhere", "matches no module"),
+        (r".*(q_proj|lm_head)", "lm_head"),
+        (r".*(q_proj|embed_tokens)", "embed_tokens"),
+        ("q_proj", r"write \['q_proj'\]"),
+        (r".*(q_proj", "not a regular expression"),
+    ],
+)
+def test_a_target_that_cannot_be_adapted_is_refused_before_anything_changes(targets, said):
+    plain = tiny_model()
+    names = [name for name, _ in plain.named_modules()]
+    with pytest.raises(InputError, match=said):
+        get_peft_model(plain, SanConfig(target_modules=targets))
+    assert [name for name, _ in plain.named_modules()] == names
+
+
+def test_synapse_mode_without_a_link_between_targets_is_refused():
+    with pytest.raises(InputError, match="trains nothing"):
+        get_peft_model(tiny_model(), SanConfig(mode="synapse", target_modules=["q_proj"]))
+
+
+def test_modules_to_save_train_and_come_back_bit_for_bit(tmp_path):
+    model = adapt(tiny_model(), modules_to_save=["lm_head"])
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert head.requires_grad
+    head.data.mul_(2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert relative(logits(model.merge_and_unload()), logits(again)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["q_proj"]},
+        {"modules_to_save": ["embed_tokens"], "adapt_embedding": True},
+    ],
+)
+def test_a_module_cannot_be_scaled_and_saved_whole_at_once(options):
+    with pytest.raises(InputError, match="modules_to_save"):
+        SanConfig(**options)
+
+
+def test_a_model_without_a_head_is_adapted_alike():
+    plain = tiny_model()
+    headless = LlamaModel(plain.config).eval()
+    headless.load_state_dict(plain.model.state_dict())
+    whole = adapt(plain, adapt_embedding=True)
+    model = adapt(headless, adapt_embedding=True)
+    expected = whole.base_model.model.model(input_ids=text()).last_hidden_state
+    assert torch.equal(model(input_ids=text()).last_hidden_state, expected)
+
+
+def test_rows_cannot_each_take_an_adapter_of_their_own():
+    model = two_adapters()
+    with pytest.raises((InputError, ValueError), match="adapter_names"):
+        model(input_ids=text(), adapter_names=["one", "two"])
+
+
+def test_generation_uses_the_adapter():
+    model = adapt(tiny_model())
+    merged = deepcopy(model).merge_and_unload()
+    found = model.generate(input_ids=text(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, merged.generate(input_ids=text(), max_new_tokens=8, do_sample=False))
+
+
+def test_the_saved_config_names_its_method(saved):
+    _, adapter, _ = saved
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    assert written["peft_type"] == "SAN"
+    assert written["links"] == ["mlp", "residual"]
+
+
+def test_adapting_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(tiny_model(), SanConfig())
