@@ -518,8 +518,8 @@ def test_full_names_pick_single_modules():
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["model.layers.9.self_attn.q_proj"], "matches nothing"),
-        (["mlp.q_proj"], "matches nothing"),
+        (["model.layers.9.self_attn.q_proj"], "matches no module"),
+        (["mlp.q_proj"], "matches no module"),
         (r".*nowhere", "matches no module"),
         (r".*(q_proj|lm_head)", "lm_head"),
         (r".*(q_proj|embed_tokens)", "embed_tokens"),

@@ -1,0 +1,231 @@
+"""The propagation map: the table itself, its use on heads and subsets, counts, and the tree."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from reference import ALL_LINKS, SEVEN, module_name, synapse_source
+from rich.console import Console
+from san.adapted import family_model, vectors
+from tiny import tiny_config, tiny_model
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from san_llm import SanConfig, propagation_graph
+from san_llm.errors import InputError
+from san_llm.san.graph import LINKS, link_into
+
+LLAMA_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+LLAMA3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
+def test_the_table_is_the_papers_map_for_a_llama_block():
+    rows = {(r.posterior, r.anterior, r.kind, r.blocks_back, r.how, r.first) for r in LINKS}
+    assert rows == {
+        ("o_proj", "v_proj", "attention", 0, "repeat kv heads", None),
+        ("down_proj", "up_proj", "mlp", 0, "as is", None),
+        ("gate_proj", "o_proj", "residual", 0, "as is", None),
+        ("up_proj", "o_proj", "residual", 0, "as is", None),
+        ("q_proj", "down_proj", "residual", 1, "as is", "embed_tokens"),
+        ("k_proj", "down_proj", "residual", 1, "as is", "embed_tokens"),
+        ("v_proj", "down_proj", "residual", 1, "as is", "embed_tokens"),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    targets=st.lists(st.sampled_from(SEVEN), min_size=1, unique=True),
+    links=st.lists(st.sampled_from(ALL_LINKS), unique=True).map(tuple),
+    embedding=st.booleans(),
+)
+def test_a_link_stands_only_where_its_kind_is_on_and_both_ends_are_targets(
+    targets, links, embedding
+):
+    config = SanConfig(target_modules=targets, links=links, adapt_embedding=embedding)
+    graph = propagation_graph(tiny_config(), config)
+    adapted = {module_name(block, target) for block in range(4) for target in targets}
+    adapted |= {"model.embed_tokens"} if embedding else set()
+    assert {node.name for node in graph} == adapted
+    for block in range(4):
+        for target in targets:
+            source = synapse_source(block, target, links)
+            node = next(n for n in graph if n.name == module_name(block, target))
+            assert node.anterior == (source if source in adapted else None)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "v_rows"), [(4, 32), (2, 16), (1, 8)], ids=["MHA", "GQA", "MQA"]
+)
+def test_v_has_the_rows_of_its_kv_heads_and_o_the_columns_of_all_heads(kv_heads, v_rows):
+    graph = propagation_graph(tiny_config(num_key_value_heads=kv_heads))
+    shapes = {node.name: (node.d_out, node.d_in) for node in graph}
+    assert shapes[module_name(2, "v_proj")] == (v_rows, 32)
+    assert shapes[module_name(2, "o_proj")] == (32, 32)
+    o = next(node for node in graph if node.name == module_name(2, "o_proj"))
+    assert o.anterior == module_name(2, "v_proj")
+    assert o.link is not None
+    assert o.link.how == "repeat kv heads"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"intermediate_size": 40}])
+def test_shapes_and_counts_are_those_of_the_real_model(family, changes):
+    plain = family_model(family, **changes)
+    linears = {name: tuple(m.weight.shape) for name, m in plain.named_modules() if "_proj" in name}
+    graph = propagation_graph(plain)
+    assert {node.name: (node.d_out, node.d_in) for node in graph} == linears
+    model = get_peft_model(plain, SanConfig())
+    assert graph.trained == model.get_nb_trainable_parameters()[0]
+    assert {node.name for node in graph} == set(vectors(model)[0])
+
+
+def test_a_head_size_of_its_own_is_followed():
+    plain = family_model("llama", head_dim=12)
+    linears = {name: tuple(m.weight.shape) for name, m in plain.named_modules() if "_proj" in name}
+    assert linears[module_name(0, "q_proj")] == (48, 32)
+    assert {n.name: (n.d_out, n.d_in) for n in propagation_graph(plain)} == linears
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"), [(LLAMA_7B, 1_359_872), (LLAMA3_8B, 1_376_256), (SMOLLM2_135M, 155_520)]
+)
+def test_the_method_trains_as_many_numbers_as_its_page_says(config, trained):
+    assert propagation_graph(config).trained == trained
+    assert propagation_graph(config.to_dict()).trained == trained
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 4 * (3 * 32 + 2 * 16 + 2 * 48)),
+        ({"shift": True}, 2 * 4 * (3 * 32 + 2 * 16 + 2 * 48)),
+        ({"adapt_embedding": True}, 4 * (3 * 32 + 2 * 16 + 2 * 48) + 32),
+        ({"adapt_embedding": True, "shift": True}, 8 * (3 * 32 + 2 * 16 + 2 * 48) + 32),
+        # v, o and up feed a neighbour in every block, down in all but the last
+        ({"mode": "synapse"}, 4 * (16 + 32 + 48) + 3 * 32),
+        ({"mode": "synapse", "links": ["mlp"]}, 4 * 48),
+        ({"target_modules": ["k_proj"]}, 4 * 16),
+        ({"target_modules": r".*layers\.[01]\..*gate_proj"}, 2 * 48),
+    ],
+)
+def test_the_graph_counts_what_the_adapter_trains(options, count):
+    config = SanConfig(**options)
+    assert propagation_graph(tiny_config(), config).trained == count
+    assert get_peft_model(tiny_model(), config).get_nb_trainable_parameters()[0] == count
+
+
+def test_an_adapted_model_shows_its_own_graph():
+    model = get_peft_model(tiny_model(), SanConfig(target_modules=["v_proj", "o_proj"]), "one")
+    model.add_adapter("two", SanConfig(target_modules=["up_proj"], shift=True))
+    assert propagation_graph(model).trained == 4 * (16 + 32)
+    model.set_adapter("two")
+    assert propagation_graph(model).trained == 4 * 2 * 48
+
+
+def test_readers_of_o_are_gate_and_up_of_the_same_block():
+    graph = propagation_graph(tiny_config())
+    readers = {node.name for node in graph.readers(module_name(1, "o_proj"))}
+    assert readers == {module_name(1, "gate_proj"), module_name(1, "up_proj")}
+    readers = {node.name for node in graph.readers(module_name(1, "down_proj"))}
+    assert readers == {module_name(2, name) for name in ("q_proj", "k_proj", "v_proj")}
+    assert graph.readers(module_name(3, "down_proj")) == []  # the last one feeds nothing
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.down", "lm_head", "model.layers.x.mlp.down_proj", "", "down_proj"]
+)
+def test_a_name_outside_the_map_has_no_link(name):
+    assert link_into(name) is None
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), GPT2Config().to_dict(), {}, {"model_type": None}])
+def test_a_family_without_a_map_is_refused_with_the_list(config):
+    with pytest.raises(InputError, match=r"not supported.*llama, mistral, qwen2"):
+        propagation_graph(config)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(), Qwen2Config()])
+def test_every_supported_family_has_a_graph(config):
+    assert len(list(propagation_graph(config))) == 7 * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("targets", [["model.layers.7.mlp.up_proj"], r".*nothing", ["mlp.q_proj"]])
+def test_a_target_that_matches_nothing_is_refused_as_the_tuner_does(targets):
+    config = SanConfig(target_modules=targets)
+    with pytest.raises(InputError, match="matches no"):
+        propagation_graph(tiny_config(), config)
+
+
+# --- the tree ----------------------------------------------------------------------------------
+
+
+def drawn(graph: object, **options: object) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=100, **options).print(graph)
+    return stream.getvalue()
+
+
+def test_the_tree_says_who_feeds_whom():
+    tree = drawn(propagation_graph(SMOLLM2_135M)).splitlines()
+    assert tree[0].startswith("SAN propagation  155,520 trained numbers; x <- y: s of x is")
+    assert any("block 1 ... block 29  (29 alike)" in line for line in tree)
+    said = "o_proj (576 x 576) gamma <- v_proj (attention, per kv head)"
+    assert any(said in line for line in tree)
+    said = "q_proj (576 x 576) gamma <- down_proj (residual, block before)"
+    assert any(said in line for line in tree)
+    assert sum("q_proj" in line for line in tree) == 2  # block 0 has nothing before it
+
+
+def test_the_tree_names_the_embedding_and_a_shift():
+    tree = drawn(propagation_graph(tiny_config(), SanConfig(shift=True, adapt_embedding=True)))
+    assert "embed_tokens (32) gamma" in tree
+    assert "q_proj (32 x 32) gamma + beta <- embed_tokens (residual)" in tree
+
+
+def test_the_tree_says_what_only_reads_in_synapse_mode():
+    tree = drawn(propagation_graph(tiny_config(), SanConfig(mode="synapse")))
+    assert "gate_proj (48 x 32) reads only <- o_proj (residual)" in tree
+
+
+def test_a_terminal_gets_colours_and_a_file_none():
+    graph = propagation_graph(tiny_config())
+    assert "\x1b[" in drawn(graph, force_terminal=True, color_system="standard")
+    assert "\x1b" not in drawn(graph)
+
+
+def test_printing_to_a_pipe_is_plain_whole_lines():
+    script = (
+        "import rich; from transformers import LlamaConfig; from san_llm import *;"
+        "rich.print(propagation_graph(LlamaConfig(hidden_size=4096, intermediate_size=14336,"
+        "num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),"
+        "SanConfig(shift=True)))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+    text = out.decode()
+    assert "\x1b" not in text
+    assert "2,752,512 trained numbers" in text
+    # one line a projection, none broken at the 80 columns of a pipe
+    assert len(text.splitlines()) == 1 + 2 * (1 + 7)
