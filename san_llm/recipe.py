@@ -22,6 +22,7 @@ from san_llm.san.graph import KINDS, TARGETS, check_targets
 
 Kind = Literal["attention", "mlp", "residual"]
 PathInProject = tuple[str | int, ...]
+_Name = Annotated[str, Field(min_length=1)]
 
 
 class _Section(BaseModel):
@@ -35,7 +36,7 @@ class Base(_Section):
         min_length=1,
         description="a directory, a .gguf file, a name known to `san-llm download`, or a hub id",
     )
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
+    revision: _Name | None = Field(default=None, description="branch, tag or commit of a hub id")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="dtype of the weights; with 4 or 8 bits, of the arithmetic"
     )
@@ -48,6 +49,7 @@ class Base(_Section):
 
 
 class _Targets(_Section):
+    name: str  # first, so that a printed recipe begins with it
     target_modules: tuple[str, ...] = Field(default=TARGETS, min_length=1)
 
     @field_validator("target_modules")
@@ -106,10 +108,10 @@ Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discri
 class Data(_Section):
     """What is learned from."""
 
-    train: str | tuple[str, ...] = Field(
-        description="'pocket', or one or more JSON / JSONL files", min_length=1
+    train: _Name | Annotated[tuple[_Name, ...], Field(min_length=1)] = Field(
+        description="'pocket', or one or more JSON / JSONL files"
     )
-    held_out: str | int = Field(
+    held_out: _Name | int = Field(
         default=120,
         description="rows taken out of the training rows, or a file, to choose the best checkpoint",
     )
@@ -159,7 +161,7 @@ class Evaluation(_Section):
     """How the result is judged."""
 
     tasks: tuple[str, ...] = Field(default=tuple(TASKS), min_length=1)
-    data: str = Field(
+    data: _Name = Field(
         default="pocket", description="'pocket', or a directory with <task>/test.json"
     )
     prompt: PromptStyle | None = Field(default=None, description="default: data.prompt")
@@ -183,15 +185,42 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML: every key with the value that is used."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+        return yaml.dump(
+            self.model_dump(mode="json"),
+            Dumper=_Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=100,
         )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, reading ``1e-4`` as the number that it is in YAML 1.2 and in Python."""
+    """YAML's safe loader, reading ``1e-4`` as the number that it is in YAML 1.2 and in Python.
+
+    Anchors, aliases, merge keys and tags are refused: a recipe says everything where it stands, and
+    a short file cannot unfold into a long one.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            raise yaml.MarkedYAMLError(
+                problem=f"{sign}{event.anchor}: a recipe has no anchors and aliases",
+                problem_mark=event.start_mark,
+            )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"{event.tag}: a recipe has no tags", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
+# A date is text to a recipe, and "<<" a key like any other.
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].rsplit(":", 1)[1] not in ("timestamp", "merge")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
@@ -202,6 +231,13 @@ for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
     _Loader.yaml_implicit_resolvers[_first] = sorted(
         _resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int"
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads: a text that it would take for a number is put in quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass
@@ -254,13 +290,20 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     # The method's name first: it decides which other keys there are.
     for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         _override(raw, argument, source)
-    raw.setdefault("name", Path(file).stem)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).lstrip("._-")
+    raw.setdefault("name", stem or "recipe")
     try:
         # JSON has lists where the schema has tuples; YAML likewise, so validate as JSON does.
         return Recipe.model_validate(_tuples(raw))
     except ValidationError as errors:
-        lines = [_explain(error, raw, source) for error in errors.errors()]
-        raise InputError("\n".join(lines)) from None
+        lines = [
+            _explain(error, raw, source)
+            for error in errors.errors()
+            # A list whose items are wrong also counts as too short: said by the items already.
+            if not (error["type"] == "too_short" and error["input"])
+        ]
+        # A value that may be of two kinds gives one error for each.
+        raise InputError("\n".join(dict.fromkeys(lines))) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -270,22 +313,31 @@ def _tuples(value: Any) -> Any:
 
 
 def _parse_yaml(text: str, source: _Source) -> Any:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise InputError(f"{source.file}: the file is empty")
         _record_lines(node, (), source)
         return loader.construct_document(node)
+    except InputError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{source.file}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        first = (str(error).splitlines() or ["nested too deeply"])[0]
-        raise InputError(f"{source.file}: not valid YAML: {first}") from None
+        raise InputError(f"{source.file}: not valid YAML: {_first_line(error)}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).splitlines()[0]
 
 
 def _record_lines(node: yaml.Node, path: PathInProject, source: _Source) -> None:
@@ -316,11 +368,18 @@ def _override(raw: dict[str, Any], argument: str, source: _Source) -> None:
         )
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"argument {argument!r}: the value is not valid YAML") from None
+        node = yaml.compose(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise InputError(f"argument {argument!r}: the value is not valid YAML: {problem}") from None
+    if node is not None:
+        _record_lines(node, names, _Source(f"argument {argument!r}"))  # refuses a key given twice
     section = raw
-    for name in names[:-1]:
-        below = section.setdefault(name, {})
+    for depth, name in enumerate(names[:-1], start=1):
+        if name not in section:
+            section[name] = {}
+            source.arguments[names[:depth]] = argument
+        below = section[name]
         if not isinstance(below, dict):
             raise InputError(f"argument {argument!r}: {name!r} is a value, not a section")
         section = below
@@ -329,6 +388,8 @@ def _override(raw: dict[str, Any], argument: str, source: _Source) -> None:
         section.clear()
     section[names[-1]] = value
     source.arguments[names] = argument
+    for path in [path for path in source.lines if path[: len(names)] == names]:
+        del source.lines[path]  # what stood in the file is no longer what is read
 
 
 def _dotted(path: Iterable[str | int]) -> str:
@@ -338,15 +399,15 @@ def _dotted(path: Iterable[str | int]) -> str:
     return text
 
 
-def _strip(location: tuple[int | str, ...], raw: Any) -> PathInProject:
+def _strip(location: tuple[int | str, ...], raw: Any, missing: bool) -> PathInProject:
     """Drop what pydantic adds to a location: the tag of a union's member is not in the file."""
     path: list[str | int] = []
     value = raw
     for index, part in enumerate(location):
         inside = isinstance(value, Mapping) and part in value
         listed = isinstance(value, (list, tuple)) and isinstance(part, int)
-        last = index == len(location) - 1
-        if not (inside or listed or (last and isinstance(value, Mapping))):
+        absent = missing and index == len(location) - 1
+        if not (inside or listed or absent):
             continue
         path.append(part)
         value = value[part] if inside or (listed and int(part) < len(value)) else None
@@ -369,23 +430,32 @@ def _fields(path: PathInProject, raw: Mapping[str, Any]) -> list[str]:
 
 _EXPECTED = {
     "string_type": "text",
+    "string_too_short": "text",
+    "string_unicode": "text",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "tuple_type": "a list",
+    "too_short": "at least one",
     "model_type": "a section with keys",
     "model_attributes_type": "a section with keys",
+    "string_pattern_mismatch": "letters, digits, '.', '_', '-', the first a letter or digit",
+}
+# Where a value may be of two kinds.
+_EITHER: dict[PathInProject, str] = {
+    ("data", "train"): "'pocket', a file or a list of files",
+    ("data", "held_out"): "a number of rows or a file",
 }
 
 
 def _explain(error: Any, raw: dict[str, Any], source: _Source) -> str:
     kind, context = error["type"], error.get("ctx", {})
-    path = _strip(error["loc"], raw)
-    where, key, found = source.of(path), _dotted(path), error["input"]
-    if isinstance(found, tuple):
-        found = list(found)
+    path = _strip(error["loc"], raw, missing=kind == "missing")
+    if kind.startswith("union_tag"):
+        path = ("method", "name")
+    where, key, found = source.of(path), _dotted(path), _listed(error["input"])
     if kind == "extra_forbidden":
         known = _fields(path, raw)
         name = str(path[-1])
@@ -400,14 +470,13 @@ def _explain(error: Any, raw: dict[str, Any], source: _Source) -> str:
         hint = did_you_mean(name, known) or others or f": known here are {', '.join(known)}"
         return f"{where}: {key}: unknown key{hint}"
     if kind in ("missing", "union_tag_not_found"):
-        if kind == "union_tag_not_found":
-            key = "method.name"
         return f"{where}: {key}: missing"
     if kind == "union_tag_invalid":
         names = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        found = _listed(raw["method"]["name"])
         return (
-            f"{where}: method.name: {context['tag']!r} is not one of {', '.join(names)}"
-            f"{did_you_mean(str(context['tag']), names)}"
+            f"{where}: {key}: {found!r} is not one of {', '.join(names)}"
+            f"{did_you_mean(str(found), names)}"
         )
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
@@ -418,10 +487,19 @@ def _explain(error: Any, raw: dict[str, Any], source: _Source) -> str:
     if kind == "value_error":
         message = str(context["error"])
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"
-    expected = _EXPECTED.get(kind)
+    if kind == "invalid_key":
+        return f"{where}: {key}: a key must be text; write it in quotes"
+    shown = "nothing" if found is None else repr(found)
+    expected = _EITHER.get(path) or _EXPECTED.get(kind)
     if expected:
-        return f"{where}: {key}: expected {expected}, found {found!r}"
-    return f"{where}: {key}: {error['msg'].lower()}, found {found!r}"
+        quoted = kind == "string_type" and type(found) in (int, float)
+        hint = "; write it in quotes" if quoted and path not in _EITHER else ""
+        return f"{where}: {key}: expected {expected}, found {shown}{hint}"
+    return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {shown}"
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 SHIPPED = next(
