@@ -52,7 +52,7 @@ def test_scales_start_at_one_and_shifts_at_zero_in_fp32_over_a_bf16_base():
 
 def test_a_small_step_of_a_scale_is_not_lost_over_a_bf16_base():
     features = torch.full((1, 64), 1.0, dtype=torch.bfloat16).mul_(torch.arange(64) / 64 + 1)
-    scale = torch.full((64,), 1 + 2**-9)  # rounds to 1 in bf16, whose steps are 2**-7 there
+    scale = torch.full((64,), 1 + 3 * 2**-9)  # no number of bf16, whose steps are 2**-7 there
     exact = (features.double() * scale.double()).to(torch.bfloat16)
     assert torch.equal(scaled(features, scale), exact)
     assert not torch.equal(exact, features * scale.bfloat16())
@@ -100,7 +100,6 @@ def test_gradients_agree_with_finite_differences(mode, shift, form):
 
 @pytest.mark.parametrize("form", ["lean", "plain"])
 def test_a_scale_of_zero_still_gets_its_gradient(form):
-    plain = family_model(dtype=torch.float64)
     gradients = []
     for value in (0.0, 1e-9):
         model = adapt(family_model(dtype=torch.float64), form=form)
@@ -111,7 +110,6 @@ def test_a_scale_of_zero_still_gets_its_gradient(form):
         gradients.append(torch.cat([gamma.grad for gamma in gammas.values()]))
     assert torch.isfinite(gradients[0]).all()
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
-    assert plain.config.num_hidden_layers == 4
 
 
 def test_the_base_gets_no_gradient():

@@ -17,10 +17,16 @@ from reference import ALL_LINKS, SEVEN, dense_logits, dense_model, module_name
 from safetensors import safe_open
 from safetensors.torch import load_file
 from san.adapted import adapt, family_model, logits, relative, shake, text, vectors
-from tiny import tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
+from tiny import tiny_config, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
-from san_llm import SanConfig
+from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError, SanError
 
 pytestmark = pytest.mark.filterwarnings("ignore:shift=True:UserWarning")
@@ -102,7 +108,7 @@ def test_logits_and_gradients_equal_the_dense_reference(
     theirs = torch.autograd.grad((expected * weights).sum(), trained, allow_unused=True)
     for name, one, other in zip([*gammas, *betas], mine, theirs, strict=True):
         assert one is not None, f"{name} gets no gradient"
-        # relative to all of them: the gradient of a key's shift is zero in exact arithmetic
+        # relative to the largest of all: a small gradient carries the rounding of large ones
         assert (one - other).abs().max() < 1e-11 * max(g.abs().max() for g in theirs), name
 
 
@@ -216,6 +222,42 @@ def test_transformers_own_load_adapter_loads_bit_for_bit(saved):
     model.load_adapter(str(adapter))
     assert torch.equal(logits(model), expected)
     assert model.active_adapters() == ["default"]
+
+
+def test_transformers_finds_the_base_of_an_adapters_folder(saved):
+    _, adapter, expected = saved
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
+
+
+def test_transformers_own_adapter_methods_work(saved, tmp_path):
+    base, adapter, expected = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(str(adapter), "first")
+    assert propagation_graph(model).trained == sum(
+        value.numel() for value in load_file(adapter / "adapter_model.safetensors").values()
+    )
+    model.add_adapter(SanConfig(target_modules=["q_proj"]), "second")
+    shake(model, 4, "second")
+    model.set_adapter("second")
+    second = logits(adapt(AutoModelForCausalLM.from_pretrained(base), 4, target_modules=["q_proj"]))
+    assert torch.equal(logits(model), second)
+    model.set_adapter("first")
+    assert torch.equal(logits(model), expected)
+    model.disable_adapters()
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(base)))
+    model.enable_adapters()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), expected)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), expected)
+
+
+def test_peft_reports_its_state():
+    model = two_adapters()
+    status = model.get_model_status()
+    assert status.available_adapters == ["one", "two"]
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
+    assert {layer.module_type for layer in model.get_layer_status()} == {"SanLinear"}
 
 
 def test_loading_beside_another_adapter_is_bit_for_bit(saved):
@@ -338,6 +380,46 @@ def test_two_active_adapters_multiply_in_order():
     assert relative(found.double(), logits(twice)) < 1e-5
     merged = model.merge_and_unload(adapter_names=["one", "two"])
     assert relative(logits(merged), found) < 1e-5
+
+
+TWO = st.fixed_dictionaries(
+    {
+        "target_modules": st.lists(st.sampled_from(SEVEN), min_size=1, unique=True),
+        "shift": st.booleans(),
+        "mode": st.sampled_from(["both", "neuron", "synapse"]),
+        "links": st.lists(st.sampled_from(ALL_LINKS), unique=True).map(tuple),
+        "adapt_embedding": st.booleans(),
+        "form": st.sampled_from(["lean", "plain"]),
+    }
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(first=TWO, second=TWO, order=st.permutations(["one", "two"]), merge=st.booleans())
+def test_any_two_adapters_act_alone_and_together(first, second, order, merge):
+    assume(trains_something(first, first["shift"]) and trains_something(second, second["shift"]))
+    plain = family_model(dtype=torch.float64, num_hidden_layers=2)
+    model = get_peft_model(deepcopy(plain), SanConfig(**first), "one")
+    model.add_adapter("two", SanConfig(**second))
+    shake(model, 1, "one")
+    shake(model, 2, "two")
+    references = {}
+    for name, options in (("one", first), ("two", second)):
+        model.set_adapter(name)
+        references[name] = (vectors(model, name), split(options))
+        pair, how = references[name]
+        assert relative(logits(model), logits(dense_model(plain, *pair, **how))) < 1e-12
+    model.base_model.set_adapter(order)
+    together = plain
+    for name in order:
+        pair, how = references[name]
+        together = dense_model(together, *pair, **how)
+    # Where both scale a Linear's features and shift them, the order counts, as it does here.
+    expected = logits(together)
+    assert relative(logits(model), expected) < 1e-12
+    if merge:
+        merged = model.merge_and_unload()
+        assert relative(logits(merged), expected) < 1e-12
 
 
 def double(pair: tuple[dict[str, torch.Tensor], ...]) -> list[dict[str, torch.Tensor]]:
@@ -561,6 +643,58 @@ def test_modules_to_save_train_and_come_back_bit_for_bit(tmp_path):
 def test_a_module_cannot_be_scaled_and_saved_whole_at_once(options):
     with pytest.raises(InputError, match="modules_to_save"):
         SanConfig(**options)
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm", "norm"])
+def test_norms_may_train_beside_the_scales(norm, tmp_path):
+    outputs = []
+    for form in ("lean", "plain"):
+        model = adapt(tiny_model(), form=form, modules_to_save=[norm])
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                assert parameter.requires_grad
+                parameter.data.mul_(1.5)
+        model(input_ids=text()).logits.pow(2).sum().backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        outputs.append((logits(model), trained))
+        model.save_pretrained(tmp_path / form)
+        again = PeftModel.from_pretrained(tiny_model(), tmp_path / form)
+        assert torch.equal(logits(again), logits(model))
+        assert relative(logits(model.merge_and_unload()), logits(again)) < 1e-5
+    (lean, lean_gradients), (plain, plain_gradients) = outputs
+    assert relative(lean, plain) < 1e-5
+    for name, gradient in plain_gradients.items():
+        assert gradient is not None, name
+        assert lean_gradients[name] is not None, name
+        assert relative(lean_gradients[name], gradient) < 1e-3, name
+
+
+def test_a_classifiers_new_head_trains_and_is_saved(tmp_path):
+    def classifier() -> Any:
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(tiny_config(num_labels=3)).eval()
+
+    model = adapt(classifier(), task_type="SEQ_CLS")
+    head = [p for n, p in model.named_parameters() if "score.modules_to_save" in n]
+    assert len(head) == 1
+    assert head[0].requires_grad
+    head[0].data.mul_(2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_unloading_and_merging_leave_no_trace_on_the_modules():
+    plain = tiny_model()
+    attributes = {name: set(vars(module)) for name, module in plain.named_modules()}
+    for end in ("merge_and_unload", "unload"):
+        base = getattr(adapt(tiny_model()), end)()
+        assert {name: set(vars(module)) for name, module in base.named_modules()} == attributes
+
+
+def test_a_base_can_be_adapted_again_after_unloading():
+    base = adapt(tiny_model(), seed=5, shift=True).unload()
+    assert torch.equal(logits(adapt(base)), logits(adapt(tiny_model())))
 
 
 def test_a_model_without_a_head_is_adapted_alike():
