@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -97,7 +98,10 @@ def download(
 ) -> None:
     """Get a base model, as safetensors, and print its folder."""
     from san_llm.download import download as run
+    from san_llm.download import model_folder
 
+    # From the hub come gigabytes: its own bars show them. A named model is converted under ours.
+    _quiet_libraries(bars=model_folder(name) is None)
     stdout.print(str(run(name, output, overwrite)), markup=False)
 
 
@@ -284,14 +288,16 @@ def evaluate(
     from san_llm.record import new_eval_folder, refuse_files, whole_folder
     from san_llm.subject import find_subject
 
+    named = find_tasks(tasks.split(",")) if tasks is not None else None
+    style = prompt_style(prompt) if prompt is not None else None
     subject = find_subject(model, adapter, base_only)
     recipe = subject.recipe
     settings = recipe.evaluation if recipe else Evaluation()
-    chosen = find_tasks(tasks.split(",")) if tasks else [TASKS[name] for name in settings.tasks]
+    chosen = named or [TASKS[name] for name in settings.tasks]
     data = data or settings.data
     limit = limit or settings.limit
     trained_with = recipe.data.prompt if recipe else "llm-adapters"
-    style = prompt_style(prompt) if prompt else settings.prompt or trained_with
+    style = style or settings.prompt or trained_with
     output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")
     refuse_files(output, overwrite)
 
@@ -450,13 +456,15 @@ def recipes_copy(
     stdout.print(str(target), markup=False)
 
 
-def _quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices out of the way; set before they are imported."""
+def _quiet_libraries(bars: bool = False) -> None:
+    """Keep the libraries' own notices and bars out of the way; set before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if not _debug():
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", FutureWarning)
@@ -471,10 +479,14 @@ def main() -> None:
     from san_llm.progress import stderr
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a reader that is gone is noticed here, not at interpreter exit
     except SanError as error:
         if _debug():
-            raise
+            traceback.print_exc()
+            sys.exit(error.exit_code)
         for line in str(error).splitlines():
             stderr.print(f"[bold red]error:[/] {escape(line)}")
         sys.exit(error.exit_code)
@@ -482,9 +494,9 @@ def main() -> None:
         stderr.print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of stdout (head, say) has seen enough.
+        # The reader of stdout (head, say) has seen enough. As typer and rich, where they notice it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except Exception as error:
         if _debug():
             raise

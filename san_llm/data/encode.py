@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
+from jinja2 import TemplateError
 
 from san_llm.data.prompts import PromptStyle, evaluation_prompt, training_prompt
 from san_llm.data.rows import Row
@@ -75,24 +77,22 @@ def encode_rows(
     _check_tokenizer(tokenizer, style)
     settings = {"style": style, "loss": loss, "cutoff": cutoff}
     folder = _cache() / _key(rows, tokenizer, settings)
-    if not (folder / "dataset_info.json").is_file():
-        source = datasets.Dataset.from_list(
-            [asdict(row) | {"messages": json.dumps(row.messages)} for row in rows]
-        )
-        encoded = source.map(
-            _encode_one,
-            fn_kwargs={"tokenizer": tokenizer, **settings},
-            remove_columns=source.column_names,
-            num_proc=min(workers, os.cpu_count() or 1) if len(rows) > FEW else None,
-            load_from_cache_file=False,
-        )
-        try:
-            with whole_folder(folder, overwrite=False) as temporary:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes with the same rows one tokenizes, and the others wait and read.
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "dataset_info.json").is_file():
+            source = datasets.Dataset.from_list(
+                [asdict(row) | {"messages": json.dumps(row.messages)} for row in rows]
+            )
+            encoded = source.map(
+                _encode_one,
+                fn_kwargs={"tokenizer": tokenizer, **settings},
+                remove_columns=source.column_names,
+                num_proc=min(workers, os.cpu_count() or 1) if len(rows) > FEW else None,
+                load_from_cache_file=False,
+            )
+            with whole_folder(folder, overwrite=True) as temporary:
                 encoded.save_to_disk(temporary)
-        except (InputError, OSError):
-            # Another process has just written the same rows under the same key.
-            if not (folder / "dataset_info.json").is_file():
-                raise
     encoded = datasets.load_from_disk(str(folder))
     fate = encoded["fate"]
     kept = encoded.select([i for i, how in enumerate(fate) if how != "dropped"])
@@ -100,7 +100,7 @@ def encode_rows(
     if not supervised:
         raise InputError(
             f"no tokens to learn: the cutoff of {cutoff} tokens cuts away the response of all "
-            f"{len(rows)} rows; raise data.cutoff"
+            f"{len(rows)} rows, from {rows[0].where} on; raise data.cutoff"
         )
     return Encoded(
         kept.select_columns(["input_ids", "labels"]),
@@ -120,7 +120,7 @@ def evaluation_text(
     """
     if style == "chat":
         _check_tokenizer(tokenizer, style)
-        text = _render(tokenizer, _turns(row)[:1], generate=True)
+        text = _render(tokenizer, _turns(row)[:1], generate=True, where=row.where)
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     text = evaluation_prompt(style, row.instruction, row.context)
     if style != "llm-adapters-aligned":
@@ -165,7 +165,9 @@ def _key(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, settings: dict
     ):
         digest.update(json.dumps(part, sort_keys=True).encode())
     for row in rows:
-        digest.update(json.dumps(asdict(row)).encode())
+        content = asdict(row)
+        del content["where"]  # the same rows in another file are the same tokens
+        digest.update(json.dumps(content).encode())
     return digest.hexdigest()[:32]
 
 
@@ -177,13 +179,14 @@ def _encode_one(
     cutoff: int,
 ) -> dict[str, Any]:
     messages = tuple((role, content) for role, content in json.loads(row["messages"]))
-    example = Row(row["instruction"], row["context"], row["output"], row["answer"], messages)
+    example = Row(**(row | {"messages": messages}))
     if style == "chat":
         text, spans = _chat_text(tokenizer, example)
     else:
         if messages:
             raise InputError(
-                f"a conversation cannot be written in the style {style!r}; set data.prompt to chat"
+                f"{example.where}: a conversation cannot be written in the style {style!r}; "
+                "set data.prompt to chat"
             )
         prompt = training_prompt(style, example.instruction, example.context)
         text, spans = prompt + example.output, [(len(prompt), len(prompt) + len(example.output))]
@@ -197,7 +200,12 @@ def _encode_one(
     ]
     eos = tokenizer.eos_token_id
     ends = max((i for i, is_learned in enumerate(learned) if is_learned), default=-1)
-    if ends >= 0 and tokens[ends] != eos:
+    if ends < 0:
+        raise InputError(
+            f"{example.where}: the tokenizer makes no tokens of its response, so there is nothing "
+            "to learn"
+        )
+    if tokens[ends] != eos:
         # What follows the last response (a newline of the chat template, say) stays unlearned.
         if eos in tokens[ends + 1 :]:
             learned[tokens.index(eos, ends + 1)] = True
@@ -227,25 +235,37 @@ def _turns(row: Row) -> list[dict[str, str]]:
     ]
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], generate: bool) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+def _render(
+    tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], generate: bool, where: str
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+    except (TemplateError, ValueError, TypeError) as error:  # roles that must alternate, say
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {first}"
+        ) from None
     return str(text)
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerFast, row: Row) -> tuple[str, list[tuple[int, int]]]:
     """Return a conversation in the chat template, and the character spans of its responses."""
     turns = _turns(row)
-    text = _render(tokenizer, turns, generate=False)
+    text = _render(tokenizer, turns, generate=False, where=row.where)
     spans = []
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = _render(tokenizer, turns[:number], generate=True)
-        after = _render(tokenizer, turns[: number + 1], generate=False)
+        if number == 0:
+            raise InputError(
+                f"{row.where}: begins with the assistant's message; a user's must come first"
+            )
+        before = _render(tokenizer, turns[:number], generate=True, where=row.where)
+        after = _render(tokenizer, turns[: number + 1], generate=False, where=row.where)
         if not (text.startswith(before) and text.startswith(after)):
             raise InputError(
-                f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so the "
-                "responses cannot be told apart; choose another data.prompt"
+                f"{row.where}: the chat template of {tokenizer.name_or_path} rewrites earlier "
+                "turns, so the responses cannot be told apart; choose another data.prompt"
             )
         # The template's end-of-turn text is learned, the line break after it is not.
         spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Row:
         output: The response to learn.
         answer: The label that an evaluation compares with; empty where there is none.
         messages: ``(role, content)`` of each turn of a conversation.
+        where: File and row, for messages; two rows of the same content are equal.
     """
 
     instruction: str = ""
@@ -36,6 +37,7 @@ class Row:
     output: str = ""
     answer: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    where: str = field(default="a row", compare=False)
 
 
 def training_files(train: str | tuple[str, ...]) -> list[Path]:
@@ -119,17 +121,21 @@ def _values(path: Path) -> list[tuple[str, Any]]:
         ) from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty")
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         return [
             (f"line {number}", _json(path, line, number))
             for number, line in enumerate(text.split("\n"), start=1)
             if line.strip()
         ]
-    if path.suffix != ".json":
+    if suffix != ".json":
         raise InputError(f"{path}: expected a .json or .jsonl file")
     values = _json(path, text, None)
     if not isinstance(values, list):
-        raise InputError(f"{path}: expected a list of rows, found {_kind(values)}")
+        raise InputError(
+            f"{path}: expected a list of rows, found {_kind(values)}; one object a line? then name "
+            "it .jsonl"
+        )
     return [(f"row {number}", value) for number, value in enumerate(values, start=1)]
 
 
@@ -137,17 +143,21 @@ def _json(path: Path, text: str, line: int | None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = (
-            "; one object a line? then name it .jsonl"
-            if line is None and error.msg == "Extra data"
-            else ""
-        )
+        hint = ""
+        if line is None and error.msg == "Extra data":
+            hint = "; one object a line? then name it .jsonl"
+        elif line == 1 and text.lstrip().startswith("["):
+            hint = "; one list of all rows? then name it .json"
         raise InputError(
             f"{path}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
             f"{hint}"
         ) from None
     except RecursionError:
-        raise InputError(f"{path}: not valid rows: nested too deeply") from None
+        at = f"{path}:{line}" if line else path
+        raise InputError(f"{at}: not valid rows: nested too deeply") from None
+    except ValueError:
+        at = f"{path}:{line}" if line else path
+        raise InputError(f"{at}: not valid rows: a number of too many digits") from None
 
 
 def _kind(value: object) -> str:
@@ -158,9 +168,12 @@ def _kind(value: object) -> str:
 
 def _row(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {where}: expected an object, found {_kind(value)}")
+        listed = isinstance(value, list) and where == "line 1"
+        hint = "; one list of all rows? then name the file .json" if listed else ""
+        raise InputError(f"{path}: {where}: expected an object, found {_kind(value)}{hint}")
     if "messages" in value:
-        return Row(messages=_messages(path, where, value["messages"]))
+        messages = _messages(path, where, value["messages"])
+        return Row(messages=messages, where=f"{path}: {where}")
     texts = {}
     for key, needed in (
         ("instruction", True),
@@ -183,8 +196,26 @@ def _row(path: Path, where: str, value: Any) -> Row:
             raise InputError(f"{path}: {where}: {key!r} is {_kind(text)}, expected a text")
         if needed and not text.strip():
             raise InputError(f"{path}: {where}: {key!r} is empty, so there is nothing to learn")
+        _check_text(f"{path}: {where}: {key!r}", text)
         texts[key] = text
-    return Row(texts["instruction"], texts["input"], texts["output"], texts["answer"])
+    return Row(
+        texts["instruction"],
+        texts["input"],
+        texts["output"],
+        texts["answer"],
+        where=f"{path}: {where}",
+    )
+
+
+def _check_text(where: str, text: str) -> None:
+    # JSON can write half of a surrogate pair, which is no character and which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} has half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+            f"{error.start}"
+        ) from None
 
 
 def _messages(path: Path, where: str, value: Any) -> tuple[tuple[str, str], ...]:
@@ -203,6 +234,7 @@ def _messages(path: Path, where: str, value: Any) -> tuple[tuple[str, str], ...]
                 f"{at}: role {turn['role']!r} is not one of {', '.join(ROLES)}"
                 f"{did_you_mean(turn['role'], ROLES)}"
             )
+        _check_text(f"{at}: 'content'", turn["content"])
         turns.append((turn["role"], turn["content"]))
     if not any(role == "assistant" and content.strip() for role, content in turns):
         raise InputError(
