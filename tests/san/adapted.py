@@ -59,14 +59,15 @@ def family_model(
 
 
 def shake(model: Any, seed: int = 1, adapter: str = "default") -> Any:
-    """Move every vector of an adapter far from its start, some scales below zero; return model."""
+    """Move an adapter's vectors far from their start, some to zero or below; return the model."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not name.endswith(f".{adapter}") or ".san_" not in name:
             continue
         values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         if ".san_gamma." in name:
-            values = (0.6 + 0.8 * values) * torch.where(values > 0.9, -1.0, 1.0)
+            sign = torch.where(values > 0.9, -1.0, torch.where(values < 0.03, 0.0, 1.0))
+            values = (0.6 + 0.8 * values) * sign
         parameter.data.copy_(values)
     return model
 

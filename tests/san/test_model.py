@@ -12,7 +12,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from reference import ALL_LINKS, SEVEN, dense_logits, dense_model, module_name
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -257,7 +264,7 @@ def test_peft_reports_its_state():
     status = model.get_model_status()
     assert status.available_adapters == ["one", "two"]
     assert status.trainable_params == model.get_nb_trainable_parameters()[0]
-    assert {layer.module_type for layer in model.get_layer_status()} == {"SanLinear"}
+    assert {layer.module_type for layer in model.get_layer_status()} == {"san.SanLinear"}
 
 
 def test_loading_beside_another_adapter_is_bit_for_bit(saved):
@@ -511,6 +518,16 @@ def test_merging_one_by_one_and_unmerging_restores_every_bit():
     assert relative(logits(model), both) < 1e-5
 
 
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_a_low_rank_adapter_added_while_another_is_merged_starts_at_the_base(carrier):
+    model = adapt(tiny_model())
+    model.merge_adapter()
+    model.add_adapter("two", SanConfig(carrier=carrier))
+    model.unmerge_adapter()
+    model.set_adapter("two")
+    assert relative(logits(model), logits(tiny_model())) < 1e-5
+
+
 def test_disabling_a_merged_adapter_gives_the_base_bit_for_bit():
     model = adapt(tiny_model())
     before = logits(model)
@@ -669,6 +686,26 @@ def test_norms_may_train_beside_the_scales(norm, tmp_path):
         assert relative(lean_gradients[name], gradient) < 1e-3, name
 
 
+def test_norms_may_train_in_a_second_adapter():
+    outputs = []
+    for form in ("lean", "plain"):
+        model = adapt(tiny_model(), adapter="one", form=form)
+        saved = ["input_layernorm", "post_attention_layernorm"]
+        model.add_adapter("two", SanConfig(form=form, modules_to_save=saved))
+        model.set_adapter("two")
+        shake(model, 2, "two")
+        for name, parameter in model.named_parameters():
+            if name.endswith(".modules_to_save.two.weight"):
+                parameter.data.mul_(1.5)
+        two = logits(model)
+        model.set_adapter("one")
+        assert torch.equal(logits(model), logits(adapt(tiny_model(), form=form)))
+        outputs.append(two)
+        wrapper = model.base_model.model.model.layers[1].input_layernorm
+        assert not hasattr(wrapper.modules_to_save["two"], "san_fold")  # it would copy its readers
+    assert relative(*outputs) < 1e-5
+
+
 def test_a_classifiers_new_head_trains_and_is_saved(tmp_path):
     def classifier() -> Any:
         torch.manual_seed(0)
@@ -705,6 +742,27 @@ def test_a_model_without_a_head_is_adapted_alike():
     model = adapt(headless, adapt_embedding=True)
     expected = whole.base_model.model.model(input_ids=text()).last_hidden_state
     assert torch.equal(model(input_ids=text()).last_hidden_state, expected)
+
+
+def test_it_can_be_injected_without_a_wrapper():
+    model = shake(inject_adapter_in_model(SanConfig(), tiny_model()))
+    assert torch.equal(logits(model), logits(adapt(tiny_model())))
+    again = inject_adapter_in_model(SanConfig(), tiny_model())
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_mixing_it_with_other_methods_is_refused():
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        get_peft_model(tiny_model(), SanConfig(), mixed=True)
+
+
+def test_tying_weights_again_keeps_the_scaled_embedding():
+    model = adapt(tiny_model(tie_word_embeddings=True), adapt_embedding=True)
+    before = logits(model)
+    model.base_model.model.tie_weights()
+    assert torch.equal(logits(model), before)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def test_rows_cannot_each_take_an_adapter_of_their_own():
