@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135m/config.json
-TORCH_FROM := $(if $(TORCH),--index-url https://download.pytorch.org/whl/$(TORCH))
+TORCH_FROM := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint constraints.txt
 
 .PHONY: demo test setup check pytest clean

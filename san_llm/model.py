@@ -163,6 +163,11 @@ def adapter_config(method: Method) -> PeftConfig:
     targets = list(method.target_modules)
     match method:
         case SanMethod():
+            low_rank: dict[str, Any] = {
+                "r": method.rank,
+                "lora_alpha": method.alpha,
+                "lora_dropout": method.dropout,
+            }
             return SanConfig(
                 task_type="CAUSAL_LM",
                 target_modules=targets,
@@ -171,6 +176,8 @@ def adapter_config(method: Method) -> PeftConfig:
                 shift=method.shift,
                 links=list(method.links),
                 adapt_embedding=method.adapt_embedding,
+                form=method.form,
+                **({} if method.carrier == "scale" else low_rank),
             )
         case LoraMethod() | DoraMethod():
             return LoraConfig(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from san_llm.data.prompts import PromptStyle
 from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.errors import InputError, did_you_mean
-from san_llm.san.graph import KINDS, TARGETS, check_targets
+from san_llm.san.graph import KINDS, TARGETS, check_combination, check_targets
 
 Kind = Literal["attention", "mlp", "residual"]
 PathInProject = tuple[str | int, ...]
@@ -63,16 +63,37 @@ class SanMethod(_Targets):
     """SAN: one neuron scale per output channel, carried into the next projection's columns."""
 
     name: Literal["san"]
-    carrier: Literal["scale"] = "scale"
+    carrier: Literal["scale", "lora", "dora"] = Field(
+        default="scale", description="what holds the neuron scale: a vector, or a low-rank weight"
+    )
     mode: Literal["both", "neuron", "synapse"] = "both"
     shift: bool = False
     links: tuple[Kind, ...] = KINDS
     adapt_embedding: bool = False
+    rank: int | None = Field(default=None, ge=1, description="of the lora and dora carriers")
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    form: Literal["lean", "plain"] = Field(
+        default="lean", description="how it is computed, never what: in little memory, or as told"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _low_rank_defaults(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("carrier") in ("lora", "dora"):
+            filled = {
+                key: _LowRank.model_fields[key].default for key in ("rank", "alpha", "dropout")
+            }
+            return value | {k: v for k, v in filled.items() if value.get(k) is None}
+        return value
 
     @model_validator(mode="after")
     def _trains_something(self) -> SanMethod:
-        if self.mode == "synapse" and not self.links:
-            raise ValueError("mode 'synapse' without links trains nothing")
+        check_combination(self.carrier, self.mode, self.shift, self.links)
+        if self.carrier == "scale":
+            for key in ("rank", "alpha", "dropout"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: the scale carrier has none; lora and dora do")
         return self
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import set_seed
@@ -27,6 +26,7 @@ from san_llm.callbacks import Checkpoints, Log, StopOnSignal, last_checkpoint
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, pad_id
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.errors import InputError, SanError
+from san_llm.loss import token_losses
 from san_llm.model import add_adapter, load_base, load_tokenizer, locate, trainable_parameters
 from san_llm.progress import bar, stderr
 from san_llm.recipe import Recipe
@@ -127,31 +127,6 @@ class GroupedByLength(Sampler[int]):
         for batch in batches:
             yield from batch
             yield from [len(self._lengths)] * (self._batch_size - len(batch))
-
-
-def token_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the summed cross entropy of a batch's supervised tokens, in fp32.
-
-    Only positions that some row learns from reach the vocabulary: with the loss on responses that
-    is a tenth of them.
-
-    Args:
-        model: A causal LM that takes ``logits_to_keep``.
-        inputs: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens).
-    """
-    labels = inputs["labels"][:, 1:]
-    keep = (labels != -100).any(dim=0).nonzero().flatten()
-    if not len(keep):
-        keep = torch.zeros(1, dtype=torch.long, device=labels.device)
-    logits = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        logits_to_keep=keep,
-        use_cache=False,
-    ).logits  # (batch, kept, vocabulary)
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), labels[:, keep].flatten(), ignore_index=-100, reduction="sum"
-    )
 
 
 class SanTrainer(Trainer):

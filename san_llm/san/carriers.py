@@ -1,25 +1,41 @@
-"""The weight formula of each carrier, written once; the layer and the merge both call it.
+"""The weight formula of every carrier, written once; the layer and the merge both call it.
 
-Arrays may be torch tensors or numpy arrays: only ``*``, ``+`` and indexing are used.
+A carrier holds the neuron scale. ``scale`` is a vector of its own. ``lora`` and ``dora`` hold it in
+the row norms of ``V = W + c B A`` (c = alpha / r), from which the paper's decomposition takes it:
+
+    carrier   features in mode both      gamma that is propagated
+    scale     gamma * (W (s x) + b)      gamma
+    lora      V (s x) + b                norm(V) / norm(W)
+    dora      m / norm(V) * V (s x) + b  m / norm(W)
+
+Mode ``neuron`` propagates nothing. Mode ``synapse`` takes gamma out of the features, so that it
+acts only where it is propagated to: W for ``scale`` and ``norm(W) / norm(V) * V`` for the others.
+Source: arXiv:2409.06706; the norm over d_in and the synapse row of ``lora`` and ``dora`` are our
+reading. Arrays may be torch tensors or numpy arrays.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Array = TypeVar("Array")
 
 
-def merged_weight(weight: Array, gamma: Array | None, s: Array | None) -> Array:
-    """Return ``W* = diag(gamma) W diag(s)`` for the ``scale`` carrier.
+def merged_weight(
+    weight: Array, row_scale: Array | None, delta: Array | None, s: Array | None
+) -> Array:
+    """Return ``W* = diag(row_scale) (W + delta) diag(s)``.
 
     Args:
         weight: W, (d_out, d_in), in the precision to compute in.
-        gamma: Neuron scale (d_out,), or None for 1.
+        row_scale: What the features are multiplied by, (d_out,), or None for 1.
+        delta: ``c B A``, (d_out, d_in), or None for 0.
         s: Synapse scale (d_in,), or None for 1.
     """
-    if gamma is not None:
-        weight = gamma[:, None] * weight  # type: ignore[index]
+    if delta is not None:
+        weight = weight + delta  # type: ignore[operator]
+    if row_scale is not None:
+        weight = row_scale[:, None] * weight  # type: ignore[index]
     if s is not None:
         weight = weight * s  # type: ignore[operator]
     return weight
@@ -30,7 +46,7 @@ def merged_bias(bias: Array | None, gamma: Array | None, beta: Array | None) -> 
 
     Args:
         bias: b, (d_out,), or None.
-        gamma: Neuron scale (d_out,), or None for 1.
+        gamma: Neuron scale (d_out,), or None for 1 (the bias of ``lora`` and ``dora`` stays).
         beta: Neuron shift (d_out,), or None for 0.
     """
     if bias is not None and gamma is not None:
@@ -38,3 +54,21 @@ def merged_bias(bias: Array | None, gamma: Array | None, beta: Array | None) -> 
     if beta is not None:
         bias = beta if bias is None else bias + beta  # type: ignore[operator]
     return bias
+
+
+def squared_row_norms(weight_squared: Any, projected: Any, a: Any, b: Any, c: float) -> Any:
+    """Return the squared row norms of ``W + c B A`` (d_out,), without forming it.
+
+    ``|W_i|^2 + 2 c <(W A^T)_i, B_i> + c^2 B_i (A A^T) B_i^T`` costs rank / tokens of the layer's
+    own product, and no (d_out, d_in) temporary.
+
+    Args:
+        weight_squared: ``|W_i|^2``, (d_out,).
+        projected: ``W A^T``, (d_out, rank).
+        a: A, (rank, d_in).
+        b: B, (d_out, rank).
+        c: alpha / rank.
+    """
+    cross = (projected * b).sum(-1)
+    square = ((b @ (a @ a.T)) * b).sum(-1)
+    return weight_squared + 2 * c * cross + c * c * square

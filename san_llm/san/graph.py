@@ -8,7 +8,7 @@ is wired like LLaMA joins by its ``model_type`` in ``FAMILIES``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +57,12 @@ LINKS: tuple[Link, ...] = (
     Link("residual", posterior="v_proj", anterior="down_proj", blocks_back=1, first=EMBEDDING),
 )
 
+# Which Linears read the output of which RMSNorm of a block.
+NORMS: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+    "post_attention_layernorm": ("gate_proj", "up_proj"),
+}
+
 FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2")
 
 PARENTS: dict[str, str] = {
@@ -69,7 +75,8 @@ PARENTS: dict[str, str] = {
     "down_proj": "mlp",
 }
 TARGETS: tuple[str, ...] = tuple(PARENTS)
-CARRIERS: tuple[str, ...] = ("scale",)
+CARRIERS: tuple[str, ...] = ("scale", "lora", "dora")
+FORMS: tuple[str, ...] = ("lean", "plain")
 MODES: tuple[str, ...] = ("both", "neuron", "synapse")
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "residual")
 
@@ -91,7 +98,7 @@ def check_family(model_type: str | None) -> None:
         )
 
 
-def check_targets(targets: list[str] | tuple[str, ...] | set[str]) -> None:
+def check_targets(targets: Collection[str]) -> None:
     """Refuse a target whose last name part is not one of the seven projections.
 
     Raises:
@@ -99,12 +106,28 @@ def check_targets(targets: list[str] | tuple[str, ...] | set[str]) -> None:
     """
     if not targets:
         raise InputError(f"target_modules is empty: name at least one of {', '.join(TARGETS)}")
-    for target in sorted(targets):
+    for target in targets:
+        if not isinstance(target, str):
+            raise InputError(f"target_modules: expected module names, found {target!r}")
         if target.rsplit(".", 1)[-1] not in TARGETS:
             raise InputError(
                 f"target module {target!r} is not one of {', '.join(TARGETS)}"
                 f"{did_you_mean(target.rsplit('.', 1)[-1], TARGETS)}"
             )
+
+
+def check_combination(carrier: str, mode: str, shift: bool, links: Sequence[str]) -> None:
+    """Refuse options that are each known but make no adapter together.
+
+    Raises:
+        InputError: saying which option to change.
+    """
+    if mode == "synapse" and not links:
+        raise InputError("mode 'synapse' without links trains nothing: switch a link kind on")
+    if shift and carrier != "scale":
+        raise InputError(
+            f"shift: the {carrier} carrier has no neuron shift; the scale carrier does"
+        )
 
 
 def link_into(posterior: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, Link] | None:
@@ -183,7 +206,10 @@ class PropagationGraph:
         """Draw the graph as a tree, one branch a block; blocks wired alike are drawn once."""
         from rich.tree import Tree
 
-        tree = Tree(f"[bold]SAN propagation[/]  {self.trained:,} trained numbers")
+        tree = Tree(
+            f"[bold]SAN propagation[/]  {self.trained:,} trained numbers; "
+            "x [green]<- y[/]: s of x is gamma of y"
+        )
         runs: list[tuple[list[str], list[str]]] = []
         for title, nodes in self._by_block().items():
             lines = [self._line(node) for node in nodes]
@@ -216,12 +242,11 @@ class PropagationGraph:
         text = f"[cyan]{short}[/] [dim]{shape}[/] {own or 'reads only'}"
         if node.anterior is None or node.link is None:
             return text
-        where = ", previous block" if node.link.blocks_back and "layers." in node.anterior else ""
-        repeat = ", repeated over kv groups" if node.link.how != "as is" else ""
+        where = ", block before" if node.link.blocks_back and "layers." in node.anterior else ""
+        repeat = ", per kv head" if node.link.how != "as is" else ""
         source = node.anterior.rsplit(".", 1)[-1]
-        return (
-            f"{text}  [green]<- s = gamma of {source}[/] [dim]({node.link.kind}{where}{repeat})[/]"
-        )
+        # A line stays within the 80 columns that a pipe is taken to have.
+        return f"{text} [green]<- {source}[/] [dim]({node.link.kind}{where}{repeat})[/]"
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:
@@ -264,6 +289,21 @@ def matches(target_modules: Any, name: str) -> bool:
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def check_matched(targets: Any, names: list[str]) -> None:
+    """Refuse ``target_modules`` (a list of names, or one regular expression) that find no module.
+
+    Raises:
+        InputError: naming the target that is none of ``names``, and the nearest of them.
+    """
+    for target in [targets] if isinstance(targets, str) else targets:
+        wanted = target if isinstance(targets, str) else [target]
+        if not any(matches(wanted, name) for name in names):
+            raise InputError(
+                f"target_modules: {target!r} matches no module of this model"
+                f"{did_you_mean(target, names)}"
+            )
 
 
 def wire(
@@ -309,10 +349,9 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
     config = model if config is None else config
     if san_config is None:
         adapters = _get(model, "peft_config", None)
-        active = _get(model, "active_adapter", "default")
-        active = active() if callable(active) else active
-        active = active[0] if isinstance(active, list) else active
-        san_config = adapters.get(active) if isinstance(adapters, Mapping) else None
+        if isinstance(adapters, Mapping):
+            active = model.active_adapters  # a list of PEFT's, a method of transformers'
+            san_config = adapters.get((active() if callable(active) else active)[0])
     check_family(_get(config, "model_type"))
     targets = _get(san_config, "target_modules") or TARGETS
     if targets == "all-linear":
@@ -332,6 +371,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             name = f"model.layers.{block}.{PARENTS[target]}.{target}"
             if matches(targets, name):
                 shapes[name] = shape
+    check_matched(targets, list(shapes))
     links, anteriors = wire(list(shapes), kinds, mode)
     return PropagationGraph(
         tuple(

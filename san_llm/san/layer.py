@@ -7,27 +7,19 @@ replaces when it casts adapters or loads them on the meta device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from san_llm.errors import SanError
-from san_llm.san.carriers import merged_bias, merged_weight
-
-
-def scaled(features: Tensor, scale: Tensor) -> Tensor:
-    """Return ``features * scale`` in the features' dtype, multiplied in fp32 or wider.
-
-    Args:
-        features: (..., d), in any floating dtype.
-        scale: (d,). In bf16 a scale near 1 has steps of 1/128: casting it first would lose what was
-            learned, so the product is rounded instead.
-    """
-    return (features * scale.to(features.device)).to(features.dtype)
+from san_llm.san.autograd import Scaled, scaled
+from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
 
 
 def _bias_dtype(base: nn.Module, weight: Tensor) -> torch.dtype:
@@ -38,6 +30,41 @@ def _bias_dtype(base: nn.Module, weight: Tensor) -> torch.dtype:
         return weight.dtype
     computed = getattr(base, "compute_dtype", None)  # bitsandbytes' 4-bit layers have one
     return computed if isinstance(computed, torch.dtype) else torch.float32
+
+
+class Options(NamedTuple):
+    """What kind of adapter a layer carries.
+
+    Attributes:
+        mode: ``both``, ``neuron`` or ``synapse``.
+        carrier: ``scale``, ``lora`` or ``dora``.
+        rank: Of the low-rank carriers.
+        alpha: Their numerator: ``c = alpha / rank``.
+        dropout: On the input of their low-rank path.
+        lean: Let neighbours take over scaling where they can; see ``san.fold``.
+    """
+
+    mode: str = "both"
+    carrier: str = "scale"
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    lean: bool = True
+
+    @property
+    def scaling(self) -> float:
+        """The factor c of the low-rank product."""
+        return self.alpha / self.rank
+
+
+class Fold(Protocol):
+    """Scaling that a neighbour takes over from a layer, where it can; see ``san.fold``."""
+
+    def stands(self) -> bool:
+        """Whether the neighbour does so in this forward."""
+
+    def columns_left(self) -> Tensor | None:
+        """Return what the posterior still multiplies its input by, (d_in,), or None for 1."""
 
 
 class Feed(NamedTuple):
@@ -53,9 +80,13 @@ class Feed(NamedTuple):
     groups: int
     head_dim: int
 
-    def scale(self, adapter: str) -> Tensor:
+    def scale(self, adapter: str) -> Tensor | None:
         """Return s (d_in,) of the posterior: the anterior's gamma, repeated where heads share."""
-        gamma: Tensor = self.anterior.san_gamma[adapter]
+        gamma = self.anterior.gamma(adapter)
+        return None if gamma is None else self.carried(gamma)
+
+    def carried(self, gamma: Tensor) -> Tensor:
+        """Return a vector over the anterior's rows (d_out,) as one over the columns (d_in,)."""
         if self.groups == 1:
             return gamma
         heads = gamma.view(-1, self.head_dim)  # (kv_heads, head_dim)
@@ -68,10 +99,10 @@ class SanLayer(nn.Module, BaseTunerLayer):
     Shapes: ``san_gamma[adapter]`` and ``san_beta[adapter]`` are (d_out,).
     """
 
-    adapter_layer_names = ("san_gamma", "san_beta")
+    adapter_layer_names = ("san_gamma", "san_beta", "san_lora_A", "san_lora_B", "san_magnitude")
     # Plain dicts: a module held in one is hidden from nn.Module, so that a shared gamma is
     # registered, saved and counted once, by the layer that owns it.
-    other_param_names = ("san_mode", "san_feed")
+    other_param_names = ("san_options", "san_feed")
 
     # PEFT is untyped; this is what is used of its layer.
     get_base_layer: Callable[[], Any]
@@ -86,38 +117,105 @@ class SanLayer(nn.Module, BaseTunerLayer):
         self.d_out = d_out
         self.san_gamma = nn.ParameterDict()
         self.san_beta = nn.ParameterDict()
-        self.san_mode: dict[str, str] = {}
+        self.san_lora_A = nn.ParameterDict()
+        self.san_lora_B = nn.ParameterDict()
+        self.san_magnitude = nn.ParameterDict()
+        self.san_options: dict[str, Options] = {}
         self.san_feed: dict[str, Feed] = {}
+        # Who takes over a part of this layer's scaling in the lean form; see san.fold.
+        self.columns_fold: Fold | None = None
+        self.rows_fold: Fold | None = None
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(base_layer)
         self._unmerged: dict[str, Any] | None = None
+        self._squared_norms: Tensor | None = None
 
-    def update_layer(self, adapter_name: str, mode: str, gamma: bool, beta: bool) -> None:
-        """Give this layer the vectors of one more adapter, at their start values.
+    def update_layer(self, adapter_name: str, options: Options, gamma: bool, beta: bool) -> None:
+        """Give this layer the parameters of one more adapter, at their start values.
 
         Args:
             adapter_name: The adapter.
-            mode: ``both``, ``neuron`` or ``synapse``.
-            gamma: Train a neuron scale here (it starts at 1).
+            options: What kind of adapter it is.
+            gamma: Train a neuron scale here (it starts at 1; a magnitude at norm(W)).
             beta: Train a neuron shift here (it starts at 0).
         """
         weight = self.get_base_layer().weight
         # fp32 whatever the base's dtype: bf16 cannot hold small steps around 1.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.san_mode[adapter_name] = mode
-        if gamma:
-            ones = torch.ones(self.d_out, dtype=dtype, device=weight.device)
-            self.san_gamma[adapter_name] = nn.Parameter(ones)
+        how: Any = {"dtype": dtype, "device": weight.device}
+        self.san_options[adapter_name] = options
+        if options.carrier == "scale":
+            if gamma:
+                self.san_gamma[adapter_name] = nn.Parameter(torch.ones(self.d_out, **how))
+        else:
+            base = self.get_base_layer()
+            a = torch.empty(options.rank, base.in_features, **how)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear, and so PEFT's LoRA
+            self.san_lora_A[adapter_name] = nn.Parameter(a)
+            self.san_lora_B[adapter_name] = nn.Parameter(
+                torch.zeros(self.d_out, options.rank, **how)
+            )
+            if options.carrier == "dora" and gamma:
+                self.san_magnitude[adapter_name] = nn.Parameter(self.squared_norms().sqrt().clone())
         if beta:
-            zeros = torch.zeros(self.d_out, dtype=dtype, device=weight.device)
-            self.san_beta[adapter_name] = nn.Parameter(zeros)
+            self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **how))
 
-    def neuron_scale(self, adapter: str) -> Tensor | None:
-        """Return the gamma (d_out,) that scales this layer's own features, or None for 1."""
-        if adapter not in self.san_gamma or self.san_mode[adapter] == "synapse":
-            return None
-        gamma: Tensor = self.san_gamma[adapter]
-        return gamma
+    def squared_norms(self) -> Tensor:
+        """Return |W_i|^2 of each row of the base weight, (d_out,); computed once."""
+        weight = self.get_base_layer().weight
+        known = self._squared_norms
+        if known is None or known.device != weight.device:
+            # Normal tensors even when evaluated first: a later backward pass needs them.
+            with torch.inference_mode(False), torch.no_grad():
+                wide = self._wide_weight()
+                known = self._squared_norms = (wide * wide).sum(-1)
+        return known
+
+    def _wide_weight(self) -> Tensor:
+        """Return W in fp32 or wider; a quantized one is dequantized."""
+        weight: Tensor = self.get_base_weight().detach()
+        return weight if weight.dtype == torch.float64 else weight.float()
+
+    def adapted_norm(self, adapter: str) -> Tensor:
+        """Return norm(W + c B A) of each row, (d_out,); its gradient reaches A and B."""
+        a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
+        projected = self._wide_weight().to(a.device) @ a.T
+        c = self.san_options[adapter].scaling
+        norm: Tensor = squared_row_norms(self.squared_norms(), projected, a, b, c).sqrt()
+        return norm
+
+    def scales(self, adapter: str) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``(row scale, gamma)`` of an adapter, each (d_out,) or None for 1.
+
+        The features are multiplied by the row scale; gamma is what the layer's readers propagate.
+        See ``san.carriers`` for the table.
+        """
+        options = self.san_options[adapter]
+        if options.carrier == "scale":
+            gamma: Tensor | None = self.san_gamma.get(adapter)
+            return (None if options.mode == "synapse" else gamma), gamma
+        norm = self.squared_norms().sqrt()
+        if options.carrier == "lora":
+            if options.mode == "neuron":
+                return None, None
+            gamma = self.adapted_norm(adapter) / norm
+            return (1 / gamma if options.mode == "synapse" else None), gamma
+        # The norm is a constant in the backward pass (DoRA, arXiv:2402.09353, section 4.3).
+        with torch.no_grad():
+            adapted = self.adapted_norm(adapter)
+        magnitude: Tensor | None = self.san_magnitude.get(adapter)
+        if options.mode == "synapse":
+            return norm / adapted, None if magnitude is None else magnitude / norm
+        assert magnitude is not None, "only a synapse adapter has layers without a magnitude"
+        return magnitude / adapted, magnitude / norm
+
+    def row_scale(self, adapter: str) -> Tensor | None:
+        """Return what the features are multiplied by, (d_out,), or None for 1."""
+        return self.scales(adapter)[0]
+
+    def gamma(self, adapter: str) -> Tensor | None:
+        """Return the neuron scale that is propagated, (d_out,), or None for 1."""
+        return self.scales(adapter)[1]
 
     def neuron_shift(self, adapter: str) -> Tensor | None:
         """Return beta (d_out,), or None for 0."""
@@ -128,27 +226,55 @@ class SanLayer(nn.Module, BaseTunerLayer):
         """Return s (d_in,), read from the layer that feeds this one, or None for 1."""
         return self.san_feed[adapter].scale(adapter) if adapter in self.san_feed else None
 
+    def working_adapters(self) -> list[str]:
+        """Return the adapters that the next forward computes with, in order."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [adapter for adapter in self.active_adapters if adapter in self.san_options]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted features (..., d_out) of x (..., d_in), or of token ids.
 
         With several active adapters the scales multiply, in the order of activation.
         """
-        if self.disable_adapters or self.merged:
+        active = self.working_adapters()
+        if not active:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        active = [adapter for adapter in self.active_adapters if adapter in self.san_mode]
-        for adapter in active:
-            s = self.synapse_scale(adapter)
-            if s is not None:
-                x = scaled(x, s)
+        if self.columns_fold is not None and self.columns_fold.stands():
+            c = self.columns_fold.columns_left()
+            x = x if c is None else Scaled.apply(x, c)
+        else:
+            for adapter in active:
+                x = scaled(x, self.synapse_scale(adapter))
         y = self.base_layer(x, *args, **kwargs)
+        rows_elsewhere = self.rows_fold is not None and self.rows_fold.stands()
+        bias = getattr(self.base_layer, "bias", None)
         for adapter in active:
-            gamma, beta = self.neuron_scale(adapter), self.neuron_shift(adapter)
-            if gamma is not None:
-                y = scaled(y, gamma)
+            beta = self.neuron_shift(adapter)
+            row_scale = None if rows_elsewhere else self.row_scale(adapter)
+            if self.san_options[adapter].carrier == "scale":
+                if row_scale is not None:
+                    lean = self.san_options[adapter].lean
+                    y = Scaled.apply(y, row_scale) if lean else scaled(y, row_scale)
+                    bias = merged_bias(bias, row_scale, None)
+            else:
+                y = (y + self._low_rank(adapter, x)).to(y.dtype)
+                if row_scale is not None:
+                    # The row scale of a weight leaves the bias alone.
+                    y = scaled(y if bias is None else y - bias.to(y.dtype), row_scale)
+                    y = y if bias is None else y + bias.to(y.dtype)
             if beta is not None:
                 y = (y + beta.to(y.device)).to(y.dtype)
+                bias = merged_bias(bias, None, beta)
         return y
+
+    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
+        """Return ``c B A x``, (..., d_out)."""
+        options = self.san_options[adapter]
+        a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
+        dropped = F.dropout(x, options.dropout, self.training) if options.dropout else x
+        return F.linear(F.linear(dropped.to(a.dtype), a), b) * options.scaling
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off; switching a merged layer off restores its base weight."""
@@ -161,24 +287,31 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
         A quantized base is dequantized first. ``W*`` has the weight's shape.
         """
-        base = self.get_base_layer()
-        weight = self.get_base_weight().detach()
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        bias = getattr(base, "bias", None)
+        weight = self._wide_weight()
+        bias = getattr(self.get_base_layer(), "bias", None)
         bias = None if bias is None else bias.detach().to(weight.dtype)
+        columns: list[Tensor] = []
         for adapter in adapters:
-            gamma, s = self.neuron_scale(adapter), self.synapse_scale(adapter)
-            beta = self.neuron_shift(adapter)
-            gamma, s, beta = (
+            row_scale, beta = self.row_scale(adapter), self.neuron_shift(adapter)
+            delta = None
+            if adapter in self.san_lora_A:
+                a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
+                delta = (b @ a * self.san_options[adapter].scaling).detach().to(weight.device)
+            s = self.synapse_scale(adapter)
+            row_scale, beta, s = (
                 None if vector is None else vector.detach().to(weight.device)
-                for vector in (gamma, s, beta)
+                for vector in (row_scale, beta, s)
             )
-            weight = self._merge_weight(weight, gamma, s)
-            bias = merged_bias(bias, gamma, beta)
+            weight = self._merge_rows(weight, row_scale, delta)
+            bias = merged_bias(bias, row_scale if delta is None else None, beta)
+            if s is not None:
+                columns.append(s)
+        for s in columns:  # last, so that every adapter's rows have seen the same weight
+            weight = merged_weight(weight, None, None, s)
         return weight, bias
 
-    def _merge_weight(self, weight: Tensor, gamma: Tensor | None, s: Tensor | None) -> Tensor:
-        return merged_weight(weight, gamma, s)
+    def _merge_rows(self, weight: Tensor, row_scale: Tensor | None, delta: Tensor | None) -> Tensor:
+        return merged_weight(weight, row_scale, delta, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the adapters into the base layer; a quantized weight is quantized again.
@@ -190,11 +323,11 @@ class SanLayer(nn.Module, BaseTunerLayer):
         Raises:
             SanError: with ``safe_merge`` when a merged number is not finite.
         """
-        self._fold(safe_merge, adapter_names, keep=True)
+        self._merge_in(safe_merge, adapter_names, keep=True)
 
-    def _fold(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
+    def _merge_in(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names or [] if name in self.san_mode]
+        names = [name for name in names or [] if name in self.san_options]
         if not names:
             return
         base = self.get_base_layer()
@@ -205,6 +338,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
             raise SanError(f"merging {', '.join(names)} gives numbers that are not finite")
         old = base.weight
         if keep and self._unmerged is None:
+            if isinstance(self, SanLinear):
+                self.squared_norms()  # of W, for a later low-rank adapter: W* is here from now on
             state = getattr(base, "state", None)  # bitsandbytes keeps int8 scales here
             self._unmerged = {
                 "weight": old,
@@ -244,7 +379,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """Return the base layer, with the adapters folded in if ``merge``; nothing is kept."""
         if merge:
-            self._fold(safe_merge, adapter_names, keep=False)
+            self._merge_in(safe_merge, adapter_names, keep=False)
         elif self.merged:
             self.unmerge()
         self._unmerged = None
@@ -272,6 +407,6 @@ class SanEmbedding(SanLayer):
         """Wrap an Embedding."""
         super().__init__(base_layer, d_out=base_layer.embedding_dim)
 
-    def _merge_weight(self, weight: Tensor, gamma: Tensor | None, s: Tensor | None) -> Tensor:
+    def _merge_rows(self, weight: Tensor, row_scale: Tensor | None, delta: Tensor | None) -> Tensor:
         # Features are the columns of an embedding matrix, not its rows.
-        return merged_weight(weight, None, gamma)
+        return merged_weight(weight, None, None, row_scale)

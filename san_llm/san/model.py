@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -9,19 +11,21 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import register_peft_method
 from torch import nn
 
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError
 from san_llm.san.config import SanConfig
+from san_llm.san.fold import fold, unfold
 from san_llm.san.graph import (
     EMBEDDING,
     FAMILIES,
     TARGETS,
     Link,
     check_family,
+    check_matched,
     linear_shapes,
     trains_gamma,
     wire,
 )
-from san_llm.san.layer import Feed, SanEmbedding, SanLayer, SanLinear
+from san_llm.san.layer import Feed, Options, SanEmbedding, SanLayer, SanLinear
 
 # Families whose stock config can hold a bias on all seven projections, so that a shift can merge.
 BIAS_FLAGS = {"llama": {"attention_bias": "self_attn", "mlp_bias": "mlp"}}
@@ -37,10 +41,24 @@ class SanModel(BaseTuner):
     tuner_layer_cls = SanLayer
     target_module_mapping: ClassVar = {family: list(TARGETS) for family in FAMILIES}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Adapt a model; the arguments are PEFT's."""
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_refuse_lost_vectors)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops this argument in silence where a tuner does not look at it.
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(
+                "adapter_names: SAN runs one choice of adapters on a whole batch; choose it with "
+                "set_adapter and run the rows of each adapter as a batch of their own"
+            )
+        yield
+
     def _prepare_adapter_config(
         self, peft_config: SanConfig, model_config: dict[str, Any]
     ) -> SanConfig:
-        check_family(model_config.get("model_type"))
         if peft_config.shift and model_config["model_type"] not in BIAS_FLAGS:
             import warnings
 
@@ -78,36 +96,42 @@ class SanModel(BaseTuner):
             InputError: when a target matches no module of the model.
         """
         config = self.peft_config[adapter_name]
+        check_family(self.get_model_config(model).get("model_type"))
+        inside = tuple(
+            f"{name}." for name, module in model.named_modules() if isinstance(module, SanLayer)
+        )
         names = [
             name
-            for name, module in model.named_modules()
+            for name, _ in model.named_modules()
             if name
-            and not isinstance(module, nn.ParameterDict)
+            and not name.startswith(inside)
             and self._check_target_module_exists(config, name)
         ]
         self._check_every_target_matched(config, names)
         links, anteriors = wire(names, tuple(config.links), config.mode)
+        if config.mode == "synapse" and not anteriors and not config.shift:
+            raise InputError(
+                f"mode 'synapse' trains nothing here: none of the links {', '.join(config.links)} "
+                "joins two targets"
+            )
         self._anteriors = anteriors
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        self._join(model, adapter_name, links)
+        # PEFT copies modules to save: with a fold on one, the layers it reads would come along.
+        unfold(model)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            self._join(model, adapter_name, links)
+        finally:
+            fold(model)
 
     def _check_every_target_matched(self, config: SanConfig, names: list[str]) -> None:
-        if isinstance(config.target_modules, str):
-            stray = [name for name in names if name.rsplit(".", 1)[-1] not in (*TARGETS, EMBEDDING)]
-            if stray:
-                raise InputError(
-                    f"target_modules {config.target_modules!r} also matches {stray[0]!r}, which is "
-                    f"none of {', '.join(TARGETS)}"
-                )
-            if not names:
-                raise InputError(f"target_modules {config.target_modules!r} matches no module")
-            return
-        for target in config.target_modules or []:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise InputError(
-                    f"target module {target!r} matches nothing in this model"
-                    f"{did_you_mean(target, names)}"
-                )
+        known = (*TARGETS, EMBEDDING) if config.adapt_embedding else TARGETS
+        stray = [name for name in names if name.rsplit(".", 1)[-1] not in known]
+        if stray:
+            raise InputError(
+                f"target_modules {config.target_modules!r} also matches {stray[0]!r}, which is "
+                f"none of {', '.join(TARGETS)}"
+            )
+        check_matched(config.target_modules, names)
 
     def _create_and_replace(
         self,
@@ -121,16 +145,27 @@ class SanModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, SanLayer) else self._wrap(target, current_key)
         linear = isinstance(layer, SanLinear)
+        options = Options(
+            mode=peft_config.mode,
+            # The embedding has no product to adapt: its scale is a vector in every carrier.
+            carrier=peft_config.carrier if linear else "scale",
+            rank=peft_config.r,
+            alpha=peft_config.lora_alpha,
+            dropout=peft_config.lora_dropout,
+            lean=peft_config.form == "lean",
+        )
         layer.update_layer(
             adapter_name,
-            mode=peft_config.mode,
+            options,
             gamma=trains_gamma(current_key, peft_config.mode, self._anteriors),
             beta=peft_config.shift and linear,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            # Not by PEFT's _replace_module, which moves vectors still on the meta device over an
+            # 8-bit base and fails; ours are already where the base is.
+            setattr(parent, target_name, layer)
 
     @staticmethod
     def _wrap(target: nn.Module, name: str) -> SanLayer:
@@ -171,6 +206,7 @@ class SanModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )
+        unfold(model)
         if shifted:
             hold_biases(model)
         return model
@@ -191,6 +227,19 @@ def hold_biases(model: Any) -> None:
                     zeros = torch.zeros(linear.out_features, device=linear.weight.device)
                     like = linear.weight.dtype if linear.weight.is_floating_point() else zeros.dtype
                     linear.bias = nn.Parameter(zeros.to(like), requires_grad=False)
+
+
+def _refuse_lost_vectors(model: nn.Module, keys: Any) -> None:
+    """Refuse an adapter file with vectors for modules that this model has not adapted.
+
+    PEFT drops them in silence, such as those of the blocks that a smaller base does not have.
+    """
+    lost = [key for key in keys.unexpected_keys if f".{SanModel.prefix}" in key]
+    if lost:
+        raise InputError(
+            f"the adapter has {len(lost)} vectors that nothing in this model takes, such as "
+            f"{lost[0]}: it was trained on another base"
+        )
 
 
 def keep_4bit_layout(model: nn.Module) -> None:

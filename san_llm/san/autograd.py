@@ -1,0 +1,143 @@
+"""Scaling with a backward pass that keeps little and computes in blocks that fit a CPU's cache.
+
+``scaled`` is the plain form; the functions give the same values and, up to rounding, the same
+gradients. Shapes: features are (..., d), scales are (d,) and of fp32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2**18  # numbers: 1 MB in fp32
+
+
+def scaled(features: Tensor, scale: Tensor | None) -> Tensor:
+    """Return ``features * scale`` in the features' dtype, multiplied in fp32 or wider.
+
+    Args:
+        features: (..., d), in any floating dtype.
+        scale: (d,), or None for 1. In bf16 a scale near 1 has steps of 1/128: casting it first
+            would lose what was learned, so the product is rounded instead.
+    """
+    if scale is None:
+        return features
+    return (features * scale.to(features.device)).to(features.dtype)
+
+
+class Scaled(torch.autograd.Function):
+    """``features * scale``; keeps the features."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, scale: Tensor) -> Tensor:
+        """Return the scaled features."""
+        ctx.save_for_backward(features, scale)
+        return scaled(features, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients to features and scale."""
+        features, scale = ctx.saved_tensors
+        d_features, d_scale = _like(grads[0]), torch.zeros_like(scale)
+        for grad, x, d_x, work in _blocks(grads[0], features, d_features, scratch=1):
+            d_scale += torch.mul(grad, x, out=work).sum(0, dtype=scale.dtype)
+            torch.mul(grad, scale, out=d_x)
+        return d_features, d_scale
+
+
+class ScaledNorm(torch.autograd.Function):
+    """``RMSNorm(x) * weight``; keeps x, the weight and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x (..., d), normalized and scaled by the weight (d,)."""
+        out = _like(x)
+        rstds = x.new_empty(*x.shape[:-1], 1, dtype=weight.dtype)
+        for wide, rstd, y in _blocks(x, rstds, out):
+            wide = wide.to(weight.dtype)
+            torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps), out=rstd)
+            # Rounded where the base's own norm rounds, so that s = 1 gives its bits.
+            torch.mul((wide * rstd).to(x.dtype), weight, out=y)
+        ctx.save_for_backward(x, weight, rstds)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients to x and the weight."""
+        x, weight, rstds = ctx.saved_tensors
+        d_x, d_weight = _like(x), torch.zeros_like(weight)
+        for wide, rstd, grad, d_wide in _blocks(x, rstds, grads[0], d_x):
+            n = wide.to(weight.dtype) * rstd
+            d_n = n * grad
+            d_weight += d_n.sum(0)
+            inner = d_n.mul_(weight).mean(-1, keepdim=True)
+            torch.mul(grad, weight, out=d_n)
+            d_wide.copy_(d_n.sub_(n.mul_(inner)).mul_(rstd))
+        return d_x, d_weight, None
+
+
+class ScaledSwiGLU(torch.autograd.Function):
+    """``silu(g * gate) * up * c``; keeps gate and up where the base's own keeps three tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, g: Tensor | None, c: Tensor | None) -> Tensor:
+        """Return the hidden features (..., d) of the gated MLP; None stands for a scale of 1."""
+        ctx.save_for_backward(gate, up, g, c)
+        out = _like(gate)
+        for gate_, up_, h in _blocks(gate, up, out):
+            F.silu(_mul(gate_, g, h), inplace=True).mul_(up_)
+            _mul(h, c, h)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients to gate, up, g and c."""
+        gate, up, g, c = ctx.saved_tensors
+        d_gate, d_up = _like(gate), _like(up)
+        d_g = None if g is None else torch.zeros_like(g)
+        d_c = None if c is None else torch.zeros_like(c)
+        parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=2)
+        for gate_, up_, d_h, d_gate_, d_up_, a, work in parts:
+            _mul(gate_, g, a)
+            torch.mul(torch.ops.aten.silu.out(a, out=work), d_h, out=work)
+            _mul(work, c, d_up_)
+            if d_c is not None:
+                d_c += work.mul_(up_).sum(0, dtype=d_c.dtype)
+            _mul(d_h, c, work).mul_(up_)
+            torch.ops.aten.silu_backward.grad_input(work, a, grad_input=work)
+            _mul(work, g, d_gate_)
+            if d_g is not None:
+                d_g += work.mul_(gate_).sum(0, dtype=d_g.dtype)
+        return d_gate, d_up, d_g, d_c
+
+
+def _mul(features: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
+    """Write ``features * scale``, rounded once, into ``out``, and return that."""
+    return out.copy_(features) if scale is None else torch.mul(features, scale, out=out)
+
+
+def _blocks(*features: Tensor, scratch: int = 0) -> Iterator[list[Tensor]]:
+    """Iterate over blocks of tokens, as views of each (..., d), with scratch of the first's shape.
+
+    On a CPU a block stays in its cache, and the scratch is the same memory again and again: fresh
+    memory costs more than the arithmetic. Elsewhere all tokens are one block.
+    """
+    flat = [tensor.view(-1, tensor.shape[-1]) for tensor in map(_viewable, features)]
+    tokens, width = flat[0].shape
+    step = max(1, BLOCK // width) if flat[0].device.type == "cpu" else max(1, tokens)
+    work = [flat[0].new_empty(min(step, tokens), width) for _ in range(scratch)]
+    for start in range(0, tokens, step):
+        parts = [tensor[start : start + step] for tensor in flat]
+        yield parts + [tensor[: len(parts[0])] for tensor in work]
+
+
+def _like(features: Tensor) -> Tensor:
+    return torch.empty_like(features, memory_format=torch.contiguous_format)
+
+
+def _viewable(features: Tensor) -> Tensor:
+    return features if features.is_contiguous() else features.contiguous()

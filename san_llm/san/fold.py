@@ -1,0 +1,216 @@
+"""The lean form: SAN in about the memory of backpropagating through the frozen base.
+
+The plain form keeps the input and the output of every scale for the backward pass. Three
+identities move scales to where their factors are kept anyway, or where none is needed:
+
+- ``s * (w * n) = (s * w) * n``: readers of one RMSNorm that share s leave it to the norm's weight
+  (``NormFold``), whose backward pass recomputes n from the residual stream and one number a token.
+- Attention mixes tokens, never channels: v's row scale and o's synapse scale become one factor on
+  the attention output (``ValueFold``), which attention keeps itself.
+- SwiGLU is linear in up: gate's and up's row scales and down's synapse scale go into the
+  activation (``GatedFold``), whose backward pass recomputes what the base's own would keep.
+
+A fold decides at every forward, by ``stands``, whether it applies: exactly one adapter computes in
+all of its members, none of them is merged, and the scales are of a kind that can move. Otherwise
+its members compute the plain form. A member's output alone is then not the plain layer's output;
+the block's is. Forward values and gradients are the plain form's up to rounding, at gamma = 0 too:
+nothing is divided by gamma.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from san_llm.san.autograd import ScaledNorm, ScaledSwiGLU
+from san_llm.san.graph import NORMS
+from san_llm.san.layer import SanLayer, SanLinear
+
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
+def _together(members: tuple[SanLayer, ...]) -> str | None:
+    """Return the one adapter, of lean form, that all members compute with now, or None."""
+    found: str | None = None
+    for member in members:
+        working = member.working_adapters()
+        if len(working) != 1 or working[0] != (found or working[0]):
+            return None
+        found = working[0]
+        if not member.san_options[found].lean:
+            return None
+    return found
+
+
+class NormFold:
+    """Readers of one RMSNorm that share a synapse scale: it goes into the norm's weight."""
+
+    def __init__(self, norm: Any, readers: tuple[SanLayer, ...]) -> None:
+        """Hold a norm and all Linears that read it."""
+        self.norm, self.readers = norm, readers
+
+    def adapter(self) -> str | None:
+        """Return the adapter that it stands for in this forward, or None."""
+        adapter = _together(self.readers)
+        if adapter is None:
+            return None
+        feeds = [reader.san_feed.get(adapter) for reader in self.readers]
+        return adapter if feeds[0] is not None and all(f == feeds[0] for f in feeds) else None
+
+    def stands(self) -> bool:
+        """Whether the norm applies the readers' synapse scale in this forward."""
+        return self.adapter() is not None
+
+    def columns_left(self) -> Tensor | None:
+        """Return None: nothing is left for the readers."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Return the normalized and scaled x (..., hidden), or None where the fold is off."""
+        adapter = self.adapter()
+        if adapter is None:
+            return None
+        s = self.readers[0].synapse_scale(adapter)
+        if s is None:
+            return None
+        weight = self.norm.weight
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        out: Tensor = ScaledNorm.apply(x, wide * s.to(wide.device), self.norm.variance_epsilon)
+        return out
+
+
+class ValueFold:
+    """v's row scale and o's synapse scale as one factor on the attention output."""
+
+    def __init__(self, v: SanLayer, o: SanLayer) -> None:
+        """Hold the two ends of an attention link."""
+        self.v, self.o = v, o
+
+    def stands(self) -> bool:
+        """Whether o applies v's row scale in this forward."""
+        adapter = _together((self.v, self.o))
+        return (
+            adapter is not None
+            and adapter in self.o.san_feed
+            and self.o.san_feed[adapter].anterior is self.v
+            # A shift stands between the row scale and the attention; a low-rank row scale does
+            # not reach the bias.
+            and self.v.neuron_shift(adapter) is None
+            and (self.v.san_options[adapter].carrier == "scale" or not _has_bias(self.v))
+        )
+
+    def columns_left(self) -> Tensor | None:
+        """Return v's row scale times its gamma, repeated over heads that share them: (d_in,)."""
+        adapter = self.o.working_adapters()[0]
+        row_scale, gamma = self.v.scales(adapter)
+        both = row_scale if gamma is None else gamma if row_scale is None else gamma * row_scale
+        return None if both is None else self.o.san_feed[adapter].carried(both)
+
+
+class GatedFold:
+    """The scales around SwiGLU, inside it."""
+
+    def __init__(self, mlp: Any, gate: SanLayer, up: SanLayer, down: SanLayer) -> None:
+        """Hold an MLP and its three projections."""
+        self.mlp, self.gate, self.up, self.down = mlp, gate, up, down
+
+    def adapter(self) -> str | None:
+        """Return the adapter that it stands for in this forward, or None."""
+        adapter = _together((self.gate, self.up, self.down))
+        if adapter is None:
+            return None
+        for layer in (self.gate, self.up):
+            low_rank = layer.san_options[adapter].carrier != "scale"
+            if layer.neuron_shift(adapter) is not None or (low_rank and _has_bias(layer)):
+                return None
+        feed = self.down.san_feed.get(adapter)
+        return adapter if feed is None or feed.anterior is self.up else None
+
+    def stands(self) -> bool:
+        """Whether the MLP applies its projections' scales in this forward."""
+        return self.adapter() is not None
+
+    def columns_left(self) -> Tensor | None:
+        """Return None: nothing is left for down."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Return the MLP of x (..., hidden), or None where the fold is off."""
+        adapter = self.adapter()
+        if adapter is None:
+            return None
+        g = self.gate.row_scale(adapter)
+        row_scale, gamma = self.up.scales(adapter)
+        s = gamma if adapter in self.down.san_feed else None
+        c = row_scale if s is None else s if row_scale is None else s * row_scale
+        mlp = self.mlp
+        h = ScaledSwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x), g, c)
+        out: Tensor = mlp.down_proj(h)
+        return out
+
+
+def _has_bias(layer: SanLayer) -> bool:
+    return getattr(layer.get_base_layer(), "bias", None) is not None
+
+
+def _norm_forward(norm: Any, x: Tensor) -> Tensor:
+    out: Tensor | None = norm.san_fold.forward(x)
+    return out if out is not None else type(norm).forward(norm, x)
+
+
+def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    out: Tensor | None = mlp.san_fold.forward(x)
+    return out if out is not None else type(mlp).forward(mlp, x)
+
+
+def _take_over(module: Any, forward: Any, fold: Any) -> bool:
+    """Let a fold compute a module's forward, unless somebody else's patch stands there."""
+    if "forward" in vars(module) and not hasattr(module, "san_fold"):
+        return False
+    module.san_fold = fold
+    module.forward = MethodType(forward, module)
+    return True
+
+
+def fold(model: nn.Module) -> None:
+    """Install the lean form in every block of a wired model; adapters that cannot use it do not."""
+    for block in list(model.modules()):
+        attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
+        if attention is None or mlp is None:
+            continue
+        for name, readers in NORMS.items():
+            norm = getattr(block, name, None)
+            found = [getattr(attention, r, None) or getattr(mlp, r, None) for r in readers]
+            layers = tuple(layer for layer in found if isinstance(layer, SanLinear))
+            if norm is None or len(layers) < len(readers):
+                continue
+            norm_fold = NormFold(norm, layers)
+            if _take_over(norm, _norm_forward, norm_fold):
+                for layer in layers:
+                    layer.columns_fold = norm_fold
+        v, o = getattr(attention, "v_proj", None), getattr(attention, "o_proj", None)
+        if isinstance(v, SanLinear) and isinstance(o, SanLinear):
+            v.rows_fold = o.columns_fold = ValueFold(v, o)
+        gate, up, down = (getattr(mlp, f"{n}_proj", None) for n in ("gate", "up", "down"))
+        if (
+            isinstance(gate, SanLinear)
+            and isinstance(up, SanLinear)
+            and isinstance(down, SanLinear)
+            and isinstance(getattr(mlp, "act_fn", None), _SILU)
+        ):
+            gated = GatedFold(mlp, gate, up, down)
+            if _take_over(mlp, _mlp_forward, gated):
+                gate.rows_fold = up.rows_fold = down.columns_fold = gated
+
+
+def unfold(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for module in model.modules():
+        if isinstance(module, SanLayer):
+            module.columns_fold = module.rows_fold = None
+        elif hasattr(module, "san_fold"):
+            del module.san_fold, module.forward
