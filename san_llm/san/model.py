@@ -44,7 +44,7 @@ class SanModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Adapt a model; the arguments are PEFT's."""
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_post_hook(_refuse_lost_vectors)
+        self.register_load_state_dict_pre_hook(_check_vectors)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -229,17 +229,32 @@ def hold_biases(model: Any) -> None:
                     linear.bias = nn.Parameter(zeros.to(like), requires_grad=False)
 
 
-def _refuse_lost_vectors(model: nn.Module, keys: Any) -> None:
-    """Refuse an adapter file with vectors for modules that this model has not adapted.
+def _check_vectors(
+    model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_unused: Any
+) -> None:
+    """Refuse the vectors of an adapter that was trained on another base, before they are loaded.
 
-    PEFT drops them in silence, such as those of the blocks that a smaller base does not have.
+    PEFT drops those of blocks that a smaller base does not have in silence, and leaves those that
+    a larger base needs besides at their start.
+
+    Raises:
+        InputError: naming the first vector that is left over, of another size, or not there.
     """
-    lost = [key for key in keys.unexpected_keys if f".{SanModel.prefix}" in key]
-    if lost:
-        raise InputError(
-            f"the adapter has {len(lost)} vectors that nothing in this model takes, such as "
-            f"{lost[0]}: it was trained on another base"
-        )
+    mark = f".{SanModel.prefix}"
+    found = {key: tensor for key, tensor in state.items() if mark in key}
+    needed = {prefix + name: tensor for name, tensor in model.named_parameters() if mark in name}
+    adapters = {key.rsplit(".", 1)[-1] for key in found}
+    for key, tensor in found.items():
+        if key not in needed:
+            raise InputError(f"the adapter was trained on another base: nothing here takes {key}")
+        if tensor.shape != needed[key].shape:
+            raise InputError(
+                f"the adapter was trained on another base: {key} has shape {list(tensor.shape)}, "
+                f"this base needs {list(needed[key].shape)}"
+            )
+    for key in needed:
+        if key.rsplit(".", 1)[-1] in adapters and key not in found:
+            raise InputError(f"the adapter was trained on another base: it has no {key}")
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
