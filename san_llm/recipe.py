@@ -215,6 +215,14 @@ class Recipe(_Section):
         )
 
 
+# Asked after YAML's own resolver of whole numbers, which it would match, too.
+_NUMBER = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, reading ``1e-4`` as the number that it is in YAML 1.2 and in Python.
 
@@ -242,23 +250,23 @@ _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0].rsplit(":", 1)[1] not in ("timestamp", "merge")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
-# The resolver above also matches whole numbers; YAML's own int resolver must be asked first.
-for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    _Loader.yaml_implicit_resolvers[_first] = sorted(
-        _resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int"
-    )
+_Loader.add_implicit_resolver(*_NUMBER)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what ``_Loader`` reads: a text that it would take for a number is put in quotes."""
+    """Writes what any YAML loader reads alike: what one would take for a number gets quotes."""
 
 
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.add_implicit_resolver(*_NUMBER)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Outside double quotes a control character such as U+0085 would come back as a line break.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 @dataclass
@@ -311,7 +319,7 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     # The method's name first: it decides which other keys there are.
     for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         _override(raw, argument, source)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).lstrip("._-")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).lstrip("._-").rstrip("-")
     raw.setdefault("name", stem or "recipe")
     try:
         # JSON has lists where the schema has tuples; YAML likewise, so validate as JSON does.
@@ -364,8 +372,14 @@ def _first_line(error: Exception) -> str:
 def _record_lines(node: yaml.Node, path: PathInProject, source: _Source) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name = str(key.value)
             line = key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:str":
+                found = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                raise InputError(
+                    f"{source.file}:{line}: {_dotted((*path, found or 'null'))}: a key must be "
+                    "text; write it in quotes"
+                )
+            name = str(key.value)
             if (*path, name) in source.lines:
                 first = source.lines[(*path, name)]
                 raise InputError(
@@ -508,8 +522,6 @@ def _explain(error: Any, raw: dict[str, Any], source: _Source) -> str:
     if kind == "value_error":
         message = str(context["error"])
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"
-    if kind == "invalid_key":
-        return f"{where}: {key}: a key must be text; write it in quotes"
     shown = "nothing" if found is None else repr(found)
     expected = _EITHER.get(path) or _EXPECTED.get(kind)
     if expected:
