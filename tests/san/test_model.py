@@ -288,8 +288,9 @@ def test_loading_beside_another_adapter_is_bit_for_bit(saved):
         {"target_modules": ["v_proj", "o_proj"]},
     ],
 )
-def test_the_file_holds_each_trained_vector_once_and_nothing_else(tmp_path, options):
-    model = adapt(tiny_model(), **options)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_file_holds_each_trained_vector_once_and_nothing_else(tmp_path, options, tied):
+    model = adapt(tiny_model(tie_word_embeddings=tied), **options)
     model.save_pretrained(tmp_path)
     gammas, betas = vectors(model)
     expected = {f"base_model.model.{name}.san_gamma": value for name, value in gammas.items()}
