@@ -128,6 +128,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(base_layer)
         self._unmerged: dict[str, Any] | None = None
+        self._merged_gamma: dict[str, Tensor | None] = {}
         self._squared_norms: Tensor | None = None
 
     def update_layer(self, adapter_name: str, options: Options, gamma: bool, beta: bool) -> None:
@@ -215,6 +216,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
     def gamma(self, adapter: str) -> Tensor | None:
         """Return the neuron scale that is propagated, (d_out,), or None for 1."""
+        if adapter in self._merged_gamma:  # W, which it may be a ratio to, is not here any more
+            return self._merged_gamma[adapter]
         return self.scales(adapter)[1]
 
     def neuron_shift(self, adapter: str) -> Tensor | None:
@@ -330,6 +333,10 @@ class SanLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names or [] if name in self.san_options]
         if not names:
             return
+        if self.merged:
+            # All of them from W again: a low-rank scale is a ratio of norms to those of W.
+            names = [*self.merged_adapters, *names]
+            self.unmerge()
         base = self.get_base_layer()
         weight, bias = self.merged_tensors(names)
         if safe_merge and not (
@@ -337,9 +344,12 @@ class SanLayer(nn.Module, BaseTunerLayer):
         ):
             raise SanError(f"merging {', '.join(names)} gives numbers that are not finite")
         old = base.weight
-        if keep and self._unmerged is None:
-            if isinstance(self, SanLinear):
-                self.squared_norms()  # of W, for a later low-rank adapter: W* is here from now on
+        if isinstance(self, SanLinear):
+            self.squared_norms()  # of W, for a later low-rank adapter: W* is here from now on
+        for name in names:
+            gamma = self.gamma(name)
+            self._merged_gamma[name] = None if gamma is None else gamma.detach().clone()
+        if keep:
             state = getattr(base, "state", None)  # bitsandbytes keeps int8 scales here
             self._unmerged = {
                 "weight": old,
@@ -372,6 +382,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         if self._unmerged["state"] is not None:
             base.state.CB, base.state.SCB = self._unmerged["state"]
         self._unmerged = None
+        self._merged_gamma.clear()
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
