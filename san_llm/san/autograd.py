@@ -43,8 +43,11 @@ class Scaled(torch.autograd.Function):
         """Return the gradients to features and scale."""
         features, scale = ctx.saved_tensors
         d_features, d_scale = _like(grads[0]), torch.zeros_like(scale)
-        for grad, x, d_x, work in _blocks(grads[0], features, d_features, scratch=1):
-            d_scale += torch.mul(grad, x, out=work).sum(0, dtype=scale.dtype)
+        parts = _blocks(grads[0], features, d_features, scratch=1, dtype=scale.dtype)
+        for grad, x, d_x, work in parts:
+            # A product of two bf16 numbers would be rounded to bf16 before it is added up.
+            same = grad.dtype == work.dtype
+            d_scale += (torch.mul(grad, x, out=work) if same else work.copy_(grad).mul_(x)).sum(0)
             torch.mul(grad, scale, out=d_x)
         return d_features, d_scale
 
@@ -100,18 +103,19 @@ class ScaledSwiGLU(torch.autograd.Function):
         d_gate, d_up = _like(gate), _like(up)
         d_g = None if g is None else torch.zeros_like(g)
         d_c = None if c is None else torch.zeros_like(c)
-        parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=2)
+        wide = next((scale.dtype for scale in (g, c) if scale is not None), gate.dtype)
+        parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=2, dtype=wide)
         for gate_, up_, d_h, d_gate_, d_up_, a, work in parts:
             _mul(gate_, g, a)
             torch.mul(torch.ops.aten.silu.out(a, out=work), d_h, out=work)
             _mul(work, c, d_up_)
             if d_c is not None:
-                d_c += work.mul_(up_).sum(0, dtype=d_c.dtype)
+                d_c += work.mul_(up_).sum(0)
             _mul(d_h, c, work).mul_(up_)
             torch.ops.aten.silu_backward.grad_input(work, a, grad_input=work)
             _mul(work, g, d_gate_)
             if d_g is not None:
-                d_g += work.mul_(gate_).sum(0, dtype=d_g.dtype)
+                d_g += work.mul_(gate_).sum(0)
         return d_gate, d_up, d_g, d_c
 
 
@@ -120,7 +124,9 @@ def _mul(features: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
     return out.copy_(features) if scale is None else torch.mul(features, scale, out=out)
 
 
-def _blocks(*features: Tensor, scratch: int = 0) -> Iterator[list[Tensor]]:
+def _blocks(
+    *features: Tensor, scratch: int = 0, dtype: torch.dtype | None = None
+) -> Iterator[list[Tensor]]:
     """Iterate over blocks of tokens, as views of each (..., d), with scratch of the first's shape.
 
     On a CPU a block stays in its cache, and the scratch is the same memory again and again: fresh
@@ -129,7 +135,7 @@ def _blocks(*features: Tensor, scratch: int = 0) -> Iterator[list[Tensor]]:
     flat = [tensor.view(-1, tensor.shape[-1]) for tensor in map(_viewable, features)]
     tokens, width = flat[0].shape
     step = max(1, BLOCK // width) if flat[0].device.type == "cpu" else max(1, tokens)
-    work = [flat[0].new_empty(min(step, tokens), width) for _ in range(scratch)]
+    work = [flat[0].new_empty(min(step, tokens), width, dtype=dtype) for _ in range(scratch)]
     for start in range(0, tokens, step):
         parts = [tensor[start : start + step] for tensor in flat]
         yield parts + [tensor[: len(parts[0])] for tensor in work]

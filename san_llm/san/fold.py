@@ -19,7 +19,7 @@ nothing is divided by gamma.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,7 +172,7 @@ def _take_over(module: Any, forward: Any, fold: Any) -> bool:
     if "forward" in vars(module) and not hasattr(module, "san_fold"):
         return False
     module.san_fold = fold
-    module.forward = MethodType(forward, module)
+    module.forward = partial(forward, module)  # copies and pickles with its module
     return True
 
 
@@ -186,7 +186,7 @@ def fold(model: nn.Module) -> None:
             norm = getattr(block, name, None)
             found = [getattr(attention, r, None) or getattr(mlp, r, None) for r in readers]
             layers = tuple(layer for layer in found if isinstance(layer, SanLinear))
-            if norm is None or len(layers) < len(readers):
+            if not hasattr(norm, "variance_epsilon") or len(layers) < len(readers):
                 continue
             norm_fold = NormFold(norm, layers)
             if _take_over(norm, _norm_forward, norm_fold):
