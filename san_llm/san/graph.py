@@ -167,6 +167,8 @@ class Node:
         beta: Whether it trains a neuron shift.
         anterior: The name of the module whose gamma is its synapse scale, or None for s = 1.
         link: The table's row behind ``anterior``.
+        carrier: What holds gamma: ``scale``, ``lora`` or ``dora``.
+        rank: Of the two matrices of a low-rank carrier, else 0.
     """
 
     name: str
@@ -176,11 +178,15 @@ class Node:
     beta: bool
     anterior: str | None
     link: Link | None
+    carrier: str = "scale"
+    rank: int = 0
 
     @property
     def trained(self) -> int:
         """How many numbers this module trains."""
-        return self.d_out * (int(self.gamma) + int(self.beta))
+        # Gamma is a vector of its own, or dora's magnitude; with lora it is in the matrices.
+        vectors = int(self.gamma and self.carrier != "lora") + int(self.beta)
+        return self.d_out * vectors + self.rank * (self.d_out + self.d_in)
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,13 @@ class PropagationGraph:
         short = node.name.rsplit(".", 1)[-1]
         shape = f"({node.d_out} x {node.d_in})" if node.d_in else f"({node.d_out})"
         own = " + ".join(
-            symbol for symbol, there in (("gamma", node.gamma), ("beta", node.beta)) if there
+            symbol
+            for symbol, there in (
+                (f"{node.carrier} rank {node.rank}", node.rank),
+                ("gamma", node.gamma and not node.rank),
+                ("beta", node.beta),
+            )
+            if there
         )
         text = f"[cyan]{short}[/] [dim]{shape}[/] {own or 'reads only'}"
         if node.anterior is None or node.link is None:
@@ -362,6 +374,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
     kinds = _get(san_config, "links")
     kinds = KINDS if kinds is None else tuple(kinds)
     shift = bool(_get(san_config, "shift"))
+    carrier = _get(san_config, "carrier") or "scale"
 
     shapes = {}
     if _get(san_config, "adapt_embedding"):
@@ -383,6 +396,8 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
                 beta=shift and d_in > 0,
                 anterior=links[name][0] if name in links else None,
                 link=links[name][1] if name in links else None,
+                carrier=carrier if d_in else "scale",
+                rank=_get(san_config, "r") if d_in and carrier != "scale" else 0,
             )
             for name, (d_out, d_in) in shapes.items()
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from reference import ALL_LINKS, SEVEN, module_name, synapse_source
 from rich.console import Console
-from san.adapted import family_model, vectors
+from san.adapted import adapt, family_model, vectors
 from tiny import tiny_config, tiny_model
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
@@ -135,6 +135,15 @@ def test_the_graph_counts_what_the_adapter_trains(options, count):
     config = SanConfig(**options)
     assert propagation_graph(tiny_config(), config).trained == count
     assert get_peft_model(tiny_model(), config).get_nb_trainable_parameters()[0] == count
+
+
+@pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])
+@pytest.mark.parametrize("carrier", ["scale", "lora", "dora"])
+def test_the_graph_counts_the_numbers_of_every_carrier(carrier, mode):
+    options = {"carrier": carrier, "mode": mode, "r": 3, "adapt_embedding": True}
+    model = adapt(family_model(), **options)
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert propagation_graph(model).trained == counted
 
 
 def test_an_adapted_model_shows_its_own_graph():
