@@ -21,7 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("frozen", "san-plain", "san", "ia3", "lora", "dora", "san-lora", "san-dora")
+METHODS = (
+    *("frozen", "san", "san-plain", "ia3", "lora", "lora-nodrop", "dora", "dora-nodrop"),
+    *("san-lora", "san-dora"),
+)
 
 
 def peak_bytes() -> int:
@@ -36,7 +39,9 @@ def adapted(model: Any, method: str) -> Any:
     from san_llm import SanConfig
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    # Rank, alpha and dropout as published for LoRA and DoRA; -nodrop and SAN's carriers without it.
     low_rank = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
+    published = {**low_rank, "lora_dropout": 0.05}
     config = {
         "san": lambda: SanConfig(),
         "san-plain": lambda: SanConfig(form="plain"),
@@ -45,8 +50,10 @@ def adapted(model: Any, method: str) -> Any:
         "ia3": lambda: IA3Config(
             target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
-        "lora": lambda: LoraConfig(target_modules=targets, **low_rank),
-        "dora": lambda: LoraConfig(target_modules=targets, use_dora=True, **low_rank),
+        "lora": lambda: LoraConfig(target_modules=targets, **published),
+        "lora-nodrop": lambda: LoraConfig(target_modules=targets, **low_rank),
+        "dora": lambda: LoraConfig(target_modules=targets, use_dora=True, **published),
+        "dora-nodrop": lambda: LoraConfig(target_modules=targets, use_dora=True, **low_rank),
     }
     return get_peft_model(model, config[method]())
 
