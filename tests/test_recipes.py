@@ -1,0 +1,260 @@
+"""The shipped recipes: valid, short, and right about the models that they name."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from san_llm.model import adapter_config, add_adapter, trainable_parameters
+from san_llm.recipe import Recipe, hardware, load_recipe, shipped_recipes
+from san_llm.san.graph import TARGETS
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [
+    "llama13b_commonsense",
+    "llama2_7b_commonsense",
+    "llama3_8b_commonsense",
+    "llama3_8b_commonsense_4bit",
+    "llama7b_commonsense",
+    "llama7b_commonsense_4bit",
+    "smollm2_demo",
+]
+# As the README lists them: by base.
+SORTED = [
+    "llama7b_commonsense",
+    "llama7b_commonsense_4bit",
+    "llama13b_commonsense",
+    "llama2_7b_commonsense",
+    "llama3_8b_commonsense",
+    "llama3_8b_commonsense_4bit",
+]
+# What the models' own config.json files say.
+LLAMA_7B = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+LLAMA_13B = LLAMA_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13_824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+LLAMA3_8B = LLAMA_7B | {
+    "vocab_size": 128_256,
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+}
+SMOLLM2_135M = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+# One number for each output of q, k, v, o, gate, up and down, in every block.
+TRAINED = {
+    "7b": 32 * (4096 + 4096 + 4096 + 4096 + 11_008 + 11_008 + 4096),
+    "13b": 40 * (5120 + 5120 + 5120 + 5120 + 13_824 + 13_824 + 5120),
+    "8b": 32 * (4096 + 1024 + 1024 + 4096 + 14_336 + 14_336 + 4096),
+    "135m": 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576),
+}
+SHAPES = {
+    "huggyllama/llama-7b": (LLAMA_7B, TRAINED["7b"], 6_738_415_616),
+    "meta-llama/Llama-2-7b-hf": (LLAMA_7B, TRAINED["7b"], 6_738_415_616),
+    "huggyllama/llama-13b": (LLAMA_13B, TRAINED["13b"], 13_015_864_320),
+    "meta-llama/Meta-Llama-3-8B": (LLAMA3_8B, TRAINED["8b"], 8_030_261_248),
+    "smollm2-135m": (SMOLLM2_135M, TRAINED["135m"], 134_515_008),
+}
+
+
+def recipe(name: str) -> Recipe:
+    return load_recipe(shipped_recipes()[name])
+
+
+def on_meta(shape: dict[str, int]) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def test_the_counts_are_the_published_ones():
+    assert TRAINED == {"7b": 1_359_872, "13b": 2_129_920, "8b": 1_376_256, "135m": 155_520}
+
+
+def test_the_shipped_recipes_are_these():
+    assert list(shipped_recipes()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_is_valid_short_and_names_its_hardware(name):
+    path = shipped_recipes()[name]
+    text = path.read_text(encoding="utf-8")
+    assert recipe(name).name == name
+    assert len(text.splitlines()) <= 30
+    assert re.fullmatch(r"# Hardware: .+; .+\.", text.splitlines()[0])
+    assert hardware(path) == text.splitlines()[0].removeprefix("# Hardware: ")
+    measured = "about" in hardware(path)
+    assert measured or "estimated" in hardware(path), "a figure is measured, or says that it is not"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_trains_the_published_count_on_the_real_shapes(name):
+    chosen = recipe(name)
+    shape, trained, whole = SHAPES[chosen.base.model]
+    model = on_meta(shape)
+    assert sum(p.numel() for p in model.parameters()) == whole
+    model.requires_grad_(False)
+    adapted = add_adapter(model, chosen.method)
+    assert trainable_parameters(adapted) == trained
+    gammas = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(gammas) == 7 * shape["num_hidden_layers"]
+    assert all(p.ndim == 1 for p in gammas.values())
+    assert {n.split(".")[-3] for n in gammas} == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "smollm2_demo"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_the_other_methods_fit_the_real_shapes_too(name, method):
+    chosen = load_recipe(shipped_recipes()[name], [f"method.name={method}"])
+    shape = SHAPES[chosen.base.model][0] | {"num_hidden_layers": 1}
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    sides = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
+    sides += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    expected = {
+        "lora": sum(32 * (d_in + d_out) for d_in, d_out in sides),
+        "dora": sum(32 * (d_in + d_out) + d_out for d_in, d_out in sides),
+        "ia3": kv + kv + inner,
+    }
+    model = on_meta(shape)
+    model.requires_grad_(False)
+    assert trainable_parameters(add_adapter(model, chosen.method)) == expected[method]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "smollm2_demo"])
+def test_the_large_recipes_keep_the_published_settings(name):
+    chosen = recipe(name)
+    training, data = chosen.training, chosen.data
+    assert (training.batch_size, training.epochs, training.warmup_steps) == (16, 3, 100)
+    assert (training.schedule, training.evaluate_every) == ("linear", 80)
+    assert (data.cutoff, data.held_out, data.prompt, data.loss) == (256, 120, "llm-adapters", "all")
+    assert len(chosen.evaluation.tasks) == 8
+    assert chosen.evaluation.limit is None
+    assert chosen.base.quantization == ("4bit" if name.endswith("_4bit") else None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_4bit_recipe_differs_from_its_full_one_by_base_and_memory_alone(name):
+    if not name.endswith("_4bit"):
+        assert recipe(name).base.quantization is None
+        return
+    small, full = recipe(name), recipe(name.removesuffix("_4bit"))
+    assert small.base.model == full.base.model
+    assert (small.method, small.data, small.evaluation) == (full.method, full.data, full.evaluation)
+    assert small.training == full.training.model_copy(update={"micro_batch_size": 4})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_adapter_config_says_what_the_recipe_says(name, tmp_path):
+    method = recipe(name).method
+    adapter_config(method).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "SAN"
+    for key in ("carrier", "mode", "shift", "adapt_embedding", "form"):
+        assert saved[key] == getattr(method, key)
+    assert saved["links"] == list(method.links)
+    assert sorted(saved["target_modules"]) == sorted(method.target_modules)
+
+
+def test_the_readme_lists_every_recipe():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [NAMES[-1], *SORTED]
+
+
+def test_the_readme_has_the_figures_of_the_recipes():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    for name in NAMES:
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        chosen = recipe(name)
+        assert chosen.base.model in line
+        assert f"{SHAPES[chosen.base.model][1]:,}" in line
+        memory = re.search(r"(\d+) GB", hardware(shipped_recipes()[name]))
+        assert memory.group() in line
+
+
+# --- san-llm recipes ---
+
+
+def test_list_shows_every_recipe_with_its_base_and_hardware(cli):
+    done = cli("recipes", "list", COLUMNS="300")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["recipe", "base", "bits", "hardware"]
+    for line, name in zip(lines[1:], NAMES, strict=True):
+        assert line.startswith(name)
+        assert recipe(name).base.model in line
+        assert hardware(shipped_recipes()[name]) in line
+
+
+def test_list_as_json(cli):
+    done = cli("recipes", "list", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert list(found) == NAMES
+    assert found["smollm2_demo"]["hardware"] == hardware(shipped_recipes()["smollm2_demo"])
+
+
+def test_show_prints_the_file_byte_for_byte(cli):
+    done = cli("recipes", "show", "llama7b_commonsense")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == shipped_recipes()["llama7b_commonsense"].read_text()
+
+
+def test_copy_makes_a_recipe_to_change_and_never_overwrites_unasked(cli, here):
+    done = cli("recipes", "copy", "llama7b_commonsense", "mine.yaml")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine.yaml\n", "")
+    assert load_recipe(here / "mine.yaml").name == "mine"
+    (here / "mine.yaml").write_text("changed")
+    done = cli("recipes", "copy", "llama7b_commonsense", "mine.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: mine.yaml: exists; add --overwrite to replace it\n"
+    assert (here / "mine.yaml").read_text() == "changed"
+    done = cli("recipes", "copy", "llama7b_commonsense", "mine.yaml", "--overwrite")
+    assert done.returncode == 0
+    assert load_recipe(here / "mine.yaml").base.model == "huggyllama/llama-7b"
+
+
+def test_copy_keeps_the_name_where_no_other_is_given(cli, here):
+    (here / "folder").mkdir()
+    assert cli("recipes", "copy", "smollm2_demo").stdout == "smollm2_demo.yaml\n"
+    assert cli("recipes", "copy", "smollm2_demo", "folder").stdout == "folder/smollm2_demo.yaml\n"
+    copies = [here / "smollm2_demo.yaml", here / "folder" / "smollm2_demo.yaml"]
+    assert {path.read_text() for path in copies} == {shipped_recipes()["smollm2_demo"].read_text()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("show", "llama7b"),
+            "error: llama7b: no such recipe (did you mean 'llama7b_commonsense'?",
+        ),
+        (("copy", "nothing"), "error: nothing: no such recipe; shipped are llama13b_commonsense, "),
+        (("copy", "smollm2_demo", "no/such/mine.yaml"), "error: no/such: no such folder"),
+        (("show", "."), "error: .: a directory; expected a recipe, a YAML file"),
+    ],
+)
+def test_a_wrong_name_or_folder_is_one_line(cli, arguments, message):
+    done = cli("recipes", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
