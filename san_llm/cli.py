@@ -174,13 +174,19 @@ def train(
         raise InputError(f"{run}: is finished; there is nothing to go on with")
     launched = "WORLD_SIZE" in os.environ
     first = os.environ.get("RANK", "0") == "0"
-    if first and not (launched and resume):
-        for file in training_files(chosen.data.train):
-            read_rows(file)  # a wrong row is found before a folder is made or torch is loaded
-        stderr.print(chosen.to_yaml(), markup=False)
-
+    command = None
     if (processes or accelerate) and not launched:
         command = accelerate_command([], processes, accelerate)
+    if first and not (launched and resume):
+        for file in training_files(chosen.data.train):
+            read_rows(file)  # a wrong row is found before torch is loaded or a folder is made
+        stderr.print(chosen.to_yaml(), markup=False)
+        if run is None:
+            from san_llm.model import load_config
+
+            load_config(chosen.base)  # and so is a base that is not there
+
+    if command is not None:
         run = run or new_run(chosen, output, overwrite)
         point_latest(run)
         child = ["train", str(run), "--resume", *(["--json"] if as_json else [])]
@@ -480,7 +486,7 @@ def main() -> None:
 
     try:
         try:
-            app()
+            app(prog_name="san-llm")
         finally:
             sys.stdout.flush()  # a reader that is gone is noticed here, not at interpreter exit
     except SanError as error:
