@@ -22,7 +22,7 @@ from san_llm.recipe import (
     shipped_recipes,
 )
 from san_llm.san.config import SanConfig
-from san_llm.san.graph import CARRIERS, FORMS, KINDS, MODES, TARGETS
+from san_llm.san.graph import CARRIERS, FORMS, KINDS, MODES, TARGETS, family_targets
 
 GOOD = """\
 base:
@@ -106,7 +106,8 @@ def test_the_published_settings_are_the_defaults():
         (4, "  name: san\n  links: mlp", ["mine.yaml:5: method.links: expected a list, found "
          "'mlp'"]),
         (4, "  name: san\n  target_modules: [q]", ["mine.yaml:5: method.target_modules: target "
-         "module 'q' is not one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"]),
+         "module 'q' is not one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, "
+         "qkv_proj, gate_up_proj"]),
         (4, "  name: san\n  target_modules: []", ["mine.yaml:5: method.target_modules: expected at "
          "least one, found []"]),
         (4, "  name: san\n  mode: synapse\n  links: []", ["mine.yaml:3: method: mode 'synapse' "
@@ -495,7 +496,8 @@ def test_the_san_section_has_the_options_of_the_tuner():
 
 def test_the_san_section_has_the_defaults_of_the_tuner():
     from_recipe, by_default = adapter_config(parse().method), SanConfig()
-    for name in own_fields():
+    assert from_recipe.target_modules == family_targets(by_default.target_modules, "llama")
+    for name in own_fields() - {"target_modules"}:
         assert getattr(from_recipe, name) == getattr(by_default, name), name
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 2**18  # numbers: 1 MB in fp32
@@ -56,20 +55,26 @@ class ScaledNorm(torch.autograd.Function):
     """``RMSNorm(x) * weight``; keeps x, the weight and one number a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return x (..., d), normalized and scaled by the weight (d,)."""
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, rounded_once: bool = False
+    ) -> Tensor:
+        """Return x (..., d), normalized and scaled by the weight (d,).
+
+        ``rounded_once``: not before it is scaled, as LLaMA does, but only afterwards.
+        """
         out = _like(x)
         rstds = x.new_empty(*x.shape[:-1], 1, dtype=weight.dtype)
         for wide, rstd, y in _blocks(x, rstds, out):
             wide = wide.to(weight.dtype)
             torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps), out=rstd)
             # Rounded where the base's own norm rounds, so that s = 1 gives its bits.
-            torch.mul((wide * rstd).to(x.dtype), weight, out=y)
+            n = wide * rstd if rounded_once else (wide * rstd).to(x.dtype)
+            torch.mul(n, weight, out=y)
         ctx.save_for_backward(x, weight, rstds)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients to x and the weight."""
         x, weight, rstds = ctx.saved_tensors
         d_x, d_weight = _like(x), torch.zeros_like(weight)
@@ -80,24 +85,32 @@ class ScaledNorm(torch.autograd.Function):
             inner = d_n.mul_(weight).mean(-1, keepdim=True)
             torch.mul(grad, weight, out=d_n)
             d_wide.copy_(d_n.sub_(n.mul_(inner)).mul_(rstd))
-        return d_x, d_weight, None
+        return d_x, d_weight, None, None
 
 
 class ScaledSwiGLU(torch.autograd.Function):
-    """``silu(g * gate) * up * c``; keeps gate and up where the base's own keeps three tensors."""
+    """``silu(g * gate) * up * c``; keeps gate and up where the base's own keeps three tensors.
+
+    With ``gelu`` it is GeGLU: GELU in its tanh form stands where silu does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, g: Tensor | None, c: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, g: Tensor | None, c: Tensor | None, gelu: bool = False
+    ) -> Tensor:
         """Return the hidden features (..., d) of the gated MLP; None stands for a scale of 1."""
         ctx.save_for_backward(gate, up, g, c)
+        ctx.gelu = gelu
         out = _like(gate)
         for gate_, up_, h in _blocks(gate, up, out):
-            F.silu(_mul(gate_, g, h), inplace=True).mul_(up_)
+            _activate(_mul(gate_, g, h), gelu, out=h).mul_(up_)
             _mul(h, c, h)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         """Return the gradients to gate, up, g and c."""
         gate, up, g, c = ctx.saved_tensors
         d_gate, d_up = _like(gate), _like(up)
@@ -107,16 +120,29 @@ class ScaledSwiGLU(torch.autograd.Function):
         parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=2, dtype=wide)
         for gate_, up_, d_h, d_gate_, d_up_, a, work in parts:
             _mul(gate_, g, a)
-            torch.mul(torch.ops.aten.silu.out(a, out=work), d_h, out=work)
+            torch.mul(_activate(a, ctx.gelu, out=work), d_h, out=work)
             _mul(work, c, d_up_)
             if d_c is not None:
                 d_c += work.mul_(up_).sum(0)
             _mul(d_h, c, work).mul_(up_)
-            torch.ops.aten.silu_backward.grad_input(work, a, grad_input=work)
+            if ctx.gelu:
+                gradient = torch.ops.aten.gelu_backward.grad_input
+                gradient(work, a, approximate="tanh", grad_input=work)
+            else:
+                torch.ops.aten.silu_backward.grad_input(work, a, grad_input=work)
             _mul(work, g, d_gate_)
             if d_g is not None:
                 d_g += work.mul_(gate_).sum(0)
-        return d_gate, d_up, d_g, d_c
+        return d_gate, d_up, d_g, d_c, None
+
+
+def _activate(features: Tensor, gelu: bool, out: Tensor) -> Tensor:
+    """Write silu of the features, or their GELU in its tanh form, into ``out``; return that."""
+    if gelu:
+        torch.ops.aten.gelu.out(features, approximate="tanh", out=out)
+    else:
+        torch.ops.aten.silu.out(features, out=out)
+    return out
 
 
 def _mul(features: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
@@ -132,7 +158,8 @@ def _blocks(
     On a CPU a block stays in its cache, and the scratch is the same memory again and again: fresh
     memory costs more than the arithmetic. Elsewhere all tokens are one block.
     """
-    flat = [tensor.view(-1, tensor.shape[-1]) for tensor in map(_viewable, features)]
+    # A view wherever there is one: halves of one tensor are read where they stand.
+    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in features]
     tokens, width = flat[0].shape
     step = max(1, BLOCK // width) if flat[0].device.type == "cpu" else max(1, tokens)
     work = [flat[0].new_empty(min(step, tokens), width, dtype=dtype) for _ in range(scratch)]
@@ -143,7 +170,3 @@ def _blocks(
 
 def _like(features: Tensor) -> Tensor:
     return torch.empty_like(features, memory_format=torch.contiguous_format)
-
-
-def _viewable(features: Tensor) -> Tensor:
-    return features if features.is_contiguous() else features.contiguous()

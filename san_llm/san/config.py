@@ -16,6 +16,7 @@ from san_llm.san.graph import (
     FORMS,
     KINDS,
     MODES,
+    PARENTS,
     TARGETS,
     check_combination,
     check_targets,
@@ -56,8 +57,9 @@ class SanConfig(PeftConfig):
     is trained and ``s`` (d_in,) is the gamma of the Linear that feeds it.
 
     Attributes:
-        target_modules: Names of the projections to adapt, out of the seven of a LLaMA block; or one
-            regular expression over full module names; or ``"all-linear"``. Default: all seven.
+        target_modules: Names of the projections to adapt, such as the seven of a LLaMA block; or
+            one regular expression over full module names. None or ``"all-linear"``: all of the
+            model's, which are then listed here.
         carrier: What holds the neuron scale. ``scale``: a vector of its own; ``lora``, ``dora``:
             the row norms of a low-rank adapted weight, see ``san.carriers``.
         mode: ``both`` (the paper's method), ``neuron`` (features only) or ``synapse`` (the scale
@@ -117,9 +119,10 @@ class SanConfig(PeftConfig):
     def _check_targets(self) -> None:
         targets = self.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            targets = list(TARGETS)
+            self.target_modules = None
+            return
         if isinstance(targets, str):
-            if targets in TARGETS:
+            if targets in PARENTS:
                 raise InputError(
                     f"target_modules: a string is a regular expression over full module names; "
                     f"write [{targets!r}] for the name of a projection"
@@ -146,7 +149,8 @@ class SanConfig(PeftConfig):
             raise InputError(
                 f"modules_to_save: expected a list such as ['lm_head'], found {saved!r}"
             )
-        adapted = [] if isinstance(self.target_modules, str) else list(self.target_modules or [])
+        targets = list(PARENTS) if self.target_modules is None else self.target_modules
+        adapted = [] if isinstance(targets, str) else list(targets)
         adapted += [EMBEDDING] if self.adapt_embedding else []
         for name in adapted:
             if name in (saved or ()):

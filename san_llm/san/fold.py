@@ -7,8 +7,8 @@ identities move scales to where their factors are kept anyway, or where none is 
   (``NormFold``), whose backward pass recomputes n from the residual stream and one number a token.
 - Attention mixes tokens, never channels: v's row scale and o's synapse scale become one factor on
   the attention output (``ValueFold``), which attention keeps itself.
-- SwiGLU is linear in up: gate's and up's row scales and down's synapse scale go into the
-  activation (``GatedFold``), whose backward pass recomputes what the base's own would keep.
+- SwiGLU and GeGLU are linear in up: gate's and up's row scales and down's synapse scale go into
+  the activation (``GatedFold``), whose backward pass recomputes what the base's own would keep.
 
 A fold decides at every forward, by ``stands``, whether it applies: exactly one adapter computes in
 all of its members, none of them is merged, and the scales are of a kind that can move. Otherwise
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from san_llm.san.autograd import ScaledNorm, ScaledSwiGLU
-from san_llm.san.graph import NORMS
+from san_llm.san.graph import Family
 from san_llm.san.layer import SanLayer, SanLinear
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
+_GELU = type(ACT2FN["gelu_pytorch_tanh"])
 
 
 def _together(members: tuple[SanLayer, ...]) -> str | None:
@@ -49,9 +50,9 @@ def _together(members: tuple[SanLayer, ...]) -> str | None:
 class NormFold:
     """Readers of one RMSNorm that share a synapse scale: it goes into the norm's weight."""
 
-    def __init__(self, norm: Any, readers: tuple[SanLayer, ...]) -> None:
-        """Hold a norm and all Linears that read it."""
-        self.norm, self.readers = norm, readers
+    def __init__(self, norm: Any, readers: tuple[SanLayer, ...], offset: int) -> None:
+        """Hold a norm, which multiplies by ``offset + weight``, and all Linears that read it."""
+        self.norm, self.readers, self.offset = norm, readers, offset
 
     def adapter(self) -> str | None:
         """Return the adapter that it stands for in this forward, or None."""
@@ -79,7 +80,11 @@ class NormFold:
             return None
         weight = self.norm.weight
         wide = weight if weight.dtype == torch.float64 else weight.float()
-        out: Tensor = ScaledNorm.apply(x, wide * s.to(wide.device), self.norm.variance_epsilon)
+        wide = self.offset + wide if self.offset else wide
+        # Gemma's norm is the one with an offset, and rounds only once.
+        out: Tensor = ScaledNorm.apply(
+            x, wide * s.to(wide.device), _epsilon(self.norm, self.offset), self.offset != 0
+        )
         return out
 
 
@@ -112,11 +117,11 @@ class ValueFold:
 
 
 class GatedFold:
-    """The scales around SwiGLU, inside it."""
+    """The scales around SwiGLU or GeGLU, inside it."""
 
-    def __init__(self, mlp: Any, gate: SanLayer, up: SanLayer, down: SanLayer) -> None:
-        """Hold an MLP and its three projections."""
-        self.mlp, self.gate, self.up, self.down = mlp, gate, up, down
+    def __init__(self, gate: SanLayer, up: SanLayer, down: SanLayer, gelu: bool) -> None:
+        """Hold the projections of an MLP; gate and up may be the halves of one Linear."""
+        self.gate, self.up, self.down, self.gelu = gate, up, down, gelu
 
     def adapter(self) -> str | None:
         """Return the adapter that it stands for in this forward, or None."""
@@ -143,14 +148,24 @@ class GatedFold:
         adapter = self.adapter()
         if adapter is None:
             return None
-        g = self.gate.row_scale(adapter)
-        row_scale, gamma = self.up.scales(adapter)
+        if self.gate is self.up:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            (g, row_scale), (_, gamma) = map(_halves, self.up.scales(adapter))
+        else:
+            gate, up = self.gate(x), self.up(x)
+            g = self.gate.row_scale(adapter)
+            row_scale, gamma = self.up.scales(adapter)
         s = gamma if adapter in self.down.san_feed else None
         c = row_scale if s is None else s if row_scale is None else s * row_scale
-        mlp = self.mlp
-        h = ScaledSwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x), g, c)
-        out: Tensor = mlp.down_proj(h)
+        out: Tensor = self.down(ScaledSwiGLU.apply(gate, up, g, c, self.gelu))
         return out
+
+
+def _halves(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if scale is None:
+        return None, None
+    gate, up = scale.chunk(2)
+    return gate, up
 
 
 def _has_bias(layer: SanLayer) -> bool:
@@ -176,33 +191,45 @@ def _take_over(module: Any, forward: Any, fold: Any) -> bool:
     return True
 
 
-def fold(model: nn.Module) -> None:
+def _epsilon(norm: Any, offset: int) -> float | None:
+    """Return the epsilon of an RMSNorm of LLaMA's make, or Gemma's (offset 1), else None."""
+    if offset:
+        return getattr(norm, "eps", None) if hasattr(norm, "_norm") else None
+    return getattr(norm, "variance_epsilon", None)
+
+
+def fold(model: nn.Module, family: Family) -> None:
     """Install the lean form in every block of a wired model; adapters that cannot use it do not."""
     for block in list(model.modules()):
         attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
         if attention is None or mlp is None:
             continue
-        for name, readers in NORMS.items():
+        for name, readers in family.norms.items():
             norm = getattr(block, name, None)
             found = [getattr(attention, r, None) or getattr(mlp, r, None) for r in readers]
             layers = tuple(layer for layer in found if isinstance(layer, SanLinear))
-            if not hasattr(norm, "variance_epsilon") or len(layers) < len(readers):
+            if _epsilon(norm, family.norm_offset) is None or len(layers) < len(readers):
                 continue
-            norm_fold = NormFold(norm, layers)
+            norm_fold = NormFold(norm, layers, family.norm_offset)
             if _take_over(norm, _norm_forward, norm_fold):
                 for layer in layers:
                     layer.columns_fold = norm_fold
         v, o = getattr(attention, "v_proj", None), getattr(attention, "o_proj", None)
         if isinstance(v, SanLinear) and isinstance(o, SanLinear):
             v.rows_fold = o.columns_fold = ValueFold(v, o)
-        gate, up, down = (getattr(mlp, f"{n}_proj", None) for n in ("gate", "up", "down"))
+        gate, up, down = (
+            getattr(mlp, family.linear_of(name), None)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+        gelu = isinstance(act, _GELU) and isinstance(act.act, partial)  # else it is in Python
         if (
             isinstance(gate, SanLinear)
             and isinstance(up, SanLinear)
             and isinstance(down, SanLinear)
-            and isinstance(getattr(mlp, "act_fn", None), _SILU)
+            and (gelu or isinstance(act, _SILU))
         ):
-            gated = GatedFold(mlp, gate, up, down)
+            gated = GatedFold(gate, up, down, gelu)
             if _take_over(mlp, _mlp_forward, gated):
                 gate.rows_fold = up.rows_fold = down.columns_fold = gated
 

@@ -1,8 +1,8 @@
 """Which Linear feeds which: SAN's propagation map, as one table and plain Python.
 
 The synapse scale of a Linear (the posterior) is the neuron scale of another one (the anterior).
-``LINKS`` is that map for a LLaMA block; everything else here looks names up in it. A family that
-is wired like LLaMA joins by its ``model_type`` in ``FAMILIES``.
+``LINKS`` is that map for a LLaMA block, and ``FAMILIES`` says for each ``model_type`` where it is
+wired otherwise; everything else here looks names up in them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from san_llm.errors import InputError, did_you_mean
 
@@ -32,6 +32,8 @@ class Link:
         blocks_back: 0 when both stand in the same block, 1 when the anterior is one block earlier.
         how: How gamma (d_out of the anterior) becomes s (d_in of the posterior).
         first: What feeds the posterior where there is no earlier block.
+        part: Which rows of the anterior feed it, where one Linear computes several projections;
+            None for all rows.
     """
 
     kind: Kind
@@ -40,6 +42,7 @@ class Link:
     blocks_back: int = 0
     how: How = "as is"
     first: str | None = None
+    part: str | None = None
 
 
 EMBEDDING = "embed_tokens"
@@ -63,7 +66,75 @@ NORMS: dict[str, tuple[str, ...]] = {
     "post_attention_layernorm": ("gate_proj", "up_proj"),
 }
 
-FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2")
+# The seven projections of a LLaMA block, in its order.
+TARGETS: tuple[str, ...] = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+
+
+class Family(NamedTuple):
+    """How the blocks of one model type are wired; each default is LLaMA's way.
+
+    Attributes:
+        links: Its propagation table.
+        norms: Which Linears read the output of which RMSNorm of a block.
+        norm_offset: A norm multiplies by ``norm_offset + weight``.
+        fused: Linears that compute several of the seven projections, in the order of their rows.
+    """
+
+    links: tuple[Link, ...] = LINKS
+    norms: Mapping[str, tuple[str, ...]] = NORMS
+    norm_offset: int = 0
+    fused: Mapping[str, tuple[str, ...]] = {}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The Linears of a block that SAN adapts, in the order of the model."""
+        return tuple(dict.fromkeys(self.linear_of(name) for name in TARGETS))
+
+    def linear_of(self, projection: str) -> str:
+        """Return the Linear that computes one of the seven projections: itself, or a fused one."""
+        wholes = (whole for whole, parts in self.fused.items() if projection in parts)
+        return next(wholes, projection)
+
+
+# In Gemma 2 and 3 the features of o and down pass a norm of their own before they join the
+# residual stream (post_attention_layernorm, post_feedforward_layernorm). A norm rescales a token
+# and keeps its channels apart, so the residual links stand; what gate and up read is another norm.
+_GEMMA2_NORMS = {
+    "input_layernorm": NORMS["input_layernorm"],
+    "pre_feedforward_layernorm": NORMS["post_attention_layernorm"],
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),  # Llama 1, 2 and 3, SmolLM
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),  # q and k pass a norm per head, but feed nothing
+    "gemma": Family(norm_offset=1),
+    "gemma2": Family(norms=_GEMMA2_NORMS, norm_offset=1),
+    "gemma3_text": Family(norms=_GEMMA2_NORMS, norm_offset=1),
+    "phi3": Family(
+        links=(
+            Link("attention", "o_proj", "qkv_proj", how="repeat kv heads", part="v_proj"),
+            Link("mlp", "down_proj", "gate_up_proj", part="up_proj"),
+            Link("residual", "gate_up_proj", "o_proj"),
+            Link("residual", "qkv_proj", "down_proj", blocks_back=1, first=EMBEDDING),
+        ),
+        norms={"input_layernorm": ("qkv_proj",), "post_attention_layernorm": ("gate_up_proj",)},
+        fused={
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        },
+    ),
+}
+
+# Families whose stock config can hold a bias on all their projections, so that a shift can merge:
+# the config's flag, and the parent of the Linears that it gives a bias.
+BIAS_FLAGS: dict[str, dict[str, str]] = {
+    "llama": {"attention_bias": "self_attn", "mlp_bias": "mlp"},
+}
 
 PARENTS: dict[str, str] = {
     "q_proj": "self_attn",
@@ -73,8 +144,9 @@ PARENTS: dict[str, str] = {
     "gate_proj": "mlp",
     "up_proj": "mlp",
     "down_proj": "mlp",
+    "qkv_proj": "self_attn",
+    "gate_up_proj": "mlp",
 }
-TARGETS: tuple[str, ...] = tuple(PARENTS)
 CARRIERS: tuple[str, ...] = ("scale", "lora", "dora")
 FORMS: tuple[str, ...] = ("lean", "plain")
 MODES: tuple[str, ...] = ("both", "neuron", "synapse")
@@ -99,7 +171,7 @@ def check_family(model_type: str | None) -> None:
 
 
 def check_targets(targets: Collection[str]) -> None:
-    """Refuse a target whose last name part is not one of the seven projections.
+    """Refuse a target whose last name part is not a projection of any family.
 
     Raises:
         InputError: naming the unknown target and the nearest known one.
@@ -109,11 +181,40 @@ def check_targets(targets: Collection[str]) -> None:
     for target in targets:
         if not isinstance(target, str):
             raise InputError(f"target_modules: expected module names, found {target!r}")
-        if target.rsplit(".", 1)[-1] not in TARGETS:
+        if target.rsplit(".", 1)[-1] not in PARENTS:
             raise InputError(
-                f"target module {target!r} is not one of {', '.join(TARGETS)}"
-                f"{did_you_mean(target.rsplit('.', 1)[-1], TARGETS)}"
+                f"target module {target!r} is not one of {', '.join(PARENTS)}"
+                f"{did_you_mean(target.rsplit('.', 1)[-1], PARENTS)}"
             )
+
+
+def family_targets(targets: Any, model_type: str) -> Any:
+    """Return ``target_modules`` in the names of a family.
+
+    Args:
+        targets: A list of names, one regular expression, or None for all projections.
+        model_type: A supported family.
+
+    Returns:
+        A regular expression as it is, or a list. Where a Linear computes several projections, it
+        stands for their names if all of them are there.
+
+    Raises:
+        InputError: when only some of them are: a Linear is adapted whole.
+    """
+    family = FAMILIES[model_type]
+    if targets is None:
+        return list(family.targets)
+    if isinstance(targets, str):
+        return targets
+    for whole, parts in family.fused.items():
+        there = [part for part in parts if part in targets]
+        if there and len(there) < len(parts):
+            raise InputError(
+                f"target module {there[0]!r} is a part of {whole!r} in a {model_type} model: name "
+                f"that, or all of {', '.join(parts)}"
+            )
+    return list(dict.fromkeys(family.linear_of(name) for name in targets))
 
 
 def check_combination(carrier: str, mode: str, shift: bool, links: Sequence[str]) -> None:
@@ -130,12 +231,15 @@ def check_combination(carrier: str, mode: str, shift: bool, links: Sequence[str]
         )
 
 
-def link_into(posterior: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, Link] | None:
+def link_into(
+    posterior: str, kinds: tuple[str, ...] = KINDS, model_type: str = "llama"
+) -> tuple[str, Link] | None:
     """Return the full name of the module that feeds ``posterior``, and the table's row.
 
     Args:
         posterior: A module name such as ``model.layers.3.mlp.down_proj``, with any prefix.
         kinds: The link kinds that are switched on.
+        model_type: The family, whose table is read.
 
     Returns:
         ``(anterior name, row)``, or None where nothing feeds it or its kind is off.
@@ -143,7 +247,7 @@ def link_into(posterior: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, Link
     match = _LINEAR.fullmatch(posterior)
     if match is None:
         return None
-    for link in LINKS:
+    for link in FAMILIES[model_type].links:
         if link.posterior != match["name"] or link.kind not in kinds:
             continue
         block = int(match["block"]) - link.blocks_back
@@ -153,6 +257,22 @@ def link_into(posterior: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, Link
         if link.first is not None:
             return f"{match['prefix']}{link.first}", link
     return None
+
+
+class Carry(NamedTuple):
+    """How gamma (d_out of the anterior) becomes s (d_in of the posterior).
+
+    Attributes:
+        start: The first row of the anterior that feeds the posterior.
+        stop: The row after the last one.
+        groups: How often the channels of each head are repeated: query heads per kv head, or 1.
+        head_dim: Channels of one head, which are repeated together.
+    """
+
+    start: int
+    stop: int
+    groups: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -167,6 +287,7 @@ class Node:
         beta: Whether it trains a neuron shift.
         anterior: The name of the module whose gamma is its synapse scale, or None for s = 1.
         link: The table's row behind ``anterior``.
+        carry: How its gamma becomes the synapse scale of this one.
         carrier: What holds gamma: ``scale``, ``lora`` or ``dora``.
         rank: Of the two matrices of a low-rank carrier, else 0.
     """
@@ -178,6 +299,7 @@ class Node:
     beta: bool
     anterior: str | None
     link: Link | None
+    carry: Carry | None = None
     carrier: str = "scale"
     rank: int = 0
 
@@ -255,10 +377,11 @@ class PropagationGraph:
         if node.anterior is None or node.link is None:
             return text
         where = ", block before" if node.link.blocks_back and "layers." in node.anterior else ""
+        part = f", {node.link.part.removesuffix('_proj')}" if node.link.part else ""
         repeat = ", per kv head" if node.link.how != "as is" else ""
         source = node.anterior.rsplit(".", 1)[-1]
         # A line stays within the 80 columns that a pipe is taken to have.
-        return f"{text} [green]<- {source}[/] [dim]({node.link.kind}{where}{repeat})[/]"
+        return f"{text} [green]<- {source}[/] [dim]({node.link.kind}{where}{part}{repeat})[/]"
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:
@@ -267,12 +390,7 @@ def _get(config: Any, key: str, default: Any = None) -> Any:
     return getattr(config, key, default)
 
 
-def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Return ``(d_out, d_in)`` of each of the seven projections, from a model config.
-
-    Args:
-        config: A ``PretrainedConfig`` or the dictionary of a ``config.json``.
-    """
+def _projection_shapes(config: Any) -> dict[str, tuple[int, int]]:
     hidden, inter = _get(config, "hidden_size"), _get(config, "intermediate_size")
     heads = _get(config, "num_attention_heads")
     kv_heads = _get(config, "num_key_value_heads") or heads
@@ -286,6 +404,35 @@ def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
         "up_proj": (inter, hidden),
         "down_proj": (hidden, inter),
     }
+
+
+def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Return ``(d_out, d_in)`` of each Linear of a block that SAN adapts, from a model config.
+
+    Args:
+        config: A ``PretrainedConfig`` or the dictionary of a ``config.json``.
+    """
+    family = FAMILIES[_get(config, "model_type")]
+    shapes: dict[str, tuple[int, int]] = {}
+    for projection, (d_out, d_in) in _projection_shapes(config).items():
+        name = family.linear_of(projection)
+        above = shapes[name][0] if name in shapes else 0
+        shapes[name] = (above + d_out, d_in)
+    return shapes
+
+
+def carry(link: Link, config: Any) -> Carry:
+    """Return how a row of the propagation table maps its vector in a model of this config."""
+    sizes = {name: d_out for name, (d_out, _) in _projection_shapes(config).items()}
+    heads = _get(config, "num_attention_heads")
+    groups, head_dim = 1, sizes["q_proj"] // heads
+    if link.how == "repeat kv heads":
+        groups = sizes["q_proj"] // sizes["v_proj"]
+    if link.part is None:
+        return Carry(0, sizes[link.anterior], groups, head_dim)
+    parts = FAMILIES[_get(config, "model_type")].fused[link.anterior]
+    start = sum(sizes[part] for part in parts[: parts.index(link.part)])
+    return Carry(start, start + sizes[link.part], groups, head_dim)
 
 
 def trains_gamma(name: str, mode: str, anteriors: set[str]) -> bool:
@@ -319,7 +466,7 @@ def check_matched(targets: Any, names: list[str]) -> None:
 
 
 def wire(
-    names: list[str], kinds: tuple[str, ...], mode: str
+    names: list[str], kinds: tuple[str, ...], mode: str, model_type: str
 ) -> tuple[dict[str, tuple[str, Link]], set[str]]:
     """Join targets to each other: a link exists only if both of its ends are targets.
 
@@ -327,6 +474,7 @@ def wire(
         names: The full names of the adapted modules (the embedding included, if adapted).
         kinds: The link kinds that are switched on.
         mode: ``both``, ``neuron`` (no links at all) or ``synapse``.
+        model_type: The family, whose table is read.
 
     Returns:
         ``(links, anteriors)``: the feeding module and table row for each linked posterior, and the
@@ -336,7 +484,7 @@ def wire(
     links: dict[str, tuple[str, Link]] = {}
     if mode != "neuron":
         for name in names:
-            found = link_into(name, kinds)
+            found = link_into(name, kinds, model_type)
             if found is not None and found[0] in present:
                 links[name] = found
     return links, {anterior for anterior, _ in links.values()}
@@ -364,12 +512,12 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
         if isinstance(adapters, Mapping):
             active = model.active_adapters  # a list of PEFT's, a method of transformers'
             san_config = adapters.get((active() if callable(active) else active)[0])
-    check_family(_get(config, "model_type"))
-    targets = _get(san_config, "target_modules") or TARGETS
-    if targets == "all-linear":
-        targets = TARGETS
-    if not isinstance(targets, str):
+    model_type = _get(config, "model_type")
+    check_family(model_type)
+    targets = _get(san_config, "target_modules") or None
+    if targets is not None and not isinstance(targets, str):
         check_targets(targets)
+    targets = family_targets(None if targets == "all-linear" else targets, model_type)
     mode = _get(san_config, "mode") or "both"
     kinds = _get(san_config, "links")
     kinds = KINDS if kinds is None else tuple(kinds)
@@ -385,7 +533,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             if matches(targets, name):
                 shapes[name] = shape
     check_matched(targets, list(shapes))
-    links, anteriors = wire(list(shapes), kinds, mode)
+    links, anteriors = wire(list(shapes), kinds, mode, model_type)
     return PropagationGraph(
         tuple(
             Node(
@@ -396,6 +544,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
                 beta=shift and d_in > 0,
                 anterior=links[name][0] if name in links else None,
                 link=links[name][1] if name in links else None,
+                carry=carry(links[name][1], config) if name in links else None,
                 carrier=carrier if d_in else "scale",
                 rank=_get(san_config, "r") if d_in and carrier != "scale" else 0,
             )

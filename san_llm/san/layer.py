@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from san_llm.errors import SanError
 from san_llm.san.autograd import Scaled, scaled
 from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
+from san_llm.san.graph import Carry
 
 
 def _bias_dtype(base: nn.Module, weight: Tensor) -> torch.dtype:
@@ -72,13 +73,11 @@ class Feed(NamedTuple):
 
     Attributes:
         anterior: The layer that owns gamma.
-        groups: Query heads per kv head where gamma passes through attention, else 1.
-        head_dim: Channels of one head; a kv head's channels are repeated together.
+        carry: Which of its channels go where; a kv head's are repeated together.
     """
 
     anterior: SanLayer
-    groups: int
-    head_dim: int
+    carry: Carry
 
     def scale(self, adapter: str) -> Tensor | None:
         """Return s (d_in,) of the posterior: the anterior's gamma, repeated where heads share."""
@@ -87,10 +86,13 @@ class Feed(NamedTuple):
 
     def carried(self, gamma: Tensor) -> Tensor:
         """Return a vector over the anterior's rows (d_out,) as one over the columns (d_in,)."""
-        if self.groups == 1:
+        start, stop, groups, head_dim = self.carry
+        if stop - start < len(gamma):
+            gamma = gamma[start:stop]
+        if groups == 1:
             return gamma
-        heads = gamma.view(-1, self.head_dim)  # (kv_heads, head_dim)
-        return heads.repeat_interleave(self.groups, dim=0).flatten()
+        heads = gamma.view(-1, head_dim)  # (kv_heads, head_dim)
+        return heads.repeat_interleave(groups, dim=0).flatten()
 
 
 class SanLayer(nn.Module, BaseTunerLayer):

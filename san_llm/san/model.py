@@ -15,31 +15,31 @@ from san_llm.errors import InputError
 from san_llm.san.config import SanConfig
 from san_llm.san.fold import fold, unfold
 from san_llm.san.graph import (
+    BIAS_FLAGS,
     EMBEDDING,
     FAMILIES,
-    TARGETS,
     Link,
+    carry,
     check_family,
     check_matched,
-    linear_shapes,
+    family_targets,
     trains_gamma,
     wire,
 )
 from san_llm.san.layer import Feed, Options, SanEmbedding, SanLayer, SanLinear
 
-# Families whose stock config can hold a bias on all seven projections, so that a shift can merge.
-BIAS_FLAGS = {"llama": {"attention_bias": "self_attn", "mlp_bias": "mlp"}}
-
 
 class SanModel(BaseTuner):
-    """A Llama, Mistral or Qwen2 model with SAN adapters (arXiv:2409.06706).
+    """A model of one of ``FAMILIES`` with SAN adapters (arXiv:2409.06706).
 
     Made by ``get_peft_model(model, SanConfig(...))`` or ``PeftModel.from_pretrained``.
     """
 
     prefix = "san_"
     tuner_layer_cls = SanLayer
-    target_module_mapping: ClassVar = {family: list(TARGETS) for family in FAMILIES}
+    target_module_mapping: ClassVar = {
+        model_type: list(family.targets) for model_type, family in FAMILIES.items()
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Adapt a model; the arguments are PEFT's."""
@@ -96,7 +96,9 @@ class SanModel(BaseTuner):
             InputError: when a target matches no module of the model.
         """
         config = self.peft_config[adapter_name]
-        check_family(self.get_model_config(model).get("model_type"))
+        model_type = self.get_model_config(model).get("model_type")
+        check_family(model_type)
+        config.target_modules = family_targets(config.target_modules, model_type)
         inside = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, SanLayer)
         )
@@ -107,8 +109,8 @@ class SanModel(BaseTuner):
             and not name.startswith(inside)
             and self._check_target_module_exists(config, name)
         ]
-        self._check_every_target_matched(config, names)
-        links, anteriors = wire(names, tuple(config.links), config.mode)
+        self._check_every_target_matched(config, names, FAMILIES[model_type].targets)
+        links, anteriors = wire(names, tuple(config.links), config.mode, model_type)
         if config.mode == "synapse" and not anteriors and not config.shift:
             raise InputError(
                 f"mode 'synapse' trains nothing here: none of the links {', '.join(config.links)} "
@@ -121,15 +123,17 @@ class SanModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._join(model, adapter_name, links)
         finally:
-            fold(model)
+            fold(model, FAMILIES[model_type])
 
-    def _check_every_target_matched(self, config: SanConfig, names: list[str]) -> None:
-        known = (*TARGETS, EMBEDDING) if config.adapt_embedding else TARGETS
+    def _check_every_target_matched(
+        self, config: SanConfig, names: list[str], targets: tuple[str, ...]
+    ) -> None:
+        known = (*targets, EMBEDDING) if config.adapt_embedding else targets
         stray = [name for name in names if name.rsplit(".", 1)[-1] not in known]
         if stray:
             raise InputError(
                 f"target_modules {config.target_modules!r} also matches {stray[0]!r}, which is "
-                f"none of {', '.join(TARGETS)}"
+                f"none of {', '.join(targets)}"
             )
         check_matched(config.target_modules, names)
 
@@ -179,14 +183,10 @@ class SanModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, links: dict[str, tuple[str, Link]]
     ) -> None:
         config = self.get_model_config(model)
-        shapes, heads = linear_shapes(config), config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
         for name, (anterior_name, link) in links.items():
             posterior: Any = model.get_submodule(name)
             anterior: Any = model.get_submodule(anterior_name)
-            repeat = link.how == "repeat kv heads"
-            groups = shapes["q_proj"][0] // shapes["v_proj"][0] if repeat else 1
-            posterior.san_feed[adapter_name] = Feed(anterior, groups, head_dim)
+            posterior.san_feed[adapter_name] = Feed(anterior, carry(link, config))
 
     def _unload_and_optionally_merge(
         self,

@@ -14,6 +14,7 @@ from san.adapted import adapt, family_model, relative, text
 
 from san_llm import SanConfig
 from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
+from san_llm.san.graph import TARGETS
 
 LOW_RANK = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0}
 
@@ -39,7 +40,7 @@ def ten_steps(model: Any) -> list[float]:
 def test_without_links_a_carrier_trains_as_pefts_own_method_step_for_step(
     carrier, links_off, family
 ):
-    targets = SanConfig().target_modules
+    targets = list(TARGETS)
     own = LoraConfig(target_modules=targets, use_dora=carrier == "dora", **LOW_RANK)
     theirs = get_peft_model(family_model(family), own)
     ours = get_peft_model(family_model(family), SanConfig(carrier=carrier, **links_off, **LOW_RANK))
@@ -94,8 +95,9 @@ def test_every_merged_weight_is_the_formula_with_a_dense_norm(carrier, mode):
         if feed is not None:
             _, norm, adapted, magnitude = parts(feed.anterior)
             gamma = (adapted if carrier == "lora" else magnitude) / norm
-            heads = gamma.reshape(-1, feed.head_dim) if feed.groups > 1 else gamma[:, None]
-            expected = expected * np.repeat(heads, feed.groups, axis=0).reshape(-1)
+            how = feed.carry
+            heads = gamma.reshape(-1, how.head_dim) if how.groups > 1 else gamma[:, None]
+            expected = expected * np.repeat(heads, how.groups, axis=0).reshape(-1)
             checked += 1
         weight, _ = layer.merged_tensors(["default"])
         assert np.allclose(weight.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
