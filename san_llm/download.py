@@ -19,6 +19,8 @@ from san_llm.progress import bar, stderr
 from san_llm.record import refuse_files, whole_folder
 
 MODELS = Path("models")
+# Of a hub repository. Never a pickle: .bin and .pt files stay where they are.
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,7 @@ def _from_hub(name: str, folder: Path, overwrite: bool) -> Path:
             snapshot_download(
                 name,
                 local_dir=temporary,
-                # Never a pickle: .bin and .pt files stay where they are.
-                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "LICENSE*"],
+                allow_patterns=WANTED,
             )
             if not any(temporary.glob("*.safetensors")):
                 raise SanError(f"{name}: has no safetensors files, and no other kind is read")

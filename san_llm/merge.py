@@ -1,31 +1,39 @@
 """An adapter and its base become one stock checkpoint: complete, or absent.
 
-The base is loaded in full precision, the adapter is folded into its weights in fp32, and every
-weight is rounded once to the dtype asked for.
+The adapter is folded into the base's full-precision weights in fp32, and every weight is rounded
+once to the dtype asked for. A SAN adapter is streamed from file to file (``streamed``) without
+torch; the methods of PEFT go through a model in memory (``peft_merge``).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from san_llm import __version__
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError
-from san_llm.model import load_adapter, load_base, load_config, load_tokenizer, locate
+from san_llm.locate import base_folder, locate
 from san_llm.progress import bar
-from san_llm.quantize import refuse_quantized
 from san_llm.recipe import Recipe
-from san_llm.record import whole_folder, write_text
+from san_llm.record import manifest, whole_folder, write_json, write_text
+from san_llm.san.graph import check_family
+from san_llm.shards import DTYPES, read_checkpoint, write_checkpoint
+from san_llm.streamed import Folded
 from san_llm.subject import Subject
-from san_llm.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from san_llm.verify import VerifyResult
+
+SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     verified: bool = False,
+    shard_size: int = SHARD_SIZE,
 ) -> MergeResult:
     """Merge an adapter into its full-precision base and save a stock checkpoint.
 
@@ -67,6 +76,7 @@ def merge(
         dtype: ``float32``, ``bfloat16`` or ``float16``; default: the one the base is stored in.
         overwrite: Replace what is in ``output``.
         verified: Compare with base + adapter before the folder gets its name.
+        shard_size: Bytes that one file of weights may hold.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
@@ -75,49 +85,87 @@ def merge(
     base, adapter = subject.base, subject.adapter
     if adapter is None:
         raise InputError("there is no adapter to merge")
-    config = load_config(base)
-    refuse_quantized(config, base.model)
-    stored = config.dtype or torch.float32
-    target = getattr(torch, dtype) if dtype else stored
-    method = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-    # SAN's layers fold in fp32 and round once themselves, so the base may be loaded as it will be
-    # saved, at half the memory. PEFT's own methods round twice in half precision.
-    working = target if method == "SAN" and target == stored else torch.float32
-    with bar("Merging", 4, "parts") as progress, whole_folder(output, overwrite) as folder:
-        model = load_base(base, dtype=working)
-        tokenizer = load_tokenizer(base)
-        progress.advance(note="base loaded")
-        adapted = load_adapter(model, adapter)
-        progress.advance(note="adapter loaded")
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-        if working != target:
-            merged = merged.to(target)
-        merged.config.dtype = target
-        progress.advance(note="folded")
-        result = MergeResult(
-            output=str(output),
-            base=base.model,
-            adapter=str(adapter),
-            dtype=str(target).removeprefix("torch."),
-            parameters=sum(p.numel() for p in merged.parameters()),
-            trained_over=subject.recipe.base.quantization if subject.recipe else None,
+    options = read_json(adapter / "adapter_config.json")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise InputError(f"{adapter}: not an adapter: no adapter_model.safetensors in it")
+    method = str(options.get("peft_type"))
+    source = base_folder(base)
+    config = read_json(source / "config.json")
+    check_family(config.get("model_type"))
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{base.model}: a quantized checkpoint has no full-precision weights; name the model "
+            "that it was made from"
         )
-        _save(merged, tokenizer, folder)
+    if "auto_map" in config:
+        raise InputError(f"{base.model}: its config needs code of its own: not a stock model")
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    target = dtype or stored
+    if target not in DTYPES:
+        raise InputError(f"{base.model}: is stored as {target}; say which --dtype to save")
+    result = MergeResult(
+        output=str(output),
+        base=base.model,
+        adapter=str(adapter),
+        dtype=target,
+        parameters=0,
+        trained_over=subject.recipe.base.quantization if subject.recipe else None,
+    )
+    with whole_folder(output, overwrite) as folder:
+        if method == "SAN":
+            folded = Folded(source, config, adapter, options)
+            outputs = folded.outputs(DTYPES[target])
+            with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
+                sums = write_checkpoint(folder, outputs, shard_size, progress.advance)
+            write_json(folder / "config.json", folded.merged_config(target))
+        else:
+            # PEFT's own methods fold in the model itself.
+            from san_llm.peft_merge import merge_in_memory
+
+            sums = merge_in_memory(base, adapter, folder, target, shard_size)
+        parameters = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
+        result = replace(result, parameters=parameters)
+        _copy_companions(source, folder)
         write_text(folder / "README.md", model_card(result, subject.recipe, method))
-        progress.advance(note="written")
+        facts = manifest(
+            base=base.model,
+            sha256={
+                "base config": sha256_of(source / "config.json"),
+                "adapter": sha256_of(adapter / "adapter_model.safetensors"),
+                **sums,
+            },
+        )
+        write_json(folder / "merge_manifest.json", facts)
         if verified:
-            del model, adapted, merged  # one model in memory at a time
-            result = replace(result, verified=verify(folder, adapter, base, result.dtype))
+            from san_llm.verify import verify
+
+            result = replace(result, verified=verify(folder, adapter, base, target))
     return result
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Stock transformers must be able to load it, and nothing of PEFT's may be left in the files.
-    saved: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" in saved or "quantization_config" in saved:
-        raise InputError(f"the base's config needs code or a quantizer of its own: {sorted(saved)}")
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, its chat template, the generation config and the licence."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: when the file is missing, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
 
 
 def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:

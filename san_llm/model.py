@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from san_llm.download import PINNED, model_folder
-from san_llm.errors import InputError, SanError, did_you_mean
+from san_llm.errors import InputError, SanError
+from san_llm.locate import locate
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
 from san_llm.san.config import SanConfig
-from san_llm.san.graph import check_family
+from san_llm.san.graph import check_family, family_targets
 from san_llm.san.model import keep_4bit_layout
 from san_llm.subject import Subject
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-
-def locate(model: str) -> str:
-    """Return what transformers loads for a recipe's ``base.model``: a folder or a hub id.
-
-    A ``.gguf`` file is converted once and kept in the cache.
-
-    Raises:
-        InputError: when a folder or file is not there, naming what would get it.
-    """
-    folder = model_folder(model)
-    if folder is not None and not Path(model).exists():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{model}: not here yet: `san-llm download {model}` gets it")
-        return str(folder.resolve())
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        return str(_converted(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{model}: no config.json in it, so it is not a model")
-        return str(path.resolve())
-    if path.exists():
-        raise InputError(f"{model}: a file; expected a folder, a .gguf file or a hub id")
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_local or ("/" not in model and did_you_mean(model, PINNED)):
-        raise InputError(f"{model}: no such folder{did_you_mean(model, PINNED)}")
-    return model
-
-
-def _converted(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    from san_llm.gguf import convert_gguf
-    from san_llm.progress import stderr
-
-    facts = path.stat()
-    key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
-    home = os.environ.get("SAN_LLM_CACHE") or Path.home() / ".cache" / "san-llm"
-    folder = Path(home) / "gguf" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
-    if not (folder / "config.json").is_file():
-        stderr.print(f"converting {path} once, to {folder}")
-        convert_gguf(path, folder)
-    return folder
 
 
 def _read(what: str, name: str, load: Any, **how: Any) -> Any:
@@ -156,11 +111,11 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
     return model
 
 
-def adapter_config(method: Method) -> PeftConfig:
-    """Return the PEFT config of a recipe's method."""
+def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
+    """Return the PEFT config of a recipe's method on a model of this family."""
     from peft import IA3Config, LoraConfig
 
-    targets = list(method.target_modules)
+    targets = family_targets(method.target_modules, model_type)
     match method:
         case SanMethod():
             low_rank: dict[str, Any] = {
@@ -205,7 +160,7 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     from peft import get_peft_model
 
     try:
-        adapted: PeftModel = get_peft_model(model, adapter_config(method))
+        adapted: PeftModel = get_peft_model(model, adapter_config(method, model.config.model_type))
     except InputError:
         raise
     except ValueError as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-
-from san_llm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -31,16 +29,3 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def refuse_quantized(config: Any, name: str) -> None:
-    """Refuse a checkpoint that is stored quantized: it has no full-precision weights to merge into.
-
-    Raises:
-        InputError: naming the checkpoint.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{name}: a quantized checkpoint has no full-precision weights; name the model that it "
-            "was made from"
-        )

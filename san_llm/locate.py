@@ -1,0 +1,73 @@
+"""Where a base model lies: a folder, a named download, a converted ``.gguf`` file, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from san_llm.download import PINNED, WANTED, model_folder
+from san_llm.errors import InputError, did_you_mean
+from san_llm.recipe import Base
+
+
+def locate(model: str) -> str:
+    """Return what transformers loads for a recipe's ``base.model``: a folder or a hub id.
+
+    A ``.gguf`` file is converted once and kept in the cache.
+
+    Raises:
+        InputError: when a folder or file is not there, naming what would get it.
+    """
+    folder = model_folder(model)
+    if folder is not None and not Path(model).exists():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{model}: not here yet: `san-llm download {model}` gets it")
+        return str(folder.resolve())
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model}: no config.json in it, so it is not a model")
+        return str(path.resolve())
+    if path.exists():
+        raise InputError(f"{model}: a file; expected a folder, a .gguf file or a hub id")
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local or ("/" not in model and did_you_mean(model, PINNED)):
+        raise InputError(f"{model}: no such folder{did_you_mean(model, PINNED)}")
+    return model
+
+
+def _converted(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    from san_llm.gguf import convert_gguf
+    from san_llm.progress import stderr
+
+    facts = path.stat()
+    key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
+    home = os.environ.get("SAN_LLM_CACHE") or Path.home() / ".cache" / "san-llm"
+    folder = Path(home) / "gguf" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
+    if not (folder / "config.json").is_file():
+        stderr.print(f"converting {path} once, to {folder}")
+        convert_gguf(path, folder)
+    return folder
+
+
+def base_folder(base: Base) -> Path:
+    """Return the folder with a base's files; a hub id is fetched into the hub's own cache.
+
+    Raises:
+        InputError: when it is not there, or the hub cannot be reached.
+    """
+    found = locate(base.model)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found, revision=base.revision, allow_patterns=WANTED))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{base.model}: its files cannot be found: {first}") from None
