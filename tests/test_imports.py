@@ -19,23 +19,31 @@ LIGHT = [
     "data.prompts",
     "data.rows",
     "data.tasks",
+    "download",
     "errors",
     "evaluate.report",
     "evaluate.score",
     "launch",
+    "locate",
+    "merge",
     "progress",
     "recipe",
     "record",
+    "san.carriers",
     "san.graph",
+    "shards",
+    "streamed",
     "subject",
 ]
 # What a module may import of the package, as far down as it may look.
 ORDER = [
-    {"errors", "progress"},
+    {"errors", "progress", "san.carriers"},
     {"data.prompts", "data.tasks", "san.graph"},
-    {"recipe", "data.rows"},
-    {"record", "evaluate.score"},
-    {"subject", "launch", "evaluate.report"},
+    {"recipe", "data.rows", "shards"},
+    {"record", "evaluate.score", "streamed"},
+    {"subject", "launch", "evaluate.report", "download"},
+    {"locate"},
+    {"merge"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "recipes"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
