@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-SEVEN = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Phi-3's block: one Linear has the rows of q, then k, then v; another those of gate, then up.
+FOUR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 ALL_LINKS = ("attention", "mlp", "residual")
 
 
@@ -24,15 +26,17 @@ def module_name(block: int, projection: str) -> str:
     return f"model.layers.{block}.{parent}.{projection}"
 
 
-def synapse_source(block: int, projection: str, links: tuple[str, ...]) -> str | None:
+def synapse_source(
+    block: int, projection: str, links: tuple[str, ...], fused: bool = False
+) -> str | None:
     """Return the name of the module whose gamma scales the columns of this projection."""
     if projection == "o_proj" and "attention" in links:
-        return module_name(block, "v_proj")
+        return module_name(block, "qkv_proj" if fused else "v_proj")
     if projection == "down_proj" and "mlp" in links:
-        return module_name(block, "up_proj")
-    if projection in ("gate_proj", "up_proj") and "residual" in links:
+        return module_name(block, "gate_up_proj" if fused else "up_proj")
+    if projection in ("gate_proj", "up_proj", "gate_up_proj") and "residual" in links:
         return module_name(block, "o_proj")
-    if projection in ("q_proj", "k_proj", "v_proj") and "residual" in links:
+    if projection in ("q_proj", "k_proj", "v_proj", "qkv_proj") and "residual" in links:
         return module_name(block - 1, "down_proj") if block > 0 else "model.embed_tokens"
     return None
 
@@ -63,6 +67,7 @@ def dense_parameters(
     """
     heads = plain.config.num_attention_heads
     kv_heads = plain.config.num_key_value_heads
+    fused = hasattr(plain.model.layers[0].self_attn, "qkv_proj")
     adapted = {
         module_name(block, projection)
         for block in range(plain.config.num_hidden_layers)
@@ -79,9 +84,13 @@ def dense_parameters(
             if name in gammas and mode != "synapse":
                 weight = torch.diag(gammas[name]).to(weight) @ weight
                 bias = None if bias is None else bias.detach() * gammas[name]
-            source = synapse_source(block, projection, links)
+            source = synapse_source(block, projection, links, fused)
             if mode != "neuron" and source in adapted and source in gammas:
                 s = gammas[source]
+                if fused and projection == "o_proj":
+                    s = s[-(plain.config.hidden_size // heads) * kv_heads :]
+                if fused and projection == "down_proj":
+                    s = s[plain.config.intermediate_size :]
                 if projection == "o_proj":
                     s = over_query_heads(s, heads, kv_heads)
                 weight = weight @ torch.diag(s).to(weight)

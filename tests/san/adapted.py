@@ -9,12 +9,20 @@ from peft import get_peft_model
 from tiny import tiny_config
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
+from transformers.masking_utils import eager_mask
 
 from san_llm import SanConfig
 
@@ -31,15 +39,69 @@ class DoubleNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(square + self.variance_epsilon))
 
 
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+class DoubleGemmaNorm(nn.Module):
+    """Gemma's RMSNorm, which multiplies by 1 + weight, without its drop to float32."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * (1.0 + self.weight)
+
+
+def double_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' eager one, without its drop to float32."""
+    groups = module.num_key_value_groups
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores if attention_mask is None else scores + attention_mask
+    mixed = scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("double", double_attention)
+AttentionMaskInterface.register("double", eager_mask)
+
+# With the seven Linears of a LLaMA block.
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+# With q, k and v in one Linear, and gate and up in another.
+FUSED = {"phi3": Phi3Config}
 
 
 def family_config(family: str, **changes: Any) -> PretrainedConfig:
     """Return the tiny config as one of another family."""
     settings = tiny_config(initializer_range=0.2, **changes).to_dict()
-    # Rotary settings are per family, and a head size is only fixed where a test asks for one.
-    dropped = {"model_type", "rope_parameters", "architectures", "head_dim"} - set(changes)
-    return FAMILIES[family](**{key: settings[key] for key in settings if key not in dropped})
+    # Rotary settings and the activation are per family. A head size is only fixed where a test asks
+    # for one, or where it does not follow from the hidden size.
+    own = {"model_type", "rope_parameters", "architectures", "head_dim", "hidden_act"}
+    dropped = own - set(changes)
+    settings = {key: settings[key] for key in settings if key not in dropped}
+    if family == "qwen3" or family.startswith("gemma"):
+        settings = {"head_dim": 12} | settings
+    if family in ("gemma2", "gemma3_text"):
+        settings["query_pre_attn_scalar"] = 12
+    return (FAMILIES | FUSED)[family](**settings)
 
 
 def family_model(
@@ -48,11 +110,14 @@ def family_model(
     """Return a random tiny model of a family; in float64 its norms do not drop to float32."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(family_config(family, **changes)).to(dtype).eval()
+    if dtype == torch.float64 and family == "gemma2":  # which has no other than eager attention
+        model.set_attn_implementation("double")
     for name, module in list(model.named_modules()):
         if name.endswith("norm"):
-            module.weight.data.uniform_(0.5, 1.5)
+            gemma = family.startswith("gemma")
+            module.weight.data.uniform_(0.5, 1.5).sub_(int(gemma))
             if dtype == torch.float64:
-                model.set_submodule(name, DoubleNorm(module))
+                model.set_submodule(name, DoubleGemmaNorm(module) if gemma else DoubleNorm(module))
         elif getattr(module, "bias", None) is not None:
             module.bias.data.normal_(std=0.2)
     return model
