@@ -8,7 +8,8 @@ allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -72,13 +73,12 @@ def generate(
     if not order:
         return
     padding = pad_id(tokenizer)
-    own = getattr(model, "generation_config", None)
     settings = GenerationConfig(
         num_beams=BEAMS,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=getattr(own, "eos_token_id", None) or tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer),
         pad_token_id=padding,
     )
     device = model.device
@@ -96,7 +96,7 @@ def generate(
             tokens[i, width - length :] = torch.tensor(prompts[number])
             mask[i, width - length :] = 1
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _without_habits(model):
                 out = _beam_search(model, tokens.to(device), mask.to(device), settings)
         except torch.OutOfMemoryError:
             if size == 1 or batch_size is not None:
@@ -107,6 +107,29 @@ def generate(
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         done(list(zip(batch, texts, strict=True)))
         start += len(batch)
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
+    """Return the tokens that end an answer: the model's own, and the one that training teaches."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None
+
+
+@contextmanager
+def _without_habits(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a model's own settings out, which ``generate`` takes where the protocol has none.
+
+    A repetition penalty from ``generation_config.json``, say, would change the answers.
+    """
+    from transformers import GenerationConfig
+
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    habits, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = habits
 
 
 def _beam_search(
