@@ -48,8 +48,6 @@ class Folded:
         """
         self.graph: PropagationGraph = propagation_graph(config, options)
         self._options, self._config = options, config
-        self._heads = config["num_attention_heads"]
-        self._kv_heads = config.get("num_key_value_heads") or self._heads
         self._nodes = {node.name: node for node in self.graph}
         self._stored = {
             tensor.name: tensor
@@ -143,13 +141,16 @@ class Folded:
 
     def synapse_scale(self, node: Node) -> Numbers | None:
         """Return s (d_in,) of a node, or None for 1."""
-        if node.anterior is None or node.link is None:
+        if node.anterior is None or node.carry is None:
             return None
         gamma = self.scales(self._nodes[node.anterior])[1]
-        if gamma is None or node.link.how == "as is":
-            return gamma
-        heads = gamma.reshape(self._kv_heads, -1)
-        return np.repeat(heads, self._heads // self._kv_heads, axis=0).reshape(-1)
+        if gamma is None:
+            return None
+        start, stop, groups, head_dim = node.carry
+        if groups == 1:
+            return gamma[start:stop]
+        heads = gamma[start:stop].reshape(-1, head_dim)  # (kv_heads, head_dim)
+        return np.repeat(heads, groups, axis=0).reshape(-1)
 
     def outputs(self, dtype: str) -> list[Output]:
         """Return the tensors of the merged checkpoint as ``dtype``, in the base's order.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from san.adapted import family_model, shake, text
+from san.adapted import FAMILIES, FUSED, family_model, shake, text
 from transformers import AutoModelForCausalLM
 
 from san_llm import SanConfig
@@ -96,7 +96,7 @@ def test_low_rank_carriers_agree_up_to_the_order_of_sums(tmp_path, carrier, mode
         assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", [*FAMILIES, *FUSED])
 def test_other_families_stream_alike(tmp_path, family):
     model = trained(tmp_path, family)
     model.merge_and_unload().save_pretrained(tmp_path / "peft")

@@ -27,6 +27,8 @@ from transformers import (
 
 from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError
+from san_llm.model import add_adapter
+from san_llm.recipe import DoraMethod, LoraMethod, SanMethod
 from san_llm.san import graph
 from san_llm.san.autograd import ScaledNorm, ScaledSwiGLU
 
@@ -323,6 +325,20 @@ def test_the_seven_names_mean_the_linears_that_compute_them():
     config = SanConfig(target_modules=["up_proj", "gate_proj", "o_proj"])
     names = {node.name.rsplit(".", 1)[-1] for node in propagation_graph(Phi3Config(), config)}
     assert names == {"gate_up_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    "method", [SanMethod(name="san"), LoraMethod(name="lora"), DoraMethod(name="dora")]
+)
+def test_a_recipe_that_names_no_targets_adapts_all_linears_whatever_the_method(method):
+    model = add_adapter(family_model("phi3"), method)
+    base = "base_model.model."
+    adapted = {
+        name.removeprefix(base).partition(".san_")[0].partition(".lora_")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert adapted == {module_name(block, name) for block in range(4) for name in FOUR}
 
 
 @pytest.mark.parametrize(
