@@ -67,3 +67,24 @@ def cli(here: Path) -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run ``san-llm`` as ``cli`` does, but inside the test's process, which saves its start."""
+    from san_llm.cli import main
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = ["san-llm", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, said.out, said.err)
+
+    return run

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from san_llm.evaluate.score import TaskScore, average
@@ -46,7 +47,7 @@ def percent(fraction: float | None) -> str:
 
 def table(result: EvalResult) -> Table:
     """Return the scores as a table for the terminal; accuracies in percent."""
-    drawn = Table(title=str(result.about.get("title", "")) or None, title_justify="left")
+    drawn = Table(title=escape(str(result.about.get("title", ""))) or None, title_justify="left")
     drawn.add_column("task")
     for column in ("accuracy", "std error", "n", "unparseable"):
         drawn.add_column(column, justify="right")

@@ -12,7 +12,8 @@ from san_llm.data.encode import evaluation_text
 from san_llm.data.prompts import PromptStyle
 from san_llm.data.rows import Row, read_task, sha256_of, test_file
 from san_llm.data.tasks import Task
-from san_llm.evaluate.generate import generate
+from san_llm.errors import InputError
+from san_llm.evaluate.generate import NEW_TOKENS, generate
 from san_llm.evaluate.report import EvalResult
 from san_llm.evaluate.score import Judged, parse_answer, score
 from san_llm.progress import bar
@@ -63,6 +64,9 @@ def evaluate(
 
     Returns:
         The scores, in the order of the tasks.
+
+    Raises:
+        InputError: when a prompt and its answer are longer than the model's context.
     """
     flat = [
         (task, number, row)
@@ -70,6 +74,13 @@ def evaluate(
         for number, row in enumerate(rows)
     ]
     prompts = [evaluation_text(style, row, tokenizer) for _, _, row in flat]
+    context = getattr(model.config, "max_position_embeddings", None)
+    for (_, _, row), (_, tokens) in zip(flat, prompts, strict=True):
+        if context is not None and len(tokens) + NEW_TOKENS > context:
+            raise InputError(
+                f"{row.where}: its prompt has {len(tokens):,} tokens; with {NEW_TOKENS} new ones "
+                f"that is more than the model's context of {context:,}"
+            )
     judged: dict[int, Judged] = {}
     with (
         bar("Evaluating", len(flat), "rows") as progress,

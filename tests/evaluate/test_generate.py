@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from san.adapted import adapt
 from tiny import CHARACTERS, tiny_config, tiny_model, tiny_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import GenerationConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from san_llm.evaluate.generate import BEAMS, fitting_batch_size, generate
 
@@ -254,23 +247,3 @@ def test_the_batch_size_is_between_1_and_32_and_shrinks_with_length():
     )
     wide = SimpleNamespace(**vars(bare), num_key_value_heads=4, head_dim=8)
     assert fitting_batch_size(bare, 50, 10**7) == fitting_batch_size(wide, 50, 10**7) < 32
-
-
-@pytest.mark.slow
-def test_answers_of_the_real_model_depend_on_neither_batch_nor_order(smollm2):
-    from san_llm.data.encode import evaluation_text
-    from san_llm.data.rows import POCKET, read_task
-    from san_llm.data.tasks import TASKS
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    prompts = []
-    for name, style in (("boolq", "alpaca"), ("winogrande", "chat"), ("piqa", "llm-adapters")):
-        rows = sorted(
-            read_task(POCKET / name / "test.json", TASKS[name]), key=lambda r: len(r.instruction)
-        )
-        prompts += [evaluation_text(style, row, tokenizer)[1] for row in (rows[0], rows[1])]
-    together = answers(model, prompts, tokenizer=tokenizer)
-    assert answers(model, prompts, 1, tokenizer) == together
-    assert answers(model, prompts[::-1], 4, tokenizer)[::-1] == together
-    assert all(together)

@@ -1,0 +1,485 @@
+"""Whole evaluations: what reaches the model, what is written, what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from san.adapted import adapt
+from tiny import rows, save_tiny, tiny_model, write_recipe, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from san_llm.data.rows import POCKET
+from san_llm.data.tasks import TASKS, find_tasks
+from san_llm.errors import InputError
+from san_llm.evaluate.run import evaluate, read_questions
+from san_llm.recipe import load_recipe
+from san_llm.record import new_run, point_latest
+
+TASK = "the correct answer is"
+
+
+def load(folder, **how):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+
+
+@pytest.fixture
+def data(here):
+    """Three tasks of a few short rows in the LLM-Adapters layout."""
+    boolq = rows(5)
+    piqa = [
+        {
+            "instruction": f"{'How? ' * (n + 1)}",
+            "input": "Some context." if n == 1 else "",
+            "output": f"{TASK} solution{n % 2 + 1}",
+            "answer": f"solution{n % 2 + 1}",
+        }
+        for n in range(4)
+    ]
+    social = [
+        {
+            "instruction": f"Who {n}?",
+            "output": f"{TASK} answer{n}",
+            "answer": f"answer{n}",
+            "input": "",
+        }
+        for n in (1, 2, 3)
+    ]
+    write_rows(here / "data" / "boolq" / "test.json", boolq)
+    write_rows(here / "data" / "piqa" / "test.json", piqa)
+    write_rows(here / "data" / "social_iqa" / "test.json", social)
+    return here / "data"
+
+
+@pytest.fixture
+def adapter(here, tiny_base):
+    """A saved SAN adapter that has moved, over the tiny base."""
+    adapt(load(tiny_base)).save_pretrained(here / "adapter")
+    return here / "adapter"
+
+
+def lines_of(folder):
+    text = (folder / "rows.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def by_row(folder):
+    return sorted(lines_of(folder), key=lambda line: (line["task"], line["row"]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_answers_and_scores_are_those_of_single_rows(here, data, tiny_base, batch_size):
+    tasks = find_tasks(["boolq", "piqa", "social_iqa"])
+    model, tokenizer = load(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    # An untrained model says no answers; this one would say "true" and "solution1".
+    questions = read_questions(tasks, str(data), None)
+    (here / "out").mkdir()
+    result = evaluate(
+        model, tokenizer, questions, "alpaca", here / "out", {"model": "tiny"}, batch_size
+    )
+    found = by_row(here / "out")
+    assert [set(line) for line in found] == [
+        {"task", "row", "prompt", "output", "parsed", "answer", "correct"}
+    ] * 12
+    for line in found:
+        tokens = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
+        out = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            num_beams=4,
+            max_new_tokens=32,
+        )
+        text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+        assert line["output"] == text
+    assert [score.task for score in result.scores] == ["boolq", "piqa", "social_i_qa"]
+    assert [score.n for score in result.scores] == [5, 4, 3]
+    results = json.loads((here / "out" / "results.json").read_text())
+    hashes = results.pop("sha256")
+    assert results == json.loads(json.dumps(result.to_json()))
+    assert sorted(hashes) == sorted(
+        str(data / name / "test.json") for name in ("boolq", "piqa", "social_iqa")
+    )
+
+
+class Says:
+    """A tokenizer that reads every answer as the next of a list of texts."""
+
+    def __init__(self, tokenizer, texts):
+        self._tokenizer, self._texts = tokenizer, iter(texts)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *arguments, **named):
+        return self._tokenizer(*arguments, **named)
+
+    def batch_decode(self, tokens, **_):
+        return [next(self._texts) for _ in tokens]
+
+
+def test_rows_are_judged_by_the_first_answer_and_what_cannot_be_parsed_is_wrong(
+    here, tiny_base, tmp_path
+):
+    write_rows(tmp_path / "d" / "boolq" / "test.json", rows(6))  # true, false, true, ...
+    said = {0: "true", 1: "it is true, or false", 2: "True", 3: "false", 4: "", 5: "untrue"}
+    questions = read_questions([TASKS["boolq"]], str(tmp_path / "d"), None)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    # The longest prompt is answered first.
+    order = sorted(said, key=lambda n: -len(rows(6)[n]["instruction"]))
+    (here / "out").mkdir()
+    result = evaluate(
+        load(tiny_base),
+        Says(tokenizer, [said[n] for n in order]),
+        questions,
+        "alpaca",
+        here / "out",
+        {},
+        1,
+    )
+    assert [
+        (line["row"], line["output"], line["parsed"], line["correct"])
+        for line in by_row(here / "out")
+    ] == [
+        (0, "true", "true", True),
+        (1, "it is true, or false", "true", False),
+        (2, "True", None, False),
+        (3, "false", "false", True),
+        (4, "", None, False),
+        (5, "untrue", "true", False),
+    ]
+    (score,) = result.scores
+    assert (score.n, score.correct, score.unparseable) == (6, 2, 2)
+
+
+# --- what reaches the model ---
+
+INSTRUCTION = "Is ice cold?\n\nAnswer format: true/false"
+S = " " * 16
+LEAD = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request."
+)
+EVALUATION = f"{LEAD} \n\n{S}### Instruction:\n{S}{INSTRUCTION}\n\n{S}### Response:\n{S}"
+TRAINING = f"{LEAD}  \n\n{S}### Instruction:\n{S}{INSTRUCTION}\n{S}\n{S}### Response:\n{S}"
+
+
+def tokens_seen(style, tokenizer, here):
+    """Evaluate one row and return the tokens that the model was given."""
+    row = {"instruction": INSTRUCTION, "input": "", "output": f"{TASK} true", "answer": "true"}
+    write_rows(here / "d" / "boolq" / "test.json", [row])
+    questions = read_questions([TASKS["boolq"]], str(here / "d"), None)
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _model, _arguments, named: seen.append(named["input_ids"]), with_kwargs=True
+    )
+    folder = here / f"out-{style}"
+    folder.mkdir()
+    evaluate(model, tokenizer, questions, style, folder, {}, 1)
+    # All but the last token come first, once for all beams; the beams begin with the last.
+    assert (seen[0].shape[0], seen[1].shape) == (1, (4, 1))
+    assert len(set(seen[1][:, 0].tolist())) == 1
+    assert lines_of(folder)[0]["prompt"] == (EVALUATION if style == "llm-adapters" else TRAINING)
+    return [*seen[0][0].tolist(), int(seen[1][0, 0])]
+
+
+def test_llm_adapters_prompts_reach_the_model_as_published(here, smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    seen = tokens_seen("llm-adapters", tokenizer, here)
+    assert tokenizer.decode(seen) == EVALUATION
+    assert seen == tokenizer(EVALUATION)["input_ids"]
+
+
+def test_aligned_prompts_reach_the_model_as_the_tokens_of_training(here, smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    seen = tokens_seen("llm-adapters-aligned", tokenizer, here)
+    trained = tokenizer(f"{TRAINING}{TASK} true")["input_ids"]
+    assert seen == trained[: len(seen)]
+    # The last of the spaces stands in the response's first token, which is the next.
+    assert tokenizer.decode(seen) == TRAINING[:-1]
+    assert tokenizer.decode(trained[len(seen)]) == " the"
+    assert seen != tokenizer(TRAINING)["input_ids"]
+
+
+# --- the command ---
+
+
+def test_the_command_prints_a_table_and_leaves_rows_and_results(
+    command, here, data, tiny_base, adapter
+):
+    done = command(
+        *("eval", "--adapter", adapter, "--data", data, "--tasks", "boolq,siqa"),
+        *("--prompt", "alpaca", "--output", "scores", "--limit", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert shown[0].split() == f"{tiny_base} + {adapter} on {data}".split()
+    assert re.search(r"boolq +│ +0.0 +│ +0.0 +│ +2 +│ +2", done.stdout)
+    assert re.search(r"social_i_qa +│", done.stdout)
+    assert re.search(r"average +│ +0.0 +│ +0.0 +│ +4 +│ +4", done.stdout)
+    assert shown[-1] == "rows: scores/rows.jsonl"
+    assert [(line["task"], line["row"]) for line in by_row(here / "scores")] == [
+        ("boolq", 0),
+        ("boolq", 1),
+        ("social_i_qa", 0),
+        ("social_i_qa", 1),
+    ]
+    assert sorted(os.listdir(here)) == ["adapter", "data", "scores"]
+
+
+def test_json_alone_is_on_stdout_and_says_what_was_evaluated(
+    command, here, data, tiny_base, adapter
+):
+    done = command(
+        *("eval", "--adapter", adapter, "--data", data, "--tasks", "piqa", "--json"),
+        *("--output", here / "scores"),
+    )
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert (value["model"], value["adapter"]) == (str(tiny_base), str(adapter))
+    assert (value["data"], value["limit"], value["prompt"]) == (str(data), None, "llm-adapters")
+    assert [task["n"] for task in value["tasks"]] == [4]
+    stored = json.loads((here / "scores" / "results.json").read_text())
+    assert stored | value == stored
+
+
+def test_base_model_and_adapter_answer_as_themselves(command, here, data, tiny_base, adapter):
+    recipe = load_recipe(
+        write_recipe(here / "mine.yaml", tiny_base, data / "boolq" / "test.json"), []
+    )
+    run = new_run(recipe, None, False)
+    adapt(load(tiny_base), seed=5).save_pretrained(run / "adapter")
+    point_latest(run)
+    other = save_tiny(here / "other", seed=9)
+
+    def outputs(*options):
+        folder = here / f"out{len(os.listdir(here))}"
+        done = command(
+            *("eval", "--tasks", "boolq", "--data", data, "--limit", 3, "--prompt", "alpaca"),
+            *("--output", folder, *options),
+        )
+        assert done.returncode == 0, done.stderr
+        return [line["output"] for line in by_row(folder)]
+
+    def expected(model):
+        questions = read_questions([TASKS["boolq"]], str(data), 3)
+        folder = here / f"out{len(os.listdir(here))}"
+        folder.mkdir()
+        evaluate(model, AutoTokenizer.from_pretrained(tiny_base), questions, "alpaca", folder, {})
+        return [line["output"] for line in by_row(folder)]
+
+    ways = {
+        "last run": outputs(),
+        "base": outputs("--base-only"),
+        "adapter": outputs("--adapter", adapter),
+        "model": outputs("--model", other),
+    }
+    assert len({tuple(texts) for texts in ways.values()}) == 4
+    assert ways["last run"] == expected(PeftModel.from_pretrained(load(tiny_base), run / "adapter"))
+    assert ways["base"] == outputs("--model", tiny_base) == expected(load(tiny_base))
+    assert ways["adapter"] == expected(PeftModel.from_pretrained(load(tiny_base), adapter))
+    assert ways["model"] == expected(load(other))
+    assert ways["adapter"] == outputs("--adapter", adapter, "--model", tiny_base)
+
+
+def test_the_last_runs_evaluation_lands_in_its_folder_with_its_settings(
+    command, here, data, tiny_base
+):
+    recipe = load_recipe(
+        write_recipe(
+            here / "mine.yaml",
+            tiny_base,
+            data / "boolq" / "test.json",
+            evaluation={"tasks": ["piqa"], "data": str(data), "limit": 2},
+        ),
+        [],
+    )
+    run = new_run(recipe, None, False)
+    adapt(load(tiny_base)).save_pretrained(run / "adapter")
+    point_latest(run)
+    for options, kind in (((), "adapter"), (("--base-only",), "base"), ((), "adapter")):
+        done = command("eval", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        value = json.loads(done.stdout)
+        assert re.fullmatch(rf"{run}/eval/[0-9]{{8}}-[0-9]{{6}}-{kind}(-2)?", value["output"])
+        assert (value["prompt"], value["limit"], value["data"]) == ("alpaca", 2, str(data))
+        assert [task["task"] for task in value["tasks"]] == ["piqa"]
+        assert (here / value["output"] / "rows.jsonl").is_file()
+    assert len(os.listdir(run / "eval")) == 3
+
+
+def test_an_output_folder_with_files_is_refused_before_a_model_is_loaded(command, here, data):
+    (here / "scores").mkdir()
+    (here / "scores" / "mine.txt").write_text("keep")
+    asked = ("eval", "--model", "./nowhere", "--data", data, "--output", "scores")
+    done = command(*asked)
+    assert done.returncode == 2
+    assert done.stderr == "error: scores: has files in it; add --overwrite to replace them\n"
+    assert os.listdir(here / "scores") == ["mine.txt"]
+    # With leave to replace it the next thing is looked at: the old folder is still there.
+    done = command(*asked, "--overwrite", "--tasks", "piqa")
+    assert done.stderr == "error: ./nowhere: no such folder\n"
+    assert (here / "scores" / "mine.txt").read_text() == "keep"
+
+
+def test_overwrite_replaces_an_evaluation_whole(command, here, data, tiny_base):
+    asked = ("eval", "--model", tiny_base, "--data", data, "--output", "scores")
+    assert command(*asked, "--tasks", "piqa").returncode == 0
+    (here / "scores" / "left.txt").write_text("old")
+    assert command(*asked, "--tasks", "boolq", "--overwrite").returncode == 0
+    assert sorted(os.listdir(here / "scores")) == ["results.json", "rows.jsonl"]
+    assert {line["task"] for line in lines_of(here / "scores")} == {"boolq"}
+
+
+def test_a_task_without_data_and_a_wrong_row_are_told_before_a_model_is_loaded(command, here, data):
+    asked = ("eval", "--model", "./nowhere", "--data", data)
+    done = command(*asked, "--tasks", "winogrande")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {data}/winogrande/test.json: no such file; {data} has boolq, piqa, social_iqa\n"
+    )
+    wrong = [*rows(2), {"instruction": "a", "input": "", "output": "b", "answer": "maybe"}]
+    file = write_rows(data / "boolq" / "test.json", wrong)
+    done = command(*asked, "--tasks", "boolq")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {file}: row 3: found 'maybe', expected one of true, false\n"
+
+
+def test_a_prompt_longer_than_the_models_context_is_named_and_nothing_is_left(command, here, data):
+    base = save_tiny(here / "short", max_position_embeddings=280)
+    asked = ("eval", "--model", base, "--data", data, "--tasks", "boolq", "--prompt", "alpaca")
+    long = [*rows(3), rows(1)[0] | {"instruction": "x" * 200}]
+    file = write_rows(data / "boolq" / "test.json", long)
+    done = command(*asked, "--output", "scores")
+    assert done.returncode == 2
+    lead = len(f"{LEAD}\n\n### Instruction:\n") + 200 + len("\n\n### Response:\n")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {file}: row 4: its prompt has {lead} tokens; with 32 new ones that is more than "
+        "the model's context of 280"
+    )
+    assert sorted(os.listdir(here)) == ["data", "short"]
+    assert command(*asked, "--limit", 3, "--output", "scores").returncode == 0
+
+
+def test_a_prompt_that_just_fits_the_context_is_answered(here, tiny_base, tmp_path):
+    row = {"instruction": "x", "input": "", "output": f"{TASK} true", "answer": "true"}
+    write_rows(tmp_path / "d" / "boolq" / "test.json", [row])
+    questions = read_questions([TASKS["boolq"]], str(tmp_path / "d"), None)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    length = len(f"{LEAD}\n\n### Instruction:\nx\n\n### Response:\n")
+    (here / "out").mkdir()
+    fits = tiny_model(max_position_embeddings=length + 32)
+    evaluate(fits, tokenizer, questions, "alpaca", here / "out", {})
+    with pytest.raises(InputError, match="row 1: its prompt has"):
+        evaluate(
+            tiny_model(max_position_embeddings=length + 31),
+            tokenizer,
+            questions,
+            "alpaca",
+            here / "out",
+            {},
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_evaluation_leaves_no_folder_that_looks_complete(here, tiny_base, stop):
+    asked = ("eval", "--model", str(tiny_base), "--output", "scores", "--batch-size", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "san_llm", *asked],
+        cwd=here,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for _ in range(600):
+            written = [path for path in here.rglob("rows.jsonl") if path.stat().st_size]
+            if written or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert written, "it was stopped while it answered"
+        process.send_signal(stop)
+        said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
+    assert said[0] == ""
+    assert not (here / "scores").exists()
+    assert not list(here.rglob("results.json"))
+    if stop == signal.SIGINT:
+        assert "Traceback" not in said[1]
+        assert os.listdir(here) == []
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_over_4_bits_is_evaluated_over_4_bits(command, here, data):
+    base = save_tiny(here / "base", hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    recipe = load_recipe(
+        write_recipe(here / "mine.yaml", base, data / "boolq" / "test.json"),
+        ["base.quantization=4bit"],
+    )
+    run = new_run(recipe, None, False)
+    adapt(load(base)).save_pretrained(run / "adapter")
+    point_latest(run)
+    asked = ("eval", "--tasks", "boolq,piqa", "--data", data, "--prompt", "alpaca")
+    for batch_size in (1, 9):
+        done = command(*asked, "--output", f"out{batch_size}", "--batch-size", batch_size)
+        assert done.returncode == 0, done.stderr
+    found = [[line["output"] for line in by_row(here / f"out{size}")] for size in (1, 9)]
+
+    quantized = load(
+        base,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+        device_map="cpu",
+    )
+    questions = read_questions(find_tasks(["boolq", "piqa"]), str(data), None)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = []
+    for model in (PeftModel.from_pretrained(quantized, run / "adapter").eval(), load(base)):
+        folder = here / f"by-hand-{len(expected)}"
+        folder.mkdir()
+        evaluate(model, tokenizer, questions, "alpaca", folder, {})
+        expected.append([line["output"] for line in by_row(folder)])
+    assert found[0] == found[1] == expected[0] != expected[1]
+
+
+@pytest.mark.slow
+def test_pocket_answers_of_the_real_model_do_not_depend_on_the_batch(here, smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tasks = find_tasks(["boolq", "winogrande", "ARC-Easy"])
+    questions = read_questions(tasks, "pocket", None)
+    shortest = {
+        task: sorted(found, key=lambda row: len(row.instruction))[:2]
+        for task, found in questions.rows.items()
+    }
+    questions = replace(questions, rows=shortest)
+    texts = []
+    for batch_size in (1, 4, None):
+        folder = here / f"batch-{batch_size}"
+        folder.mkdir()
+        evaluate(load(smollm2), tokenizer, questions, "alpaca", folder, {}, batch_size)
+        texts.append([line["output"] for line in by_row(folder)])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 6
+
+
+def test_the_pocket_set_is_found_without_a_folder():
+    questions = read_questions(find_tasks(TASKS), "pocket", 2)
+    assert [len(found) for found in questions.rows.values()] == [2] * 8
+    assert sorted(questions.sha256) == sorted(str(POCKET / name / "test.json") for name in TASKS)
