@@ -30,7 +30,7 @@ def token_losses(model: Any, inputs: dict[str, Tensor]) -> Tensor:
             is not learned.
     """
     bare = model.module if hasattr(model, "module") else model
-    with _head_gives_loss(bare.get_output_embeddings(), inputs["labels"]):
+    with _head_gives_loss(bare.get_output_embeddings(), inputs["labels"], bare.config):
         loss: Tensor = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -40,28 +40,36 @@ def token_losses(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _head_gives_loss(head: Any, labels: Tensor) -> Iterator[None]:
+def _head_gives_loss(head: Any, labels: Tensor, config: Any) -> Iterator[None]:
     """Let the output head return the loss of ``labels`` (batch, tokens) instead of logits.
 
     It happens inside the model's own forward, so wrappers that gather weights or hook outputs see
-    nothing unusual.
+    nothing unusual. Where the config has the model cap its logits (Gemma 2), the head does that as
+    well: the model would cap the loss.
     """
     plain = head.forward
+    cap = getattr(config, "final_logit_softcapping", None)
 
     def loss(hidden: Tensor) -> Tensor:
         targets = labels[:, 1:]
         learned = targets != IGNORE
         chosen, targets = hidden[:, :-1][learned], targets[learned]  # (n, hidden), (n,)
         if type(head) is nn.Linear and not head.weight.requires_grad:
-            out: Tensor = _HeadLoss.apply(chosen, head.weight, head.bias, targets)
+            out: Tensor = _HeadLoss.apply(chosen, head.weight, head.bias, targets, cap)
             return out
-        return F.cross_entropy(plain(chosen).float(), targets, reduction="sum")
+        logits = plain(chosen).float()
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        return F.cross_entropy(logits, targets, reduction="sum")
 
     mine = "forward" in vars(head)
     head.forward = loss
+    if cap is not None:
+        config.final_logit_softcapping = None
     try:
         yield
     finally:
+        if cap is not None:
+            config.final_logit_softcapping = cap
         if mine:
             head.forward = plain
         else:
@@ -69,11 +77,19 @@ def _head_gives_loss(head: Any, labels: Tensor) -> Iterator[None]:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed cross entropy of ``softmax(h W^T + b)``; its gradient to h is made on the way."""
+    """Summed cross entropy of ``softmax(h W^T + b)``; its gradient to h is made on the way.
+
+    With a cap the logits z are ``cap * tanh(z / cap)``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cap: float | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
@@ -82,16 +98,21 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), step):
             part, right = hidden[start : start + step], targets[start : start + step, None]
             logits = F.linear(part, weight, bias).float()  # (step, vocabulary)
+            if cap is not None:
+                slope = 1 - logits.div_(cap).tanh_().square()
+                logits.mul_(cap)
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += (log_sum - logits.gather(-1, right)).sum()
             if gradient is not None:
                 chances = logits.sub_(log_sum).exp_()
                 chances.scatter_add_(-1, right, torch.full_like(log_sum, -1.0))
+                if cap is not None:
+                    chances.mul_(slope)
                 gradient[start : start + step] = chances.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grads[0], None, None, None
+        return None if gradient is None else gradient * grads[0], None, None, None, None

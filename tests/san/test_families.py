@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from peft import PeftModel, get_peft_model
 from reference import ALL_LINKS, FOUR, SEVEN, dense_logits, dense_model, module_name
 from safetensors.torch import load_file
 from san.adapted import FAMILIES, FUSED, adapt, family_model, logits, relative, text, vectors
-from san.test_fold import LOW_RANK, assert_same, kept_for_backward
+from san.test_fold import LOW_RANK, assert_same, kept_for_backward, loss_and_gradients
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -26,7 +28,9 @@ from transformers import (
 )
 
 from san_llm import SanConfig, propagation_graph
+from san_llm.data.encode import IGNORE
 from san_llm.errors import InputError
+from san_llm.loss import token_losses
 from san_llm.model import add_adapter
 from san_llm.recipe import DoraMethod, LoraMethod, SanMethod
 from san_llm.san import graph
@@ -43,8 +47,10 @@ def projections(family: str) -> tuple[str, ...]:
     return FOUR if family in FUSED else SEVEN
 
 
-def test_every_family_of_the_table_is_tested_here():
+def test_every_family_of_the_table_is_tested_here_and_described():
     assert set(EVERY) == set(graph.FAMILIES)
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| [A-Z]", page, re.MULTILINE) == list(graph.FAMILIES)
 
 
 @every_family
@@ -115,6 +121,38 @@ def test_the_lean_form_is_the_plain_one(family, dtype, carrier, mode):
     assert_same(plain, lean, dtype)
 
 
+@new_families
+def test_it_trains_with_gradient_checkpointing(family):
+    model = adapt(family_model(family, **TWO_BLOCKS)).train()
+    expected, gradients = loss_and_gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found, ours = loss_and_gradients(model)
+    assert found == expected
+    for name, gradient in gradients.items():
+        assert relative(ours[name], gradient) < 1e-5, name
+
+
+@every_family
+def test_the_loss_from_learned_positions_is_that_of_all_logits(family):
+    model = adapt(family_model(family, **TWO_BLOCKS))
+    head = model.base_model.model.lm_head
+    head.weight.data.mul_(20)  # so that a cap on the logits matters
+    inputs = {"input_ids": text(), "attention_mask": torch.ones_like(text()), "labels": text()}
+    inputs["labels"][:, :3] = IGNORE
+    for trained in (False, True):
+        head.weight.requires_grad_(trained)
+        plain = model(input_ids=text()).logits[:, 2:-1].flatten(0, 1)
+        expected = F.cross_entropy(plain, text()[:, 3:].flatten(), reduction="sum")
+        gammas = list(vectors(model)[0].values())
+        wanted = torch.autograd.grad(expected, gammas)
+        loss = token_losses(model, inputs)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        for ours, theirs in zip(torch.autograd.grad(loss, gammas), wanted, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
+    assert torch.equal(model(input_ids=text()).logits[:, 2:-1].flatten(0, 1), plain)
+
+
 FOLDED = {
     "qwen3": {"input_layernorm", "post_attention_layernorm", "mlp"},
     "gemma": {"input_layernorm", "post_attention_layernorm", "mlp"},
@@ -165,6 +203,17 @@ def test_stock_transformers_loads_the_merged_model(family, carrier, tmp_path):
     assert again == base
     assert relative(logits(stock), expected) < 2e-5
     assert relative(logits(plain), expected) > 1e-2
+
+
+@new_families
+def test_a_scaled_embedding_that_was_tied_leaves_the_head_as_it_is(family, tmp_path):
+    plain = family_model(family, tie_word_embeddings=True, **TWO_BLOCKS)
+    model = adapt(deepcopy(plain), adapt_embedding=True)
+    expected = logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(stock.lm_head.weight, plain.lm_head.weight)
+    assert relative(logits(stock), expected) < 2e-5
 
 
 def load_names(folder: Path) -> dict[str, tuple[int, ...]]:

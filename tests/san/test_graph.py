@@ -14,7 +14,7 @@ from reference import ALL_LINKS, SEVEN, module_name, synapse_source
 from rich.console import Console
 from san.adapted import adapt, family_model, vectors
 from tiny import tiny_config, tiny_model
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError
@@ -172,7 +172,7 @@ def test_a_name_outside_the_map_has_no_link(name):
 
 @pytest.mark.parametrize("config", [GPT2Config(), GPT2Config().to_dict(), {}, {"model_type": None}])
 def test_a_family_without_a_map_is_refused_with_the_list(config):
-    with pytest.raises(InputError, match=r"not supported.*llama, mistral, qwen2"):
+    with pytest.raises(InputError, match=r"not supported.*llama, mistral, qwen2.*, phi3"):
         propagation_graph(config)
 
 
@@ -217,6 +217,13 @@ def test_the_tree_names_the_embedding_and_a_shift():
 def test_the_tree_says_what_only_reads_in_synapse_mode():
     tree = drawn(propagation_graph(tiny_config(), SanConfig(mode="synapse")))
     assert "gate_proj (48 x 32) reads only <- o_proj (residual)" in tree
+
+
+def test_the_tree_says_which_part_of_a_fused_linear_is_read():
+    lines = drawn(propagation_graph(Phi3Config(num_key_value_heads=8))).splitlines()
+    assert any("o_proj (3072 x 3072) gamma <- qkv_proj (attention, v, per kv head)" in x
+               for x in lines)  # fmt: skip
+    assert any("down_proj (3072 x 8192) gamma <- gate_up_proj (mlp, up)" in x for x in lines)
 
 
 def test_a_terminal_gets_colours_and_a_file_none():
