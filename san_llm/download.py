@@ -113,26 +113,61 @@ def _from_hub(name: str, folder: Path, overwrite: bool) -> Path:
     if (folder / "config.json").is_file() and not overwrite:
         stderr.print(f"{folder} is there already")
         return folder
-    import httpx2 as httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    with whole_folder(folder, overwrite) as temporary:
+        fetch(name, local_dir=temporary)
+        if not any(temporary.glob("*.safetensors")):
+            raise SanError(f"{name}: has no safetensors files, and no other kind is read")
+    return folder
 
+
+def fetch(
+    name: str,
+    revision: str | None = None,
+    code: bool = False,
+    local_dir: Path | None = None,
+) -> Path:
+    """Fetch a hub repository's weights, config and tokenizer; what is in the cache is used.
+
+    Args:
+        name: The hub id.
+        revision: Branch, tag or commit.
+        code: Fetch the repository's own Python files as well.
+        local_dir: Where to, if not into the hub's cache.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: when there is no such repository, or it is not open to the user.
+        SanError: when the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = [*WANTED, "*.py"] if code else WANTED
     try:
-        with whole_folder(folder, overwrite) as temporary:
-            snapshot_download(
-                name,
-                local_dir=temporary,
-                allow_patterns=WANTED,
-            )
-            if not any(temporary.glob("*.safetensors")):
-                raise SanError(f"{name}: has no safetensors files, and no other kind is read")
+        if local_dir is None and try_to_load_from_cache(name, "config.json") is None:
+            stderr.print(f"{name}: fetching it from the hub")
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=wanted, local_dir=local_dir)
+        )
     except HFValidationError:
         raise InputError(f"{name}: not a hub id; expected something like owner/name") from None
+    except RevisionNotFoundError:
+        raise InputError(f"{name}: has no revision {revision!r}") from None
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"{name}: no such folder, and not in the hub's cache; the hub cannot be reached"
+        ) from None
     except RepositoryNotFoundError:
         raise InputError(
             f"{name}: not found on the hub, or not open to you (`hf auth login` signs in)"
         ) from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # of several HTTP libraries, by the hub client's version
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SanError(f"{name}: could not be downloaded: {first}") from None
-    return folder
+        raise SanError(f"{name}: could not be fetched from the hub: {first}") from error

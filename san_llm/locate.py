@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from san_llm.download import PINNED, WANTED, model_folder
+from san_llm.download import PINNED, fetch, model_folder
 from san_llm.errors import InputError, did_you_mean
 from san_llm.recipe import Base
 
@@ -59,15 +59,10 @@ def base_folder(base: Base) -> Path:
     """Return the folder with a base's files; a hub id is fetched into the hub's own cache.
 
     Raises:
-        InputError: when it is not there, or the hub cannot be reached.
+        InputError: when it is not there.
+        SanError: when the hub fails.
     """
     found = locate(base.model)
     if Path(found).is_dir():
         return Path(found)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(found, revision=base.revision, allow_patterns=WANTED))
-    except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{base.model}: its files cannot be found: {first}") from None
+    return fetch(found, base.revision, base.trust_remote_code)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from san_llm.errors import InputError, SanError
-from san_llm.locate import locate
+from san_llm.locate import base_folder
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
 from san_llm.san.config import SanConfig
@@ -42,9 +42,8 @@ def load_config(base: Base) -> Any:
 
     config = _read(
         "config",
-        locate(base.model),
+        str(base_folder(base)),
         AutoConfig.from_pretrained,
-        revision=base.revision or "main",
         trust_remote_code=base.trust_remote_code,
     )
     check_family(config.model_type)
@@ -61,9 +60,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
 
     tokenizer: PreTrainedTokenizerFast = _read(
         "tokenizer",
-        locate(base.model),
+        str(base_folder(base)),
         AutoTokenizer.from_pretrained,
-        revision=base.revision or "main",
         trust_remote_code=base.trust_remote_code,
     )
     return tokenizer
@@ -96,9 +94,8 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
         how["device_map"] = {"": device()}
     model: PreTrainedModel = _read(
         "weights",
-        locate(base.model),
+        str(base_folder(base)),
         AutoModelForCausalLM.from_pretrained,
-        revision=base.revision or "main",
         trust_remote_code=base.trust_remote_code,
         config=config,
         use_safetensors=True,

@@ -262,7 +262,7 @@ def last_line(done) -> str:
         ("./nowhere", "error: ./nowhere: no such folder"),
         ("smollm2-135m", "error: smollm2-135m: not here yet: `san-llm download smollm2-135m` gets"),
         ("rows.json", "error: rows.json: a file; expected a folder, a .gguf file or a hub id"),
-        ("nobody/nothing", "error: nobody/nothing: its config cannot be loaded: We couldn't conn"),
+        ("nobody/nothing", "error: nobody/nothing: no such folder, and not in the hub"),
         ("empty", "error: empty: no config.json in it, so it is not a model"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_base_that_is_not_there_is_told_before_a_run_is_made(cli, here, recipe
 @pytest.mark.slow
 def test_a_base_that_is_not_there_is_told_before_processes_are_started(cli, here, recipe):
     done = cli("train", recipe, "base.model=nobody/nothing", "--processes", 2)
-    assert last_line(done).startswith("error: nobody/nothing: its config cannot be loaded: ")
+    assert last_line(done).startswith("error: nobody/nothing: no such folder, and not in the hub")
     assert not (here / "runs").exists()
 
 
