@@ -161,6 +161,8 @@ def fetch(
     except RevisionNotFoundError:
         raise InputError(f"{name}: has no revision {revision!r}") from None
     except LocalEntryNotFoundError:
+        if local_dir is not None:
+            raise SanError(f"{name}: could not be downloaded: the hub cannot be reached") from None
         raise InputError(
             f"{name}: no such folder, and not in the hub's cache; the hub cannot be reached"
         ) from None

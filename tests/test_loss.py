@@ -98,7 +98,7 @@ def test_the_head_is_its_own_again_afterwards():
     model = tiny_model()
     token_losses(model, batch("all"))
     assert "forward" not in vars(model.lm_head)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="input_ids"):
         token_losses(model, {**batch("all"), "input_ids": None})
     assert "forward" not in vars(model.lm_head)
     assert model(batch("all")["input_ids"]).logits.shape == (3, 17, model.config.vocab_size)
