@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from san_llm import __version__
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError
+from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder, locate
 from san_llm.progress import bar
 from san_llm.recipe import Recipe
 from san_llm.record import manifest, whole_folder, write_json, write_text
 from san_llm.san.graph import check_family
-from san_llm.shards import DTYPES, read_checkpoint, write_checkpoint
+from san_llm.shards import DTYPES, Numbers, Output, read_checkpoint, read_rows, write_checkpoint
 from san_llm.streamed import Folded
 from san_llm.subject import Subject
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from san_llm.verify import VerifyResult
 
 SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
+LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
@@ -114,7 +117,7 @@ def merge(
     with whole_folder(output, overwrite) as folder:
         if method == "SAN":
             folded = Folded(source, config, adapter, options)
-            outputs = folded.outputs(DTYPES[target])
+            outputs = [_in_range(output, target) for output in folded.outputs(DTYPES[target])]
             with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
                 sums = write_checkpoint(folder, outputs, shard_size, progress.advance)
             write_json(folder / "config.json", folded.merged_config(target))
@@ -122,7 +125,15 @@ def merge(
             # PEFT's own methods fold in the model itself.
             from san_llm.peft_merge import merge_in_memory
 
-            sums = merge_in_memory(base, adapter, folder, target, shard_size)
+            try:
+                sums = merge_in_memory(base, adapter, folder, target, shard_size)
+            except SanError:
+                raise
+            except ValueError as error:  # PEFT's word for numbers that are not finite
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise SanError(f"{adapter}: cannot be merged: {first}") from error
+            for tensor in read_checkpoint(folder):
+                _check_range(tensor.name, target, read_rows(tensor))
         parameters = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
         result = replace(result, parameters=parameters)
         _copy_companions(source, folder)
@@ -141,6 +152,27 @@ def merge(
 
             result = replace(result, verified=verify(folder, adapter, base, target))
     return result
+
+
+def _in_range(output: Output, dtype: str) -> Output:
+    """Return the output with its computed rows watched, see :func:`_check_range`."""
+    rows = output.rows
+    if rows is None:
+        return output
+
+    def watched(first: int, last: int) -> Numbers:
+        with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+            block = rows(first, last)
+        _check_range(output.name, dtype, block)
+        return block
+
+    return replace(output, rows=watched)
+
+
+def _check_range(name: str, dtype: str, numbers: Numbers) -> None:
+    """Refuse numbers that would be stored as an infinity; a NaN is in no range."""
+    if not (np.abs(numbers) <= LARGEST[dtype]).all():
+        raise SanError(f"{name}: merged, it has numbers that {dtype} cannot hold")
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
