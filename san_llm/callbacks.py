@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -11,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from san_llm.errors import SanError
+from san_llm.launch import tell_ready
 from san_llm.progress import Bar, stderr
 
 COMPLETE = "complete"  # in a checkpoint's folder: everything in it was written to the end
@@ -51,11 +56,51 @@ class Log(TrainerCallback):
     ) -> None:
         """Append what Trainer logs; rank 0 only."""
         if state.is_world_process_zero and "train_runtime" not in logs:
-            entry = {"step": state.global_step, **logs}
+            entry: dict[str, float | None] = {"step": state.global_step}
+            # JSON has no nan: what is not finite is written as null.
+            entry |= {key: value if math.isfinite(value) else None for key, value in logs.items()}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             if "loss" in logs:
                 self._bar.to(state.global_step, f"loss {logs['loss']:.3f}")
+
+
+class StopAtNan(TrainerCallback):
+    """Ends a run that has diverged, before its weights are saved over good ones."""
+
+    def __init__(self) -> None:
+        """Remember the learning rate of the last step."""
+        self._rate = 0.0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Look at what Trainer logs, which is the same in all processes.
+
+        Raises:
+            SanError: when a loss or the gradient's norm is not finite.
+        """
+        self._rate = logs.get("learning_rate", self._rate)
+        for key, what in (
+            ("loss", "loss"),
+            ("grad_norm", "gradient's norm"),
+            ("eval_loss", "held-out loss"),
+        ):
+            value = logs.get(key, 0.0)
+            if math.isfinite(value):
+                continue
+            kept = last_checkpoint(Path(args.output_dir))
+            raise SanError(
+                f"step {state.global_step}: the {what} is {value} at a learning rate of "
+                f"{self._rate:g}; "
+                + (f"{kept} is the last good checkpoint; " if kept else "nothing was saved; ")
+                + "lower training.learning_rate, or compute in another base.dtype"
+            )
 
 
 class Checkpoints(TrainerCallback):
@@ -98,6 +143,7 @@ class StopOnSignal(TrainerCallback):
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
+        tell_ready()
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
@@ -107,8 +153,9 @@ class StopOnSignal(TrainerCallback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT and not torch.distributed.is_initialized():
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        if not self._asked:
-            stderr.print("stopping after this step; Ctrl-C again stops at once")
+        if not self._asked and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                stderr.print("stopping after this step; Ctrl-C again stops at once")
         self._asked = True
 
     def on_step_end(

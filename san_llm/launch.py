@@ -1,18 +1,33 @@
-"""Several processes: the ``accelerate launch`` command line and its child process."""
+"""Several processes: the ``accelerate launch`` command line and its child process.
+
+The command starts a launcher (this module, run with ``python -m``), and the launcher the workers.
+The three share a folder of notes: the first worker to fail writes why, so that one process tells
+it, once; and a worker that can be stopped between two steps says so.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
+import yaml
 
-from san_llm.errors import InputError
+from san_llm.errors import InputError, SanError
+
+NOTES = "SAN_LLM_NOTES"  # the environment's name for the folder of notes
+_FAILURE, _READY = "failure", "ready"
 
 
 def accelerate_command(
@@ -26,23 +41,67 @@ def accelerate_command(
         config: Accelerate's own YAML file instead, as ``accelerate config`` writes it.
 
     Raises:
-        InputError: when the config file is not there.
+        InputError: when the config file cannot serve: most of what is wrong with one makes
+            Accelerate start a single process, or processes that train apart, without a word.
     """
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    worker = ["-m", "san_llm", *arguments]
+    if config is None and processes == 1:
+        return [sys.executable, *worker]
+    launch = [sys.executable, "-m", "san_llm.launch"]
     if config is not None:
-        if not config.is_file():
-            raise InputError(f"{config}: no such file; `accelerate config` writes one")
-        launch += ["--config_file", str(config)]
-        if processes is not None:
-            launch += ["--num_processes", str(processes)]
+        launch += ["--config_file", str(config), *_settings(config, processes)]
     else:
-        launch += [
-            # On a machine without GPUs --multi_gpu means gloo, where --cpu would start one process.
-            *("--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--num_cpu_threads_per_process", "1", "--main_process_port", str(_free_port())),
-        ]
-    return [*launch, "-m", "san_llm", *arguments]
+        launch += ["--num_machines", "1", "--main_process_port", str(_free_port())]
+        launch += ["--num_cpu_threads_per_process", "1"]
+    if processes is not None:
+        launch += ["--num_processes", str(processes)]
+    # Without GPUs --multi_gpu means gloo, where --cpu or MULTI_CPU would start one process. The
+    # numbers are computed as the recipe says: no autocast, no compiler.
+    launch += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launch, *worker]
+
+
+def _settings(config: Path, processes: int | None) -> list[str]:
+    """Return what the command line adds to a config file of Accelerate's, after a check of it."""
+    if not config.is_file():
+        raise InputError(f"{config}: no such file; `accelerate config` writes one")
+    try:
+        values: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{config}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise InputError(
+            f"{config}: no distributed_type in it; `accelerate config` writes a file that has one"
+        )
+    kind, place = values["distributed_type"], values.get("compute_environment", "LOCAL_MACHINE")
+    if place != "LOCAL_MACHINE":
+        raise InputError(f"{config}: compute_environment {place}: only LOCAL_MACHINE can be used")
+    if kind in ("NO", False):  # YAML 1.1 reads an unquoted NO as false
+        raise InputError(
+            f"{config}: distributed_type NO starts one process only; "
+            "for one process leave --accelerate out"
+        )
+    if not str(kind).startswith("MULTI_"):
+        raise InputError(
+            f"{config}: distributed_type {kind}: not supported; MULTI_GPU and MULTI_CPU are"
+        )
+    count = processes or values.get("num_processes")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"{config}: num_processes is missing; name it there or with --processes")
+    if count == 1:
+        raise InputError(
+            f"{config}: num_processes 1 starts one process only; "
+            "for one process leave --accelerate out"
+        )
+    precision = values.get("mixed_precision")
+    if precision not in (None, "no", False):
+        raise InputError(
+            f"{config}: mixed_precision {precision}: the recipe's base.dtype says that; set it "
+            "to 'no' in the file"
+        )
+    if values.get("num_machines", 1) == 1 and not values.get("main_process_port"):
+        return ["--main_process_port", str(_free_port())]
+    return []
 
 
 def _free_port() -> int:
@@ -54,21 +113,116 @@ def _free_port() -> int:
 def run_launched(command: list[str]) -> int:
     """Run a launcher to its end and return its exit code.
 
-    Ctrl-C and a polite kill go to the training processes alone, which save and end well; the
-    launcher, if it were asked to stop, would end them after its own manner.
+    Ctrl-C and a polite kill go to the first worker alone, which stops the others with it after
+    the step that they are in; a second Ctrl-C ends them all at once.
+
+    Raises:
+        SanError: when a worker failed, with its message.
+        KeyboardInterrupt: when the workers were ended at once.
     """
-    # In a session of its own the launcher does not get the terminal's Ctrl-C.
-    child = subprocess.Popen(command, start_new_session=True)
+    ended = False
+    with tempfile.TemporaryDirectory(prefix="san-llm-") as folder:
+        # In a session of its own the launcher does not get the terminal's Ctrl-C.
+        child = subprocess.Popen(command, start_new_session=True, env={**os.environ, NOTES: folder})
+        asked = 0
 
-    def stop(number: int, frame: FrameType | None) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal asked, ended
+            asked += number == signal.SIGINT
+            ready = Path(folder, _READY)
+            if asked < 2 and ready.is_file():
+                _send(number, [psutil.Process(int(ready.read_text()))])
+            else:
+                ended = True
+                launcher = psutil.Process(child.pid)
+                _send(signal.SIGKILL, [launcher, *launcher.children()])
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                stop(number, frame)
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, on_signal) for number in signals}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if ended:
+            raise KeyboardInterrupt
+        failure = Path(folder, _FAILURE)
+        if failure.is_file():
+            raise SanError(failure.read_text(encoding="utf-8"))
+    return code
+
+
+def _send(number: int, processes: list[psutil.Process]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.Error):
-            for worker in psutil.Process(child.pid).children():
-                with contextlib.suppress(psutil.Error):
-                    worker.send_signal(number)
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+def tell_ready() -> None:
+    """Let the command know that this worker, if it is the first here, can be asked to stop."""
+    if NOTES in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # the command is gone, and its notes
+            note = Path(os.environ[NOTES], f".{_READY}")
+            note.write_text(str(os.getpid()))
+            note.rename(note.with_name(_READY))
+
+
+def tell_failure(message: str, first: bool = True) -> bool:
+    """Leave a worker's error for the command to tell; say whether there is a command that will.
+
+    Args:
+        message: What went wrong.
+        first: Keep an earlier message. What fails next fails because of the first, mostly.
+    """
+    if NOTES not in os.environ:
+        return False
     try:
-        return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with Path(os.environ[NOTES], _FAILURE).open(
+            "x" if first else "w", encoding="utf-8"
+        ) as file:
+            file.write(message)
+    except FileExistsError:
+        pass
+    except OSError:  # the command is gone, and its notes
+        return False
+    return True
+
+
+def _watch(parent: int) -> None:
+    """Ask the workers to stop when the command that started the launcher is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    _send(signal.SIGTERM, psutil.Process().children())
+
+
+def _main() -> None:
+    """Run Accelerate's launcher without its own report of a worker that has told its error."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if os.environ.get("SAN_LLM_DEBUG") != "1":
+        logging.disable()
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            hint = "; out of memory?" if code == -signal.SIGKILL else ""
+            message = f"process {rank} was ended by {signal.Signals(-code).name}{hint}"
+            tell_failure(message, first=code == -signal.SIGTERM)
+        else:
+            tell_failure(f"process {rank} ended with exit code {code}")
+        sys.exit(1)
+    except Exception as error:
+        tell_failure(f"accelerate launch: {' '.join(str(error).split())}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _main()

@@ -20,14 +20,15 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import set_seed
-from transformers.utils import cached_file
 
-from san_llm.callbacks import Checkpoints, Log, StopOnSignal, last_checkpoint
+from san_llm.callbacks import Checkpoints, Log, StopAtNan, StopOnSignal, last_checkpoint
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, pad_id
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.errors import InputError, SanError
+from san_llm.launch import tell_failure
+from san_llm.locate import base_folder
 from san_llm.loss import token_losses
-from san_llm.model import add_adapter, load_base, load_tokenizer, locate, trainable_parameters
+from san_llm.model import add_adapter, load_base, load_tokenizer, trainable_parameters
 from san_llm.progress import bar, stderr
 from san_llm.recipe import Recipe
 from san_llm.record import manifest, whole_folder, write_json
@@ -282,6 +283,22 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
         InputError: when the data, the base or the number of processes cannot serve.
         SanError: when the training fails.
     """
+    try:
+        return _train(recipe, run)
+    except Exception as error:
+        if os.environ.get("SAN_LLM_DEBUG") != "1":
+            first = (str(error).strip().splitlines() or [""])[0]
+            known = isinstance(error, SanError)
+            if tell_failure(str(error) if known else f"{type(error).__name__}: {first}"):
+                raise SystemExit(1) from None
+        raise
+    except KeyboardInterrupt:
+        if is_first():
+            stderr.print(f"`san-llm train {run} --resume` goes on", markup=False)
+        raise
+
+
+def _train(recipe: Recipe, run: Path) -> TrainResult:
     rows, held_out_rows, hashes = split_held_out(recipe)
     _micro_batch(recipe)  # before anything is loaded
     tokenizer = load_tokenizer(recipe.base)
@@ -301,15 +318,15 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
             f"{recipe.method.name}: {trained:,} trained numbers on {recipe.base.model} "
             f"({arguments.device}, {world_size()} process{'es' if world_size() > 1 else ''})"
         )
-        config = cached_file(
-            locate(recipe.base.model), "config.json", revision=recipe.base.revision
-        )
         facts = manifest(
             recipe=recipe.name,
             seed=recipe.training.seed,
             device=str(arguments.device),
             processes=world_size(),
-            sha256={"base config": sha256_of(Path(str(config))), "data": hashes},
+            sha256={
+                "base config": sha256_of(base_folder(recipe.base) / "config.json"),
+                "data": hashes,
+            },
         )
         write_json(run / "manifest.json", facts)
 
@@ -329,6 +346,7 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
                 data_collator=Pad(pad_id(tokenizer)),
                 callbacks=[
                     Log(run / "log.jsonl", progress),
+                    StopAtNan(),
                     Checkpoints(judged=held_out is not None),
                     stop,
                 ],
@@ -355,9 +373,10 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
     if result.finished and is_first():
         with whole_folder(run / "adapter", overwrite=True) as folder:
             model.save_pretrained(folder)
-        facts["sha256"]["adapter"] = sha256_of(run / "adapter" / "adapter_model.safetensors")
-        write_json(run / "manifest.json", facts)
-        write_json(run / "metrics.json", asdict(result))
+            facts["sha256"]["adapter"] = sha256_of(folder / "adapter_model.safetensors")
+            write_json(run / "manifest.json", facts)
+            write_json(run / "metrics.json", asdict(result))
+            # The adapter appears last: a run that has one is finished.
         shutil.rmtree(run / "checkpoints" / "runs", ignore_errors=True)
     return result
 
