@@ -24,7 +24,7 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
         ``folder``.
 
     Raises:
-        InputError: when the file is no GGUF file, or of an unsupported family.
+        InputError: when the file is no GGUF file, broken, or of an unsupported family.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -43,9 +43,9 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except InputError:
         raise
-    except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
+    except Exception as error:  # a broken file breaks its readers in many ways
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read as a model: {first}") from None
+        raise InputError(f"{path}: cannot be read as a model: {first}") from error
     # The loaded config says that it is quantized, so the model refuses to be saved: build the same
     # architecture from a config without that, and hand the numbers over.
     settings = {
