@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
 from san_llm.callbacks import Checkpoints, Log, StopAtNan, StopOnSignal, last_checkpoint
@@ -45,7 +51,7 @@ class TrainResult:
         max_steps: Optimizer steps planned.
         best_step: The step of the checkpoint that was kept.
         held_out_loss: Its loss on the held-out rows, per token; None without held-out rows.
-        train_loss: Mean loss over the steps of this process's life, per token.
+        train_loss: Mean of the steps' losses, per token.
         trained_numbers: How many numbers were trained.
         rows: Rows trained on.
         dropped_rows: Rows whose response the cutoff cut away.
@@ -97,15 +103,22 @@ class GroupedByLength(Sampler[int]):
     WINDOW = 50  # global batches sorted together: enough for like lengths, few enough to shuffle
 
     def __init__(
-        self, lengths: list[int], batch_size: int, seed: int, step: Callable[[], int]
+        self,
+        lengths: list[int],
+        batch_size: int,
+        seed: int,
+        step: Callable[[], int],
+        last: Callable[[], int],
     ) -> None:
         """Group rows of these token counts into batches of ``batch_size``.
 
-        ``step`` gives the optimizer steps done. The epoch follows from it alone: Trainer's
-        ``set_epoch`` does not reach a sampler that resumes in several processes.
+        ``step`` gives the optimizer steps done, and ``last`` how many there will be. The epoch
+        follows from ``step`` alone: Trainer's ``set_epoch`` does not reach a sampler that resumes
+        in several processes. After the last step there are no rows: Trainer, resumed there, would
+        train one step more.
         """
         self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
-        self._step = step
+        self._step, self._last = step, last
 
     def __len__(self) -> int:
         """Return the rows of an epoch, fillers included."""
@@ -113,6 +126,8 @@ class GroupedByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over row numbers."""
+        if self._step() >= self._last():
+            return
         epoch = self._step() // (len(self) // self._batch_size)
         dice = random.Random(f"{self._seed} {epoch}")
         rows = list(range(len(self._lengths)))
@@ -148,7 +163,11 @@ class SanTrainer(Trainer):
         rows: Rows = self.train_dataset
         training = self._recipe.training
         return GroupedByLength(
-            rows.lengths, training.batch_size, training.seed, lambda: self.state.global_step
+            rows.lengths,
+            training.batch_size,
+            training.seed,
+            step=lambda: self.state.global_step,
+            last=lambda: self.state.max_steps,
         )
 
     def compute_loss(
@@ -351,10 +370,17 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                     stop,
                 ],
             )
-            output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            state = _done(resume)
+            if state is None:
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+                state = trainer.state
+            else:
+                # Killed before the adapter was written. Trainer would take one step more.
+                name = state.best_model_checkpoint or f"checkpoint-{state.global_step}"
+                _load_checkpoint(model, run / "checkpoints" / Path(name).name)
     finally:
         stop.close()
-    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else ""
     result = TrainResult(
         run=str(run),
@@ -363,7 +389,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         max_steps=state.max_steps,
         best_step=int(best.split("-")[1]) if best else state.global_step,
         held_out_loss=state.best_metric,
-        train_loss=output.training_loss,
+        train_loss=sum(losses) / len(losses),
         trained_numbers=trained,
         rows=len(encoded.rows),
         dropped_rows=encoded.dropped,
@@ -379,6 +405,21 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             # The adapter appears last: a run that has one is finished.
         shutil.rmtree(run / "checkpoints" / "runs", ignore_errors=True)
     return result
+
+
+def _done(checkpoint: Path | None) -> TrainerState | None:
+    """Return the state of a checkpoint that has all steps behind it, else None."""
+    if checkpoint is None:
+        return None
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state if state.global_step >= state.max_steps else None
+
+
+def _load_checkpoint(model: Any, checkpoint: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def _say_data(encoded: Encoded, held_out: Encoded | None) -> None:

@@ -90,7 +90,7 @@ def write_rows(path: Path, values: list[dict[str, str]]) -> Path:
     return path
 
 
-def write_recipe(path: Path, base: Path, train: Path, **sections: dict[str, Any]) -> Path:
+def write_recipe(path: Path, base: Path, train: Path, /, **sections: dict[str, Any]) -> Path:
     """Write a recipe for a tiny base: 4 steps of 4 rows in fp32, SAN; sections override keys."""
     recipe: dict[str, dict[str, Any]] = {
         "base": {"model": str(base), "dtype": "float32"},
