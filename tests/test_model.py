@@ -1,0 +1,207 @@
+"""Bases, tokenizers and adapters as a recipe names them, and one line for what cannot be loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+from safetensors.torch import load_file, save_file
+from san.adapted import adapt, logits
+from tiny import save_tiny, tiny_model
+from transformers import AutoModelForCausalLM
+
+from san_llm import SanConfig
+from san_llm.errors import InputError, SanError
+from san_llm.model import (
+    adapter_config,
+    add_adapter,
+    load_adapter,
+    load_base,
+    load_config,
+    load_subject,
+    load_tokenizer,
+    trainable_parameters,
+)
+from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, SanMethod
+from san_llm.subject import find_subject
+
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def base(folder, dtype="float32", **options):
+    return Base(model=str(folder), dtype=dtype, **options)
+
+
+@pytest.fixture
+def copy(here, tiny_base):
+    """A copy of the tiny base, to be spoilt."""
+    shutil.copytree(tiny_base, here / "copy")
+    return here / "copy"
+
+
+def told(kind, call, *arguments):
+    """Return the one line of the error that a call raises."""
+    with pytest.raises(kind) as caught:
+        call(*arguments)
+    assert type(caught.value) is kind
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_base_is_loaded_frozen_in_its_dtype_unless_another_is_asked_for(tiny_base, dtype):
+    model = load_base(base(tiny_base, dtype))
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert trainable_parameters(model) == 0
+    wide = load_base(base(tiny_base, dtype), dtype=torch.float32)
+    assert torch.equal(logits(wide.cpu()), logits(tiny_model()))
+
+
+def test_a_quantized_base_is_quantized_unless_a_dtype_is_asked_for(here):
+    folder = save_tiny(here / "b", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    for quantization, name in (("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")):
+        model = load_base(base(folder, quantization=quantization))
+        assert type(model.model.layers[0].mlp.up_proj).__name__ == name
+        full = load_base(base(folder, quantization=quantization), dtype=torch.float32)
+        assert type(full.model.layers[0].mlp.up_proj).__name__ == "Linear"
+
+
+def test_what_is_wrong_with_a_base_is_one_line(copy):
+    assert "no such folder" in told(InputError, load_config, base("./nowhere"))
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    message = told(InputError, load_base, base(copy))
+    assert message.startswith(f"{copy}: its weights cannot be loaded: ")
+    weights.unlink()
+    message = told(InputError, load_base, base(copy))
+    assert message.startswith(f"{copy}: its weights cannot be loaded: ")
+    (copy / "config.json").write_text("{")
+    assert f"{copy}: its config cannot be loaded: " in told(InputError, load_config, base(copy))
+    (copy / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "gpt2" in told(InputError, load_config, base(copy))
+    (copy / "config.json").write_text(json.dumps({"hidden_size": 3}))
+    assert "its config cannot be loaded" in told(InputError, load_config, base(copy))
+
+
+def test_a_pickle_is_never_loaded(copy):
+    class Bomb:
+        def __reduce__(self):
+            return (Path("exploded").touch, ())
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb()}, copy / "pytorch_model.bin")
+    assert "its weights cannot be loaded" in told(InputError, load_base, base(copy))
+    assert not Path("exploded").exists()
+
+
+def test_a_base_without_a_tokenizer_is_one_line(copy):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    message = told(InputError, load_tokenizer, base(copy))
+    assert message.startswith(f"{copy}: its tokenizer cannot be loaded: ")
+
+
+# --- methods ---
+
+
+def test_each_method_becomes_the_config_that_it_names():
+    san = adapter_config(
+        SanMethod(name="san", mode="neuron", shift=True, links=("mlp",), target_modules=("v_proj",))
+    )
+    assert isinstance(san, SanConfig)
+    assert (san.carrier, san.mode, san.shift) == ("scale", "neuron", True)
+    assert (set(san.links), set(san.target_modules)) == ({"mlp"}, {"v_proj"})
+    carried = adapter_config(SanMethod(name="san", carrier="dora", rank=3, alpha=5, dropout=0.25))
+    assert (carried.carrier, carried.r, carried.lora_alpha) == ("dora", 3, 5)
+    assert carried.lora_dropout == 0.25
+    lora = adapter_config(LoraMethod(name="lora", rank=3, alpha=5, dropout=0.25))
+    assert isinstance(lora, LoraConfig)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_dora) == (3, 5, 0.25, False)
+    assert adapter_config(DoraMethod(name="dora")).use_dora
+    ia3 = adapter_config(Ia3Method(name="ia3", target_modules=("k_proj", "down_proj")))
+    assert isinstance(ia3, IA3Config)
+    assert set(ia3.feedforward_modules) <= set(ia3.target_modules) == {"k_proj", "down_proj"}
+    assert {config.task_type for config in (san, carried, lora, ia3)} == {"CAUSAL_LM"}
+
+
+def test_the_trained_numbers_of_each_method_are_those_of_its_paper():
+    # 4 blocks; outputs of q, k, v, o, gate, up, down: 32, 16, 16, 32, 48, 48, 32.
+    outputs, inputs = [32, 16, 16, 32, 48, 48, 32], [32, 32, 32, 32, 32, 32, 48]
+    low_rank = sum(2 * (d_out + d_in) for d_out, d_in in zip(outputs, inputs, strict=True))
+    expected = {
+        SanMethod(name="san"): 4 * sum(outputs),
+        SanMethod(name="san", shift=True): 4 * 2 * sum(outputs),
+        SanMethod(name="san", adapt_embedding=True): 4 * sum(outputs) + 32,
+        LoraMethod(name="lora", rank=2): 4 * low_rank,
+        DoraMethod(name="dora", rank=2): 4 * (low_rank + sum(outputs)),
+        # k and v by their outputs, down by its input
+        Ia3Method(name="ia3"): 4 * (16 + 16 + 48),
+    }
+    for method, count in expected.items():
+        if set(method.target_modules) != SEVEN and not isinstance(method, Ia3Method):
+            method = method.model_copy(update={"target_modules": tuple(sorted(SEVEN))})
+        assert trainable_parameters(add_adapter(tiny_model(), method)) == count, method
+
+
+@pytest.mark.parametrize("method", [SanMethod(name="san"), LoraMethod(name="lora")])
+def test_a_target_that_matches_nothing_is_refused(method):
+    wrong = method.model_copy(update={"target_modules": ("q_prj",)})
+    message = told(InputError, add_adapter, tiny_model(), wrong)
+    assert "q_prj" in message
+
+
+# --- adapters ---
+
+
+@pytest.fixture
+def saved(here, tiny_base):
+    adapt(AutoModelForCausalLM.from_pretrained(tiny_base)).save_pretrained(here / "adapter")
+    return here / "adapter"
+
+
+def test_a_saved_adapter_is_put_on_its_base_in_eval_mode(saved, tiny_base):
+    expected = logits(adapt(tiny_model()))
+    model = load_adapter(load_base(base(tiny_base)), saved)
+    assert not model.training
+    assert torch.equal(logits(model.cpu()), expected)
+    subject, tokenizer = load_subject(find_subject(str(tiny_base), saved))
+    assert not subject.training
+    assert torch.equal(logits(subject.cpu()), expected)
+    assert tokenizer.eos_token == "</s>"
+    alone, _ = load_subject(find_subject(str(tiny_base)))
+    assert torch.equal(logits(alone.cpu()), logits(tiny_model()))
+    assert not torch.equal(expected, logits(tiny_model()))
+
+
+def test_what_is_wrong_with_an_adapter_is_one_line(saved, tiny_base, here):
+    def load(folder=saved, **changes):
+        return told(InputError, load_adapter, tiny_model(**changes), folder)
+
+    assert load(intermediate_size=64).startswith(f"{saved}: its adapter cannot be loaded: ")
+    assert load(here / "nowhere") == (
+        f"{here}/nowhere: not an adapter: no adapter_config.json in it"
+    )
+    numbers = saved / "adapter_model.safetensors"
+    whole = numbers.read_bytes()
+    numbers.write_bytes(whole[:-10])
+    assert load().startswith(f"{saved}: its adapter cannot be loaded: ")
+    numbers.write_bytes(whole)
+    numbers.rename(saved / "adapter_model.bin")
+    assert load() == f"{saved}: not an adapter: no adapter_model.safetensors in it"
+
+
+def test_a_lora_of_another_shape_names_the_first_weight_that_does_not_fit(here):
+    model = add_adapter(tiny_model(), LoraMethod(name="lora", rank=2))
+    model.save_pretrained(here / "lora")
+    path = here / "lora" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(name for name in tensors if "layers.1" in name and "lora_B" in name)
+    tensors[key] = torch.ones(5, 2)
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = told(SanError, load_adapter, tiny_model(), here / "lora")
+    assert "its adapter cannot be loaded: size mismatch for base_model.model.model.layers.1" in (
+        message
+    )
