@@ -110,6 +110,17 @@ class Checkpoints(TrainerCallback):
         """Ask for a held-out loss with the last checkpoint if the run is ``judged`` by one."""
         self._judged = judged
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Find the best checkpoint again in a run that was moved, or named from elsewhere.
+
+        Trainer would delete it among the old ones, and keep the last weights without a word.
+        """
+        if state.best_model_checkpoint:
+            name = Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(Path(args.output_dir) / name)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

@@ -18,13 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from san_llm.callbacks import Checkpoints, Log, StopAtNan, StopOnSignal, last_checkpoint
@@ -370,16 +364,10 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                     stop,
                 ],
             )
-            state = _done(resume)
-            if state is None:
-                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-                state = trainer.state
-            else:
-                # Killed before the adapter was written. Trainer would take one step more.
-                name = state.best_model_checkpoint or f"checkpoint-{state.global_step}"
-                _load_checkpoint(model, run / "checkpoints" / Path(name).name)
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finally:
         stop.close()
+    state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else ""
     result = TrainResult(
@@ -405,21 +393,6 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             # The adapter appears last: a run that has one is finished.
         shutil.rmtree(run / "checkpoints" / "runs", ignore_errors=True)
     return result
-
-
-def _done(checkpoint: Path | None) -> TrainerState | None:
-    """Return the state of a checkpoint that has all steps behind it, else None."""
-    if checkpoint is None:
-        return None
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state if state.global_step >= state.max_steps else None
-
-
-def _load_checkpoint(model: Any, checkpoint: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def _say_data(encoded: Encoded, held_out: Encoded | None) -> None:
