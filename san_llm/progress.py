@@ -36,7 +36,7 @@ class Bar:
         self.done = done
         if self._live is not None:
             progress, task = self._live
-            progress.update(task, completed=done, note=note)
+            progress.update(task, completed=done, total=self.total, note=note)
             return
         now = time.monotonic()
         if now - self._spoke >= LINE_EVERY or done == self.total:

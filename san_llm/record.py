@@ -26,6 +26,11 @@ from san_llm.errors import InputError
 from san_llm.recipe import Recipe, parse_recipe
 
 RUNS = Path("runs")
+# All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
+CONTENTS = (
+    *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json"),
+    *("adapter", "checkpoints", "eval", "merged"),
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
@@ -101,11 +106,20 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
     Raises:
         InputError: when the folder has files and may not, or must not, be emptied.
     """
-    output = output or _unused(RUNS / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if output is None:
+        output = _make_unused(RUNS / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_files(output, overwrite)
     if output.is_dir() and any(output.iterdir()):
-        if not (output / "recipe.yaml").is_file():
-            raise InputError(f"{output}: not a run of ours (no recipe.yaml): not emptied")
+        # Hidden files are what a killed run did not come to rename.
+        strange = sorted(
+            path.name
+            for path in output.iterdir()
+            if path.name not in CONTENTS
+            and not path.name.startswith(tuple(f".{name}." for name in CONTENTS))
+        )
+        if strange or not (output / "recipe.yaml").is_file():
+            why = f"{strange[0]} is in it" if strange else "no recipe.yaml"
+            raise InputError(f"{output}: not a run of ours ({why}): not emptied")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
@@ -115,7 +129,19 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
 def _unused(path: Path) -> Path:
     """Return ``path``, or with a number behind it the first that does not exist."""
     paths = chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2)))
-    return next(path for path in paths if not path.exists())
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def _make_unused(path: Path) -> Path:
+    """Make the folder that :func:`_unused` names; runs that start at once get one each."""
+    while True:
+        folder = _unused(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
 
 
 def new_eval_folder(run: Path | None, kind: str) -> Path:
