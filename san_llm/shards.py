@@ -249,7 +249,7 @@ def _write_shard(path: Path, outputs: Sequence[Output], done: Callable[[int], No
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     with path.open("w+b", buffering=0) as file, _Follower(path) as follower:
-        file.write(len(header).to_bytes(8, "little") + header)
+        _write_all(file, len(header).to_bytes(8, "little") + header)
         follower.reach(8 + len(header))
         written = 8 + len(header)
         for output in outputs:
@@ -291,9 +291,15 @@ def _computed(output: Output, file: IO[bytes]) -> Iterator[int]:
         pending.append(narrow(output.rows(first, last), output.dtype))
         size += pending[-1].nbytes
         if size >= COPY or last == output.shape[0]:
-            file.write(b"".join(block.tobytes() for block in pending))
+            _write_all(file, b"".join(block.tobytes() for block in pending))
             yield size
             pending, size = [], 0
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    while left:  # an unbuffered file may take a part, and says why only when asked again
+        left = left[file.write(left) :]
 
 
 class _Follower:
@@ -310,6 +316,8 @@ class _Follower:
             while (target := self._targets.get()) is not None:
                 while position < target:
                     piece = file.read(min(COPY, target - position))
+                    if not piece:
+                        return  # never written: the writer has failed
                     self._sha256.update(piece)
                     position += len(piece)
 
