@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/mypy
 
 pytest: setup $(MODEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 $(MODEL): | setup
 	$(BIN)/san-llm download smollm2-135m
