@@ -335,14 +335,22 @@ def evaluate(
 
     san-llm merge --verify
 
-    san-llm merge --adapter runs/mine/adapter --output llama-mine --dtype bfloat16"""
+    san-llm merge --adapter runs/mine/adapter --output llama-mine --dtype bfloat16
+
+    san-llm merge --quantized keep --output llama-mine-4bit"""
 )
 def merge(
     adapter: Annotated[
         Path | None, typer.Option(help="The adapter. Default: the last run's.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Its full-precision base. Default: the one it names.")
+    model: Annotated[str | None, typer.Option(help="Its base. Default: the one it names.")] = None,
+    quantized: Annotated[
+        str | None,
+        typer.Option(
+            metavar="dequantize|keep",
+            help="Merge over the base as it was quantized in training: into the numbers that it "
+            "stands for, or leaving its weights in 4 bits. Default: into the full-precision base.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where to save. Default: merged/ in the run's folder.")
@@ -371,16 +379,22 @@ def merge(
         raise InputError(
             f"--dtype: {dtype!r} is not one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"
         )
+    ways = ("dequantize", "keep")
+    if quantized is not None and quantized not in ways:
+        raise InputError(
+            f"--quantized: {quantized!r} is not one of {', '.join(ways)}"
+            f"{did_you_mean(quantized, ways)}"
+        )
     subject = find_subject(model, adapter or adapter_of(last_run()))
     if output is None:
         if subject.run is None:
             raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
         output = subject.run / "merged"
     refuse_files(output, overwrite)
-    from san_llm.merge import full_precision_note
+    from san_llm.merge import full_precision_note, stored_as
     from san_llm.merge import merge as start
 
-    result = start(subject, output, dtype, overwrite, verified=verify)
+    result = start(subject, output, dtype, overwrite, verified=verify, quantized=quantized)
     note = full_precision_note(result)
     if note:
         stderr.print(note, markup=False)
@@ -390,7 +404,7 @@ def merge(
     rows = [
         ("merged", result.output),
         ("base", result.base),
-        ("weights", f"{result.parameters:,} in {result.dtype}"),
+        ("weights", f"{result.parameters:,} in {stored_as(result)}"),
     ]
     if result.verified is not None:
         check = result.verified
@@ -402,7 +416,14 @@ def merge(
             ),
             ("adapter moved", f"logits by {check.adapter_moved:.3g} at most"),
             ("same top word", f"in {100 * check.same_top_word:.1f} % of positions"),
+            ("same greedy text", f"{100 * check.same_greedy:.1f} % of the words written"),
         ]
+        if check.quantization_moved is not None:
+            about = f"merged and trained model ({result.trained_over} base) differ by"
+            rows.append(("quantization", f"{about} {check.quantization_moved:.3g} at most"))
+        if check.largest_weight_error is not None:
+            name, error = check.largest_weight_error
+            rows.append(("weights", f"{error:.2g} of a row's largest at most away ({name})"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", escape(value))

@@ -2,7 +2,8 @@
 
 The adapter is folded into the base's full-precision weights in fp32, and every weight is rounded
 once to the dtype asked for. A SAN adapter is streamed from file to file (``streamed``) without
-torch; the methods of PEFT go through a model in memory (``peft_merge``).
+torch; the methods of PEFT go through a model in memory (``peft_merge``), and so do merges over the
+base as it was quantized in training (``merge_4bit``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +24,7 @@ from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder, locate
 from san_llm.progress import bar
-from san_llm.recipe import Recipe
+from san_llm.recipe import Base, Recipe
 from san_llm.record import manifest, whole_folder, write_json, write_text
 from san_llm.san.graph import check_family
 from san_llm.shards import DTYPES, Numbers, Output, read_checkpoint, read_rows, write_checkpoint
@@ -45,11 +48,13 @@ class MergeResult:
 
     Attributes:
         output: The checkpoint's folder.
-        base: The full-precision base that was used.
+        base: The base that was used.
         adapter: The adapter.
         dtype: Of the merged weights.
         parameters: Numbers in the merged model.
         trained_over: How the base was quantized in training, or None.
+        quantized: How its quantization was merged over, ``dequantize`` or ``keep``; None: the base
+            is the full-precision one.
         verified: How it compares with base + adapter, or None if that was not asked.
     """
 
@@ -59,6 +64,7 @@ class MergeResult:
     dtype: str
     parameters: int
     trained_over: str | None
+    quantized: str | None = None
     verified: VerifyResult | None = None
 
 
@@ -69,17 +75,20 @@ def merge(
     overwrite: bool = False,
     verified: bool = False,
     shard_size: int = SHARD_SIZE,
+    quantized: str | None = None,
 ) -> MergeResult:
-    """Merge an adapter into its full-precision base and save a stock checkpoint.
+    """Merge an adapter into its base and save a stock checkpoint.
 
     Args:
-        subject: An adapter, of any method that PEFT can merge, and its base, whose quantization
-            is ignored.
+        subject: An adapter, of any method that PEFT can merge, and its base.
         output: The folder to make.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the one the base is stored in.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the one the base is stored in,
+            bfloat16 for a dequantized one. Of a model in 4 bits, what is not.
         overwrite: Replace what is in ``output``.
         verified: Compare with base + adapter before the folder gets its name.
         shard_size: Bytes that one file of weights may hold.
+        quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
+            that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
@@ -92,18 +101,37 @@ def merge(
     if not (adapter / "adapter_model.safetensors").is_file():
         raise InputError(f"{adapter}: not an adapter: no adapter_model.safetensors in it")
     method = str(options.get("peft_type"))
+    if quantized == "keep" and method != "SAN":
+        raise InputError(
+            f"{adapter}: a {method} adapter changes weights within their 4-bit blocks; only SAN's "
+            "scales can keep them: use --quantized dequantize"
+        )
     source = base_folder(base)
     config = read_json(source / "config.json")
     check_family(config.get("model_type"))
-    if config.get("quantization_config"):
-        raise InputError(
-            f"{base.model}: a quantized checkpoint has no full-precision weights; name the model "
-            "that it was made from"
-        )
     if "auto_map" in config:
         raise InputError(f"{base.model}: its config needs code of its own: not a stock model")
+    trained_over = subject.recipe.base.quantization if subject.recipe else base.quantization
+    held = config.get("quantization_config")
+    if quantized is not None:
+        base = _as_trained(subject, held)
+        if held:
+            trained_over = "4bit" if held.get("load_in_4bit") else "8bit"
+        if quantized == "keep" and trained_over == "8bit":
+            raise InputError(
+                f"{base.model}: only weights in 4 bits can be kept, these are in 8: use "
+                "--quantized dequantize"
+            )
+    elif held:
+        raise InputError(
+            f"{base.model}: a quantized checkpoint has no full-precision weights; name the model "
+            "that it was made from, or say how to merge over this one: --quantized dequantize or "
+            "--quantized keep"
+        )
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-    target = dtype or stored
+    if quantized == "keep" and base.quantization is not None:
+        stored = base.dtype  # its codes are those of weights in this dtype
+    target = dtype or ("bfloat16" if quantized == "dequantize" else stored)
     if target not in DTYPES:
         raise InputError(f"{base.model}: is stored as {target}; say which --dtype to save")
     result = MergeResult(
@@ -112,10 +140,19 @@ def merge(
         adapter=str(adapter),
         dtype=target,
         parameters=0,
-        trained_over=subject.recipe.base.quantization if subject.recipe else None,
+        trained_over=trained_over,
+        quantized=quantized,
     )
     with whole_folder(output, overwrite) as folder:
-        if method == "SAN":
+        if quantized is not None:
+            from san_llm.merge_4bit import merge_quantized
+
+            with _in_one_line(adapter):
+                sums, parameters = merge_quantized(
+                    quantized, base, adapter, folder, target, shard_size
+                )
+            _check_files(folder)
+        elif method == "SAN":
             folded = Folded(source, config, adapter, options)
             outputs = [_in_range(output, target) for output in folded.outputs(DTYPES[target])]
             with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
@@ -125,16 +162,11 @@ def merge(
             # PEFT's own methods fold in the model itself.
             from san_llm.peft_merge import merge_in_memory
 
-            try:
+            with _in_one_line(adapter):
                 sums = merge_in_memory(base, adapter, folder, target, shard_size)
-            except SanError:
-                raise
-            except ValueError as error:  # PEFT's word for numbers that are not finite
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise SanError(f"{adapter}: cannot be merged: {first}") from error
-            for tensor in read_checkpoint(folder):
-                _check_range(tensor.name, target, read_rows(tensor))
-        parameters = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
+            _check_files(folder)
+        if quantized is None:
+            parameters = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
         result = replace(result, parameters=parameters)
         _copy_companions(source, folder)
         write_text(folder / "README.md", model_card(result, subject.recipe, method))
@@ -150,8 +182,56 @@ def merge(
         if verified:
             from san_llm.verify import verify
 
-            result = replace(result, verified=verify(folder, adapter, base, target))
+            trained = None if quantized else _as_trained(subject) if result.trained_over else None
+            check = verify(folder, adapter, base, target, quantized, trained)
+            result = replace(result, verified=check)
     return result
+
+
+def _as_trained(subject: Subject, stored: object = None) -> Base:
+    """Return the base with the quantization that an adapter was trained over.
+
+    Args:
+        subject: The adapter and its base.
+        stored: The ``quantization_config`` of the base's config, or None.
+
+    Raises:
+        InputError: when nothing says that there was one.
+    """
+    base = subject.base
+    if isinstance(stored, dict):
+        if stored.get("quant_method") != "bitsandbytes":
+            raise InputError(
+                f"{base.model}: quantized by {stored.get('quant_method')}; only bitsandbytes' "
+                "checkpoints can be merged over"
+            )
+        return base.model_copy(update={"quantization": None})
+    trained = subject.recipe.base if subject.recipe else base
+    if trained.quantization is None:
+        raise InputError(
+            f"{base.model}: not quantized, and the adapter's run did not quantize it: merge "
+            "without --quantized, or name the quantized base with --model"
+        )
+    return trained.model_copy(update={"model": base.model, "revision": base.revision})
+
+
+@contextmanager
+def _in_one_line(adapter: Path) -> Iterator[None]:
+    try:
+        yield
+    except SanError:
+        raise
+    except ValueError as error:  # PEFT's word for numbers that are not finite
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SanError(f"{adapter}: cannot be merged: {first}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a checkpoint that was written with infinities."""
+    names = {stored: name for name, stored in DTYPES.items()}
+    for tensor in read_checkpoint(folder):
+        if tensor.dtype in names:  # codes of fewer bits are all in range
+            _check_range(tensor.name, names[tensor.dtype], read_rows(tensor))
 
 
 def _in_range(output: Output, dtype: str) -> Output:
@@ -214,10 +294,16 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
         f"[{result.base}]({_link(result.base)}) with a {method} adapter merged into its weights "
         f"by san-llm {__version__}. It is a stock checkpoint: `transformers` loads it as it is.",
         "",
-        f"- Parameters: {result.parameters:,}, stored as {result.dtype}.",
+        f"- Parameters: {result.parameters:,}, stored as {stored_as(result)}.",
         f"- Adapter: sha256 `{sha256_of(Path(result.adapter) / 'adapter_model.safetensors')}`.",
     ]
-    if result.trained_over:
+    if result.quantized:
+        lines.append(
+            f"- The adapter was trained over the base in {result.trained_over}, and merged into "
+            "those weights: outputs are those seen in training"
+            f"{', but for the rounding of activations' if result.trained_over == '8bit' else ''}."
+        )
+    elif result.trained_over:
         lines.append(
             f"- The adapter was trained over the base in {result.trained_over}, and merged into "
             "the full-precision base: outputs differ from those seen in training by the base's "
@@ -241,13 +327,18 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stored_as(result: MergeResult) -> str:
+    """Return how the weights are stored, in words."""
+    return f"4 bits and {result.dtype}" if result.quantized == "keep" else result.dtype
+
+
 def _link(base: str) -> str:
     return base if Path(base).exists() else f"https://huggingface.co/{base}"
 
 
 def full_precision_note(result: MergeResult) -> str | None:
     """Return what a merge after quantized training changes, or None where it changes nothing."""
-    if result.trained_over is None:
+    if result.trained_over is None or result.quantized is not None:
         return None
     return (
         f"trained over a {result.trained_over} base, merged into the full-precision "

@@ -1,10 +1,14 @@
-"""The only file that knows bitsandbytes: how a base is loaded in 4 or 8 bits."""
+"""The only file that knows bitsandbytes: load in 4 or 8 bits, dequantize, scale rows in 4 bits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import copy
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor, nn
+
+from san_llm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -29,3 +33,74 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' Linears."""
+    return type(linear).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def dequantized_weight(linear: Any) -> Tensor:
+    """Return the weight (d_out, d_in) of one of bitsandbytes' Linears in fp32, not rounded."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = linear.weight
+    if type(linear).__name__ == "Linear8bitLt":
+        scale = linear.state.SCB if linear.state.SCB is not None else weight.SCB
+        rows: Tensor = weight.data * (scale.to(weight.device)[:, None] / 127)
+        return rows
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32  # else rounded to the dtype that the base was loaded in
+    wide: Tensor = dequantize_4bit(weight.data, state)
+    return wide
+
+
+def dequantize(model: Any) -> Any:
+    """Make a quantized model, in place, the plain fp32 model of the same numbers; return it."""
+    for name, linear in list(model.named_modules()):
+        if not is_quantized(linear):
+            continue
+        weight = dequantized_weight(linear)
+        with torch.device("meta"):
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if linear.bias is not None:
+            plain.bias = linear.bias
+        model.set_submodule(name, plain)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    # What marks a model of transformers as quantized.
+    model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    return model
+
+
+def single_quantization(linear: Any) -> None:
+    """Make the block-wise scales of a 4-bit Linear, in place, plain fp32 numbers of equal value."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = linear.weight.quant_state
+    if state.nested:
+        state.absmax = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+        state.nested, state.state2, state.offset = False, None, None
+        linear.weight.compress_statistics = False
+
+
+def scale_rows(name: str, linear: Any, scale: Tensor) -> None:
+    """Multiply the rows of a 4-bit Linear, in place, by a scale (d_out,): its codes stay.
+
+    Raises:
+        InputError: when a row is not a whole number of blocks.
+    """
+    single_quantization(linear)
+    state = linear.weight.quant_state
+    d_out, d_in = state.shape
+    if d_in % state.blocksize:
+        raise InputError(
+            f"{name}: its rows of {d_in} numbers are not whole blocks of {state.blocksize}: a "
+            "row's scale cannot go into the scales of its blocks"
+        )
+    blocks = state.absmax.view(d_out, -1)
+    state.absmax = (blocks * scale.to(blocks)[:, None]).flatten()

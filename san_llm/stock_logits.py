@@ -1,4 +1,4 @@
-"""Logits of a checkpoint as stock transformers computes them: a script that imports none of ours.
+"""What a checkpoint answers in stock transformers: a script that imports none of ours.
 
 ``python -P stock_logits.py CHECKPOINT PROMPTS.json OUT.safetensors``
 """
@@ -7,31 +7,75 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+NEW_TOKENS = 32
+
 
 def main(checkpoint: str, prompts: str, out: str) -> None:
-    """Write the fp32 logits (tokens, vocabulary) of each prompt, named by its number."""
+    """Write the fp32 logits (tokens, vocabulary) of each prompt, named by its number.
+
+    Beside them, as ``new.NUMBER``, the likeliest next tokens.
+    """
     model, problems = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems.get(kind):
             sys.exit(f"{kind.replace('_', ' ')}: {sorted(map(str, problems[kind]))[:3]}")
-    model.eval()
+    in_fp32(model)
     with open(prompts, encoding="utf-8") as file:
         tokens = json.load(file)
-    with torch.no_grad():
-        logits = {
-            str(number): model(torch.tensor([ids])).logits[0].contiguous()
-            for number, ids in enumerate(tokens)
-        }
-    save_file(logits, out)
+    found = {str(number): logits(model, ids).contiguous() for number, ids in enumerate(tokens)}
+    found |= {
+        f"new.{number}": torch.tensor(greedy(model, ids)) for number, ids in enumerate(tokens)
+    }
+    save_file(found, out)
     if "san_llm" in sys.modules:
         sys.exit("san_llm was imported: this was not a stock load")
+
+
+def in_fp32(model: Any) -> None:
+    """Let a model, in eval mode, compute in fp32; bitsandbytes' 4-bit layers do not by themselves.
+
+    They round weights to the dtype that they were quantized from, and on some CPUs repack them for
+    arithmetic in bf16.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False
+    model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Return the logits (tokens, vocabulary) of one prompt, in fp32 on the CPU."""
+    found: torch.Tensor = model(torch.tensor([tokens], device=model.device)).logits[0]
+    return found.float().cpu()
+
+
+@torch.no_grad()
+def greedy(model: Any, tokens: list[int]) -> list[int]:
+    """Return the tokens that follow a prompt when the likeliest is taken each time.
+
+    By hand: ``generate`` would add habits that a model's own files set, a penalty say.
+    """
+    cache, last, new = None, tokens, []
+    for _ in range(NEW_TOKENS):
+        step = torch.tensor([last], device=model.device)
+        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache, last = out.past_key_values, [int(out.logits[0, -1].argmax())]
+        new += last
+    return new
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The merged checkpoint against base + adapter: the same logits, up to rounding, or an error.
+"""The merged checkpoint against base + adapter: the same weights and logits, or an error.
 
-The checkpoint is loaded by stock transformers in a fresh process that never imports this package.
-Both sides compute in fp32, so that what is left is the rounding of the merged weights; what that
-does is measured on a model merged in memory, and the checkpoint must be that model.
+The weights are compared with the method's formula (``weight_check``), the answers with those of
+base + adapter: there the checkpoint is loaded by stock transformers in a fresh process that never
+imports this package. Both sides compute in fp32, so that what is left is the rounding of the merged
+weights; what that does is measured on a model merged in memory, and the checkpoint must be that
+model.
 """
 
 from __future__ import annotations
@@ -18,9 +20,14 @@ from typing import Any
 import torch
 
 from san_llm.errors import SanError
+from san_llm.locate import base_folder
+from san_llm.merge_4bit import keep
 from san_llm.model import load_adapter, load_base, load_tokenizer
 from san_llm.progress import bar
+from san_llm.quantize import dequantize
 from san_llm.recipe import Base
+from san_llm.stock_logits import greedy, in_fp32, logits
+from san_llm.weight_check import BaseRows, check_errors, stored_rows, weight_errors
 
 PROMPTS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -47,6 +54,12 @@ class VerifyResult:
         bound: What ``relative`` may be: what rounding the merged weights explains, and a margin.
         adapter_moved: Largest difference that the adapter made to the base, as a measure.
         same_top_word: Share of positions where both find the same word likeliest.
+        same_greedy: Share of the words that both write after the prompts, until their first
+            difference, when each takes the likeliest.
+        quantization_moved: Largest difference to the base as it was quantized in training +
+            adapter, where the merge was into the full-precision base.
+        weight_errors: Of each tensor, against the formula in fp64, relative to the largest number
+            of a row; None where there is no such formula: PEFT's methods, and weights in 4 bits.
     """
 
     largest_difference: float
@@ -54,36 +67,68 @@ class VerifyResult:
     bound: float
     adapter_moved: float
     same_top_word: float
+    same_greedy: float
+    quantization_moved: float | None = None
+    weight_errors: dict[str, float] | None = None
+
+    @property
+    def largest_weight_error(self) -> tuple[str, float] | None:
+        """The worst of ``weight_errors``, with its tensor's name."""
+        return max(self.weight_errors.items(), key=lambda e: e[1]) if self.weight_errors else None
 
 
-def verify(merged: Path, adapter: Path, base: Base, dtype: str) -> VerifyResult:
+def verify(
+    merged: Path,
+    adapter: Path,
+    base: Base,
+    dtype: str,
+    quantized: str | None = None,
+    trained: Base | None = None,
+) -> VerifyResult:
     """Compare a merged checkpoint with base + adapter.
 
     Args:
         merged: The checkpoint.
         adapter: The adapter that was merged.
-        base: Its full-precision base.
+        base: The base that it was merged into.
         dtype: The checkpoint's dtype.
+        quantized: How a quantized base was merged over: ``dequantize`` or ``keep``.
+        trained: The base as it was quantized in training, where it was merged into another.
 
     Raises:
         SanError: when it does not load in stock transformers, or differs by more than rounding.
     """
-    with bar("Verifying", 3, "parts") as progress:
+    with bar("Verifying", 4, "parts") as progress:
         tokenizer = load_tokenizer(base)
         tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-        adapted = load_adapter(load_base(base, dtype=torch.float32), adapter)
-        wanted = _logits(adapted, tokens)
+        if quantized is None:
+            model: Any = load_base(base, dtype=torch.float32)
+        else:
+            model = dequantize(load_base(base))
+        adapted: Any = load_adapter(model, adapter)
+        wanted, words = _logits(adapted, tokens), [greedy(adapted, ids) for ids in tokens]
         with adapted.disable_adapter():
             plain = _logits(adapted, tokens)
-        rounded = _logits(_rounded(adapted.merge_and_unload(), getattr(torch, dtype)), tokens)
-        del adapted
         progress.advance(note="base + adapter computed")
-        got = _stock_logits(merged, tokens)
+        got, new = _stock_answers(merged, tokens)
         progress.advance(note="merged model computed")
+        errors = None
+        if quantized != "keep" and adapted.peft_config["default"].peft_type == "SAN":
+            errors = _weight_errors(adapted, base, adapter, merged, dtype, quantized)
+        progress.advance(note="weights compared")
+        # The same merge in memory, before and after its weights are rounded.
+        if quantized == "keep":
+            del adapted, model
+            folded = keep(load_base(base), adapter)
+            in_fp32(folded)
+        else:
+            folded = adapted.merge_and_unload()
+        exact = _logits(folded, tokens)
+        rounded = _logits(_rounded(folded, getattr(torch, dtype)), tokens)
         difference = _largest(got, wanted)
         spread = torch.cat(wanted).std().item()
-        explained = _largest(rounded, wanted) / spread
-        unexplained = _largest(got, rounded) / spread
+        explained = _largest(rounded, exact) / spread
+        unexplained = _worse(_largest(got, rounded), _largest(exact, wanted)) / spread
         allowed = ARITHMETIC + ROUNDING_SHARE * explained
         result = VerifyResult(
             largest_difference=difference,
@@ -95,6 +140,9 @@ def verify(merged: Path, adapter: Path, base: Base, dtype: str) -> VerifyResult:
             )
             .mean()
             .item(),
+            same_greedy=sum(map(_shared, new, words)) / sum(map(len, words)),
+            quantization_moved=None if trained is None else _moved(trained, adapter, got, tokens),
+            weight_errors=errors,
         )
         progress.advance(note="compared")
     # A NaN is above no bound: ask for what must be true, not for what must not.
@@ -104,26 +152,70 @@ def verify(merged: Path, adapter: Path, base: Base, dtype: str) -> VerifyResult:
             f"{result.relative:.3g} of the logits' spread; rounding to {dtype} explains "
             f"{explained:.3g}, and {unexplained:.3g} is unexplained where {allowed:.3g} is allowed"
         )
+    if errors is not None:
+        check_errors(merged, errors, dtype)
     return result
+
+
+def _weight_errors(
+    adapted: Any, base: Base, adapter: Path, merged: Path, dtype: str, quantized: str | None
+) -> dict[str, float]:
+    source = base_folder(base)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    options = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rows = stored_rows(source) if quantized is None else _rows_in_memory(adapted)
+    return weight_errors(rows, config, adapter, options, merged, dtype)
+
+
+def _rows_in_memory(adapted: Any) -> BaseRows:
+    weights = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in adapted.named_parameters()
+    }
+
+    def rows(name: str, first: int, last: int) -> Any:
+        return weights[name][first:last].detach().cpu().numpy() if name in weights else None
+
+    return rows
+
+
+def _moved(trained: Base, adapter: Path, got: list[torch.Tensor], tokens: list[list[int]]) -> float:
+    """Return how far a merged model's logits are from the model that was trained."""
+    model = load_adapter(load_base(trained), adapter)
+    in_fp32(model)
+    return _largest(got, _logits(model, tokens))
 
 
 def _rounded(model: Any, dtype: torch.dtype) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+            if getattr(parameter, "quant_state", None) is None:
+                parameter.copy_(parameter.to(dtype))
     return model
 
 
 def _logits(model: Any, tokens: list[list[int]]) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [model(torch.tensor([ids])).logits[0].float() for ids in tokens]
+    return [logits(model, ids) for ids in tokens]
 
 
 def _largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
-def _stock_logits(merged: Path, tokens: list[list[int]]) -> list[torch.Tensor]:
+def _worse(a: float, b: float) -> float:
+    """Return the larger, or a NaN where one is: max() would pass over it."""
+    return a if a != a or a > b else b
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Return how many words two texts begin alike with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def _stock_answers(
+    merged: Path, tokens: list[list[int]]
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Return the logits of each prompt and the words after it, from a process of their own."""
     from safetensors.torch import load_file
 
     script = Path(__file__).with_name("stock_logits.py")
@@ -132,11 +224,10 @@ def _stock_logits(merged: Path, tokens: list[list[int]]) -> list[torch.Tensor]:
         prompts.write_text(json.dumps(tokens), encoding="utf-8")
         # -P keeps the script's folder, which is this package, out of the import path.
         command = [sys.executable, "-P", str(script), str(merged), str(prompts), str(out)]
-        done = subprocess.run(
-            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SanError(f"{merged}: stock transformers cannot load it: {last}")
-        logits = load_file(out)
-        return [logits[str(number)] for number in range(len(tokens))]
+        found = load_file(out)
+        numbers = range(len(tokens))
+        return [found[str(n)] for n in numbers], [found[f"new.{n}"].tolist() for n in numbers]

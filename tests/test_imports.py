@@ -23,6 +23,7 @@ LIGHT = [
     "errors",
     "evaluate.report",
     "evaluate.score",
+    "fold_columns",
     "launch",
     "locate",
     "merge",
@@ -34,13 +35,14 @@ LIGHT = [
     "shards",
     "streamed",
     "subject",
+    "weight_check",
 ]
 # What a module may import of the package, as far down as it may look.
 ORDER = [
     {"errors", "progress", "san.carriers"},
     {"data.prompts", "data.tasks", "san.graph"},
     {"recipe", "data.rows", "shards"},
-    {"record", "evaluate.score", "streamed"},
+    {"record", "evaluate.score", "streamed", "fold_columns", "weight_check"},
     {"subject", "launch", "evaluate.report", "download"},
     {"locate"},
     {"merge"},
