@@ -309,7 +309,7 @@ def wait_for_run(here: Path, process: subprocess.Popen[str]) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "processes"),
-    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
+    [(signal.SIGTERM, 1), (signal.SIGINT, 2)],
 )
 def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(
     spawn: Spawn, cli: Cli, here: Path, long_recipe: Path, number: int, processes: int
