@@ -423,11 +423,46 @@ def merge(
             rows.append(("quantization", f"{about} {check.quantization_moved:.3g} at most"))
         if check.largest_weight_error is not None:
             name, error = check.largest_weight_error
-            rows.append(("weights", f"{error:.2g} of a row's largest at most away ({name})"))
+            rows.append(("weight error", f"{error:.2g} of a row's largest at most away ({name})"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", escape(value))
     stdout.print(table)
+
+
+@app.command(
+    epilog="""Examples:
+
+    san-llm diff
+
+    san-llm diff runs/mine --json
+
+    san-llm diff path/to/adapter models/llama3"""
+)
+def diff(
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(metavar="ADAPTER|RUN", help="Default: the last run's adapter."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="BASE", help="The model it was trained on. Default: the one it names."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what training changed: channels potentiated (gamma > 1) and depressed (gamma < 1)."""
+    from san_llm.diff import diff as start
+    from san_llm.diff import tables
+
+    result = start(adapter, base)
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    for table in tables(result):
+        stdout.print(table)
+        stdout.print()
 
 
 @recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")

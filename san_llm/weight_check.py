@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from san_llm.errors import SanError
+from san_llm.errors import InputError, SanError
 from san_llm.san.graph import EMBEDDING, Node, propagation_graph
 from san_llm.shards import (
     Numbers,
@@ -43,12 +43,13 @@ def stored_rows(base: Path) -> BaseRows:
     return rows
 
 
-class _Expected:
-    """Rows of the merged model in fp64."""
+class Expected:
+    """The neuron scales of an adapter and the rows of the merged model, in fp64."""
 
     def __init__(
         self, base: BaseRows, config: Mapping[str, Any], adapter: Path, options: Mapping[str, Any]
     ) -> None:
+        """Open a SAN adapter; the arguments are those of :func:`weight_errors`."""
         self._base, self._options = base, options
         self._nodes = {node.name: node for node in propagation_graph(config, options)}
         self._vectors = {
@@ -67,11 +68,14 @@ class _Expected:
     def _adapted(self, node: Node, first: int, last: int) -> tuple[Numbers, Numbers]:
         """Return rows of W and of W + (alpha / r) B A."""
         rows = self._base(f"{node.name}.weight", first, last)
-        assert rows is not None, "a merged model has no weight that its base lacks"
+        if rows is None:
+            raise InputError(f"the base has no {node.name}.weight")
         weight = rows.astype(np.float64)
+        if not node.rank:
+            return weight, weight
         a, b = self._vector(f"{node.name}.san_lora_A"), self._vector(f"{node.name}.san_lora_B")
         if a is None or b is None:
-            return weight, weight
+            raise InputError(f"the adapter has no low-rank matrices for {node.name}")
         factor = self._options["lora_alpha"] / self._options["r"]
         return weight, weight + factor * (b[first:last] @ a)
 
@@ -99,6 +103,11 @@ class _Expected:
         if magnitude is None:
             return norm / adapted, 1.0
         return (norm if synapse else magnitude) / adapted, magnitude / norm
+
+    def gamma(self, node: Node) -> Numbers | None:
+        """Return the neuron scale (d_out,) of a node, or None where it has none."""
+        gamma = self._scales(node)[1]
+        return None if isinstance(gamma, float) else gamma
 
     def _columns(self, node: Node) -> Numbers | float:
         if node.anterior is None or node.carry is None:
@@ -154,7 +163,7 @@ def weight_errors(
         merged: The checkpoint.
         dtype: The checkpoint's dtype.
     """
-    expected = _Expected(base, config, adapter, options)
+    expected = Expected(base, config, adapter, options)
     errors = {}
     for tensor in read_checkpoint(merged):
         largest = 0.0

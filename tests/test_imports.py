@@ -19,6 +19,7 @@ LIGHT = [
     "data.prompts",
     "data.rows",
     "data.tasks",
+    "diff",
     "download",
     "errors",
     "evaluate.report",
@@ -46,8 +47,9 @@ ORDER = [
     {"subject", "launch", "evaluate.report", "download"},
     {"locate"},
     {"merge"},
+    {"diff"},
 ]
-COMMANDS = ["", "download", "train", "eval", "merge", "recipes"]
+COMMANDS = ["", "download", "train", "eval", "merge", "diff", "recipes"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 
 
@@ -201,6 +203,7 @@ def test_help_loads_no_torch_and_shows_examples(here, command):
         ["eval", "--tasks", "bolq"],
         ["eval", "--prompt", "alpacca"],
         ["merge"],
+        ["diff"],
         ["merge", "--dtype", "fp16"],
         ["download", "smollm"],
     ],
