@@ -203,13 +203,13 @@ def _table(changes: list[Change], blocks: bool) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in (*(("block",) if blocks else ()), "module", "channels", "LTP", "LTD", "mean"):
+    for column in (*(("block",) if blocks else ()), "module", "channels", "LTP %", "LTD %", "mean"):
         table.add_column(column, justify="left" if column == "module" else "right")
     if blocks:
         table.add_column("channel:gamma", no_wrap=True)
     for change in changes:
         row = [f"{change.channels:,}"]
-        row += [f"{100 * share:.1f} %" for share in (change.potentiated, change.depressed)]
+        row += [f"{100 * share:.1f}" for share in (change.potentiated, change.depressed)]
         row.append(f"{change.mean_change:.4f}")
         if blocks:
             place = "-" if change.block is None else str(change.block)
