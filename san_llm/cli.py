@@ -337,7 +337,9 @@ def evaluate(
 
     san-llm merge --adapter runs/mine/adapter --output llama-mine --dtype bfloat16
 
-    san-llm merge --quantized keep --output llama-mine-4bit"""
+    san-llm merge --quantized keep --output llama-mine-4bit
+
+    san-llm merge --shard-size 2GB --overwrite"""
 )
 def merge(
     adapter: Annotated[
@@ -358,6 +360,9 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: the base's.")
     ] = None,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="What one file may hold: 500MB, 2GB.")
+    ] = "5GB",
     verify: Annotated[
         bool,
         typer.Option(
@@ -370,6 +375,8 @@ def merge(
     """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
     _quiet_libraries()
     from san_llm.errors import did_you_mean
+    from san_llm.merge import full_precision_note, parse_size, stored_as
+    from san_llm.merge import merge as start
     from san_llm.progress import stderr
     from san_llm.record import adapter_of, last_run, refuse_files
     from san_llm.subject import find_subject
@@ -385,16 +392,14 @@ def merge(
             f"--quantized: {quantized!r} is not one of {', '.join(ways)}"
             f"{did_you_mean(quantized, ways)}"
         )
+    shard_bytes = parse_size(shard_size)
     subject = find_subject(model, adapter or adapter_of(last_run()))
     if output is None:
         if subject.run is None:
             raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
         output = subject.run / "merged"
     refuse_files(output, overwrite)
-    from san_llm.merge import full_precision_note, stored_as
-    from san_llm.merge import merge as start
-
-    result = start(subject, output, dtype, overwrite, verified=verify, quantized=quantized)
+    result = start(subject, output, dtype, overwrite, verify, shard_bytes, quantized)
     note = full_precision_note(result)
     if note:
         stderr.print(note, markup=False)

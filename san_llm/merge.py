@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from san_llm.verify import VerifyResult
 
 SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -186,6 +189,20 @@ def merge(
             check = verify(folder, adapter, base, target, quantized, trained)
             result = replace(result, verified=check)
     return result
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``500MB``, ``2GB`` (of 10^9) or ``2GiB`` (of 2^30).
+
+    Raises:
+        InputError: when it is none, or less than a byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = match[2].upper() or "B" if match else ""
+    size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
+    if size < 1:
+        raise InputError(f"{text!r} is not a size: write it as 500MB, 2GB or 2GiB")
+    return size
 
 
 def _as_trained(subject: Subject, stored: object = None) -> Base:
