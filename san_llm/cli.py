@@ -175,8 +175,13 @@ def train(
     launched = "WORLD_SIZE" in os.environ
     first = os.environ.get("RANK", "0") == "0"
     command = None
-    if (processes or accelerate) and not launched:
+    if ((processes or 1) > 1 or accelerate) and not launched:
         command = accelerate_command([], processes, accelerate)
+        rows = chosen.training.batch_size
+        if rows % (processes or 1):
+            raise InputError(
+                f"training.batch_size: {rows} is not a multiple of {processes} processes"
+            )
     if first and not (launched and resume):
         for file in training_files(chosen.data.train):
             read_rows(file)  # a wrong row is found before torch is loaded or a folder is made

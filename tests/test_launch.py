@@ -264,6 +264,16 @@ def test_a_config_of_several_processes_keeps_its_own_port(tmp_path: Path, kind: 
 # --- failures ---------------------------------------------------------------------------------
 
 
+def test_a_batch_that_the_processes_cannot_share_is_told_before_they_start(
+    cli: Cli, here: Path, recipe: Path
+) -> None:
+    process = cli("train", recipe, "training.batch_size=5", "--processes", 2)
+    assert process.returncode == 2
+    message = "error: training.batch_size: 5 is not a multiple of 2 processes"
+    assert process.stderr.splitlines()[-1] == message
+    assert not (here / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_failing_worker_ends_the_run_with_one_message(cli: Cli, recipe: Path) -> None:
     # Both workers find it out.
