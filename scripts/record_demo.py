@@ -3,7 +3,8 @@
 ``python scripts/record_demo.py OUT.svg COMMAND ...``
 
 The command runs in a terminal of its own (a pty, 100 columns); what stands on its screen at the
-end, with colours, becomes an SVG.
+end, with colours, becomes an SVG, from the first line on that begins with ``$ ``: what a package
+manager prints before is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-COLUMNS, LINES = 100, 400
+COLUMNS, LINES = 100, 600
 
 
 def record(command: list[str]) -> tuple[pyte.Screen, int]:
@@ -65,6 +66,8 @@ def to_text(screen: pyte.Screen) -> Text:
         lines.append(line)
     while lines and not lines[-1].plain:
         lines.pop()
+    began = (number for number, line in enumerate(lines) if line.plain.startswith("$ "))
+    del lines[: next(began, 0)]
     return Text("\n").join(lines)
 
 
