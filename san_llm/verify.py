@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from san_llm.model import load_adapter, load_base, load_tokenizer
 from san_llm.progress import bar
 from san_llm.quantize import dequantize
 from san_llm.recipe import Base
-from san_llm.stock_logits import greedy, in_fp32, logits
+from san_llm.stock_logits import in_fp32, logits
 from san_llm.weight_check import BaseRows, check_errors, stored_rows, weight_errors
 
 PROMPTS = (
@@ -106,11 +107,12 @@ def verify(
         else:
             model = dequantize(load_base(base))
         adapted: Any = load_adapter(model, adapter)
-        wanted, words = _logits(adapted, tokens), [greedy(adapted, ids) for ids in tokens]
+        wanted = _logits(adapted, tokens)
         with adapted.disable_adapter():
             plain = _logits(adapted, tokens)
         progress.advance(note="base + adapter computed")
         got, new = _stock_answers(merged, tokens)
+        same_greedy = sum(map(partial(_shared, adapted), tokens, new)) / sum(map(len, new))
         progress.advance(note="merged model computed")
         errors = None
         if quantized != "keep" and adapted.peft_config["default"].peft_type == "SAN":
@@ -140,7 +142,7 @@ def verify(
             )
             .mean()
             .item(),
-            same_greedy=sum(map(_shared, new, words)) / sum(map(len, words)),
+            same_greedy=same_greedy,
             quantization_moved=None if trained is None else _moved(trained, adapter, got, tokens),
             weight_errors=errors,
         )
@@ -207,9 +209,11 @@ def _worse(a: float, b: float) -> float:
     return a if a != a or a > b else b
 
 
-def _shared(a: list[int], b: list[int]) -> int:
-    """Return how many words two texts begin alike with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+def _shared(model: Any, prompt: list[int], new: list[int]) -> int:
+    """Return how many words of a greedy text this model would begin its own with."""
+    # Up to the first difference both have read the same: one forward shows all its choices.
+    own = logits(model, prompt + new)[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return next((i for i, (x, y) in enumerate(zip(own, new, strict=True)) if x != y), len(new))
 
 
 def _stock_answers(
