@@ -344,7 +344,7 @@ def evaluate(
 
     san-llm merge --quantized keep --output llama-mine-4bit
 
-    san-llm merge --shard-size 2GB --overwrite"""
+    san-llm merge --shard-size 2GB --gguf q8_0 --overwrite"""
 )
 def merge(
     adapter: Annotated[
@@ -368,6 +368,10 @@ def merge(
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="What one file may hold: 500MB, 2GB.")
     ] = "5GB",
+    gguf: Annotated[
+        str | None,
+        typer.Option(metavar="f16|bf16|q8_0", help="Also write model.gguf, for llama.cpp."),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -391,12 +395,14 @@ def merge(
         raise InputError(
             f"--dtype: {dtype!r} is not one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"
         )
-    ways = ("dequantize", "keep")
-    if quantized is not None and quantized not in ways:
-        raise InputError(
-            f"--quantized: {quantized!r} is not one of {', '.join(ways)}"
-            f"{did_you_mean(quantized, ways)}"
-        )
+    for option, found, known in (
+        ("--quantized", quantized, ("dequantize", "keep")),
+        ("--gguf", gguf, ("f16", "bf16", "q8_0")),
+    ):
+        if found is not None and found not in known:
+            raise InputError(
+                f"{option}: {found!r} is not one of {', '.join(known)}{did_you_mean(found, known)}"
+            )
     shard_bytes = parse_size(shard_size)
     subject = find_subject(model, adapter or adapter_of(last_run()))
     if output is None:
@@ -404,7 +410,7 @@ def merge(
             raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
         output = subject.run / "merged"
     refuse_files(output, overwrite)
-    result = start(subject, output, dtype, overwrite, verify, shard_bytes, quantized)
+    result = start(subject, output, dtype, overwrite, verify, shard_bytes, quantized, gguf)
     note = full_precision_note(result)
     if note:
         stderr.print(note, markup=False)
@@ -416,6 +422,8 @@ def merge(
         ("base", result.base),
         ("weights", f"{result.parameters:,} in {stored_as(result)}"),
     ]
+    if result.gguf is not None:
+        rows.append(("gguf", f"{result.gguf} ({gguf})"))
     if result.verified is not None:
         check = result.verified
         rows += [

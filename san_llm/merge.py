@@ -23,6 +23,7 @@ import numpy as np
 from san_llm import __version__
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError, SanError
+from san_llm.gguf_export import check_exportable, export_gguf
 from san_llm.locate import base_folder, locate
 from san_llm.progress import bar
 from san_llm.recipe import Base, Recipe
@@ -58,6 +59,7 @@ class MergeResult:
         trained_over: How the base was quantized in training, or None.
         quantized: How its quantization was merged over, ``dequantize`` or ``keep``; None: the base
             is the full-precision one.
+        gguf: The ``.gguf`` file that was written too, or None.
         verified: How it compares with base + adapter, or None if that was not asked.
     """
 
@@ -68,6 +70,7 @@ class MergeResult:
     parameters: int
     trained_over: str | None
     quantized: str | None = None
+    gguf: str | None = None
     verified: VerifyResult | None = None
 
 
@@ -79,6 +82,7 @@ def merge(
     verified: bool = False,
     shard_size: int = SHARD_SIZE,
     quantized: str | None = None,
+    gguf: str | None = None,
 ) -> MergeResult:
     """Merge an adapter into its base and save a stock checkpoint.
 
@@ -92,6 +96,7 @@ def merge(
         shard_size: Bytes that one file of weights may hold.
         quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
             that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
+        gguf: Write ``model.gguf`` beside the checkpoint, as ``f16``, ``bf16`` or ``q8_0``.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
@@ -131,6 +136,12 @@ def merge(
             "that it was made from, or say how to merge over this one: --quantized dequantize or "
             "--quantized keep"
         )
+    if gguf is not None:
+        if quantized == "keep":
+            raise InputError("--gguf: 4-bit weights of bitsandbytes are not written; dequantize")
+        check_exportable(source, config)
+        if options.get("shift"):
+            raise InputError("--gguf: a shift merges into biases, which readers pass over")
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     if quantized == "keep" and base.quantization is not None:
         stored = base.dtype  # its codes are those of weights in this dtype
@@ -172,6 +183,10 @@ def merge(
             parameters = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
         result = replace(result, parameters=parameters)
         _copy_companions(source, folder)
+        if gguf is not None:
+            file = export_gguf(folder, gguf)
+            result = replace(result, gguf=str(output / file.name))
+            sums[file.name] = sha256_of(file)
         write_text(folder / "README.md", model_card(result, subject.recipe, method))
         facts = manifest(
             base=base.model,

@@ -1,0 +1,124 @@
+"""Merged models as .gguf files, read again by transformers and by the format's own reader."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from san.adapted import adapt, family_model, text
+from tiny import save_tiny, tiny_model
+from tiny_gguf import VOCABULARY, gguf_model, write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from san_llm.errors import InputError
+from san_llm.gguf import convert_gguf
+from san_llm.merge import merge
+from san_llm.subject import find_subject
+
+# Of the largest logit: half a step of each format, through two blocks.
+BOUNDS = {"f16": 5e-3, "bf16": 4e-2, "q8_0": 1e-1}
+
+
+def make(folder, **changes):
+    """Save a tiny base with a byte-level tokenizer, and an adapter over it."""
+    changes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | changes
+    model = gguf_model(**changes)
+    convert_gguf(write_gguf(folder / "source.gguf", model), folder / "base")
+    adapt(AutoModelForCausalLM.from_pretrained(folder / "base")).save_pretrained(folder / "adapter")
+    return find_subject(str(folder / "base"), folder / "adapter")
+
+
+def answers(folder, **how):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    with torch.no_grad():
+        return model(text() % len(VOCABULARY)).logits
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}],
+    ids=["GQA", "tied", "MHA", "MQA"],
+)
+def test_transformers_reads_the_same_model_back(here, kind, changes):
+    result = merge(make(here, **changes), Path("out"), "float32", gguf=kind)
+    assert result.gguf == str(Path("out/model.gguf"))
+    Path("alone").mkdir()
+    os.rename("out/model.gguf", "alone/model.gguf")  # so that nothing else is read
+    expected, found = answers("out"), answers("alone", gguf_file="model.gguf")
+    apart = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert apart < BOUNDS[kind]
+    own = AutoTokenizer.from_pretrained("out")
+    read = AutoTokenizer.from_pretrained("alone", gguf_file="model.gguf")
+    for words in ("the other thing", "Grüße, 世界! 123\n\n", "<|start|>the<|end|>"):
+        assert read(words)["input_ids"] == own(words)["input_ids"]
+        assert read.decode(read(words)["input_ids"]) == own.decode(own(words)["input_ids"])
+    assert (read.eos_token_id, read.bos_token_id) == (own.eos_token_id, own.bos_token_id)
+
+
+def test_matrices_are_stored_as_asked_and_vectors_in_fp32(here):
+    merge(make(here), Path("out"), "float32", gguf="q8_0")
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader("out/model.gguf").tensors}
+    assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
+    assert kinds["blk.1.ffn_down.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert len(kinds) == 2 * 9 + 3
+
+
+def test_a_row_that_is_not_whole_blocks_is_stored_in_f16(here):
+    merge(make(here, intermediate_size=72), Path("out"), "float32", gguf="q8_0")
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader("out/model.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_the_file_of_many_shards_is_that_of_one(here):
+    subject = make(here)
+    merge(subject, Path("one"), gguf="f16")
+    merge(subject, Path("many"), gguf="f16", shard_size=30_000)
+    one, many = (GGUFReader(f"{name}/model.gguf").tensors for name in ("one", "many"))
+    many = {tensor.name: tensor.data for tensor in many}
+    assert len(one) == len(many)
+    assert all(np.array_equal(tensor.data, many[tensor.name]) for tensor in one)
+
+
+def test_the_command_says_where_and_the_manifest_has_its_sum(command, here):
+    from hashlib import sha256
+
+    make(here)
+    asked = ("merge", "--adapter", "adapter", "--model", "base", "--output", "out")
+    done = command(*asked, "--gguf", "q4")
+    assert done.stderr.startswith("error: --gguf: 'q4' is not one of f16, bf16, q8_0")
+    done = command(*asked, "--gguf", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert "out/model.gguf (bf16)" in done.stdout
+    sums = json.loads(Path("out/merge_manifest.json").read_text())["sha256"]
+    assert sums["model.gguf"] == sha256(Path("out/model.gguf").read_bytes()).hexdigest()
+
+
+def test_what_cannot_be_written_is_refused_before_the_merge(here):
+    def refused(subject, said, **how):
+        with pytest.raises(InputError, match=said):
+            merge(subject, Path("out"), gguf="f16", **how)
+        assert not Path("out").exists()
+
+    subject = make(here)
+    family_model("mistral").save_pretrained("mistral")
+    adapt(AutoModelForCausalLM.from_pretrained("mistral")).save_pretrained("other")
+    other = find_subject("mistral", Path("other"))
+    refused(other, "only the llama family is written, this is mistral")
+    save_tiny(here / "words")
+    adapt(tiny_model()).save_pretrained("third")
+    words = find_subject("words", Path("third"))
+    refused(words, "only byte-level BPE tokenizers are written, not this WordLevel")
+    os.unlink("words/tokenizer.json")
+    refused(words, r"tokenizer.json: cannot be read")
+    config = json.loads(Path("base/config.json").read_text())
+    scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    changed = config | {"rope_parameters": scaled}
+    Path("base/config.json").write_text(json.dumps(changed))
+    refused(subject, "rotary scaling of the type 'llama3' is not written")
+    Path("base/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
+    refused(subject, "a model with biases is not written")
