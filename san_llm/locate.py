@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from san_llm.download import PINNED, fetch, model_folder
 from san_llm.errors import InputError, did_you_mean
 from san_llm.recipe import Base
+from san_llm.record import cache_folder
 
 
 def locate(model: str) -> str:
@@ -47,8 +47,7 @@ def _converted(path: Path) -> Path:
 
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
-    home = os.environ.get("SAN_LLM_CACHE") or Path.home() / ".cache" / "san-llm"
-    folder = Path(home) / "gguf" / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
+    folder = cache_folder("gguf") / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
         stderr.print(f"converting {path} once, to {folder}")
         convert_gguf(path, folder)

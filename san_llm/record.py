@@ -34,6 +34,14 @@ CONTENTS = (
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
+def cache_folder(kind: str) -> Path:
+    """Return where things of a kind are kept that can be made again: ``tokenized``, ``gguf``."""
+    home = os.environ.get("SAN_LLM_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "san-llm"
+    )
+    return Path(home) / kind
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: under a temporary name beside it, then renamed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

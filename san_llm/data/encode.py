@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from jinja2 import TemplateError
 from san_llm.data.prompts import PromptStyle, evaluation_prompt, training_prompt
 from san_llm.data.rows import Row
 from san_llm.errors import InputError, SanError
-from san_llm.record import whole_folder
+from san_llm.record import cache_folder, whole_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +75,7 @@ def encode_rows(
     datasets.disable_progress_bars()
     _check_tokenizer(tokenizer, style)
     settings = {"style": style, "loss": loss, "cutoff": cutoff}
-    folder = _cache() / _key(rows, tokenizer, settings)
+    folder = cache_folder("tokenized") / _key(rows, tokenizer, settings)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes with the same rows one tokenizes, and the others wait and read.
     with FileLock(folder.with_suffix(".lock")):
@@ -146,13 +145,6 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> 
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
             "choose data.prompt alpaca or llm-adapters"
         )
-
-
-def _cache() -> Path:
-    home = os.environ.get("SAN_LLM_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "san-llm"
-    )
-    return Path(home) / "tokenized"
 
 
 def _key(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> str:
