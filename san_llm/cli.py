@@ -563,6 +563,12 @@ def main() -> None:
             app(prog_name="san-llm")
         finally:
             sys.stdout.flush()  # a reader that is gone is noticed here, not at interpreter exit
+    except SystemExit as end:
+        if "LOCAL_RANK" in os.environ and not end.code:
+            from san_llm.launch import leave
+
+            leave()
+        raise
     except SanError as error:
         if _debug():
             traceback.print_exc()

@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import yaml
@@ -190,6 +190,21 @@ def tell_failure(message: str, first: bool = True) -> bool:
     except OSError:  # the command is gone, and its notes
         return False
     return True
+
+
+def leave() -> NoReturn:
+    """End a worker that has done its work, without the interpreter's own end.
+
+    The process group's threads can outlive their owner there, and a worker that is aborted at its
+    very end makes its launcher call the whole job failed.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _watch(parent: int) -> None:
