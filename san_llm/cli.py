@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import traceback
+import unicodedata
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm import __version__
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, masked, plain
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -554,12 +555,22 @@ def _debug() -> bool:
     return os.environ.get("SAN_LLM_DEBUG") == "1"
 
 
+def _check_arguments(words: list[str]) -> None:
+    """Refuse what no name or value has, before it can be shown or written anywhere."""
+    for number, word in enumerate(words, start=1):
+        wrong = next((c for c in word if unicodedata.category(c) in ("Cc", "Cs")), None)
+        if wrong is not None:
+            kind = "a byte that is not UTF-8" if wrong > "\ud7ff" else "a control character"
+            raise InputError(f"argument {number}: {word!r}: has {kind}")
+
+
 def main() -> None:
     """Run the command line, turning every expected error into one line and an exit code."""
     from san_llm.progress import stderr
 
     try:
         try:
+            _check_arguments(sys.argv[1:])
             app(prog_name="san-llm")
         finally:
             sys.stdout.flush()  # a reader that is gone is noticed here, not at interpreter exit
@@ -571,10 +582,10 @@ def main() -> None:
         raise
     except SanError as error:
         if _debug():
-            traceback.print_exc()
+            sys.stderr.write(masked(traceback.format_exc()))
             sys.exit(error.exit_code)
         for line in str(error).splitlines():
-            stderr.print(f"[bold red]error:[/] {escape(line)}")
+            stderr.print(f"[bold red]error:[/] {escape(plain(line))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         stderr.print("interrupted")
@@ -587,6 +598,6 @@ def main() -> None:
         if _debug():
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        stderr.print(f"[bold red]error:[/] {escape(f'{type(error).__name__}: {first}')}")
+        stderr.print(f"[bold red]error:[/] {escape(plain(f'{type(error).__name__}: {first}'))}")
         stderr.print("san-llm --debug COMMAND ... shows where it happened")
         sys.exit(1)

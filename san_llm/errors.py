@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -23,3 +25,32 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     close = get_close_matches(found.lower(), list(names), n=1, cutoff=0.5)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
+
+
+LONGEST = 1000  # characters of a line: a terminal's screen, not a file's content
+# What no one but its owner may read, and stands in URLs, arguments and environments.
+_SECRETS = re.compile(r"(?<=:/)(/?)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
+_SECRET_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+
+
+def masked(text: str) -> str:
+    """Return a text with ``***`` for credentials in URLs, the hub's tokens and the user's own."""
+    for name in _SECRET_NAMES:
+        secret = os.environ.get(name, "").strip()
+        if len(secret) >= 8:
+            text = text.replace(secret, "***")
+    return _SECRETS.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def plain(line: str) -> str:
+    """Return a line as a terminal may show it, whatever names and data are quoted in it.
+
+    Control characters, which could move the cursor or recolour and retitle a terminal, are written
+    as escapes, secrets are masked, and the middle of an endless line is left out.
+    """
+    line = masked(line)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 4 :]}"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line
+    )
