@@ -65,11 +65,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     from san_llm.loss import token_losses
     from san_llm.quantize import quantization_config
+    from san_llm.recipe import Base
     from san_llm.san.model import keep_4bit_layout
 
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    how = {"quantization_config": quantization_config("4bit", dtype)} if options.bits4 else {}
+    base = Base(model=str(options.model), dtype=options.dtype, quantization="4bit")
+    how = {"quantization_config": quantization_config(base)} if options.bits4 else {}
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **how)
     keep_4bit_layout(model)
     model.requires_grad_(False)

@@ -16,8 +16,7 @@ import numpy as np
 
 from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder
-from san_llm.merge import read_json
-from san_llm.record import adapter_of, last_run
+from san_llm.record import adapter_of, last_run, read_json
 from san_llm.san.graph import EMBEDDING, PARENTS, propagation_graph
 from san_llm.shards import Numbers, read_header, read_rows
 from san_llm.subject import find_subject

@@ -17,6 +17,7 @@ import numpy as np
 
 from san_llm.errors import InputError, SanError
 from san_llm.progress import bar
+from san_llm.record import read_json
 from san_llm.shards import Numbers, Stored, read_checkpoint, read_rows
 
 KINDS = ("f16", "bf16", "q8_0")
@@ -50,14 +51,12 @@ def check_exportable(folder: Path, config: Mapping[str, Any]) -> None:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Return ``tokenizer.json``, a byte-level BPE."""
     path = folder / "tokenizer.json"
+    found = read_json(path)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = found["model"]["type"]
-        byte_level = "ByteLevel" in json.dumps(found.get("pre_tokenizer"))
-    except OSError as error:
-        raise InputError(f"--gguf: {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise InputError(f"--gguf: {path}: not a tokenizer") from None
+    byte_level = "ByteLevel" in json.dumps(found.get("pre_tokenizer"))
     if kind != "BPE" or not byte_level:
         raise InputError(f"--gguf: only byte-level BPE tokenizers are written, not this {kind}")
     return found
@@ -83,7 +82,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
     )
     from gguf.quants import quantize
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     check_exportable(folder, config)
     matrices = GGMLQuantizationType[kind.upper()]
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
@@ -176,7 +175,7 @@ def _add_special(
 ) -> None:
     """Write which tokens begin and end a text, whether one is put before it, and how to chat."""
     settings = folder / "tokenizer_config.json"
-    told = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    told = read_json(settings) if settings.is_file() else {}
     for kind in ("bos", "eos", "unk", "pad"):
         token = told.get(f"{kind}_token")
         word = token.get("content") if isinstance(token, dict) else token

@@ -1,14 +1,17 @@
-"""Where a base model lies: a folder, a named download, a converted ``.gguf`` file, or the hub."""
+"""Where a base lies: in a folder, a named download, a converted ``.gguf`` file, or on the hub."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 from san_llm.download import PINNED, fetch, model_folder
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.recipe import Base
-from san_llm.record import cache_folder
+from san_llm.record import cache_folder, read_json
 
 
 def locate(model: str) -> str:
@@ -64,4 +67,50 @@ def base_folder(base: Base) -> Path:
     found = locate(base.model)
     if Path(found).is_dir():
         return Path(found)
-    return fetch(found, base.revision, base.trust_remote_code)
+    return _fetched(found, base.revision, base.trust_remote_code)
+
+
+_fetched = cache(fetch)  # a process asks the hub once
+
+
+def stored_bits(model: str, config: Mapping[str, Any]) -> Literal["4bit", "8bit"] | None:
+    """Return how a checkpoint's weights are quantized, or None where they are not.
+
+    Args:
+        model: Its name, for messages.
+        config: Its ``config.json``.
+
+    Raises:
+        InputError: when it is by another method than bitsandbytes'.
+    """
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    bits: tuple[Literal["4bit", "8bit"], ...] = ("4bit", "8bit")
+    found = next((kind for kind in bits if stored.get(f"load_in_{kind}")), None)
+    method = stored.get("quant_method", "bitsandbytes" if found else "an unknown method")
+    if found is None or method != "bitsandbytes":
+        raise InputError(
+            f"{model}: quantized by {method}; only bitsandbytes' checkpoints can be read"
+        )
+    return found
+
+
+def trained_bits(base: Base) -> Literal["4bit", "8bit"] | None:
+    """Return in which bits a recipe's base is trained over: as the recipe says, or as it is stored.
+
+    Nothing is fetched: a base that is not here any more counts as not quantized.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if base.quantization is not None:
+        return base.quantization
+    try:
+        found = locate(base.model)
+        config = Path(found) / "config.json"
+        if not config.is_file():
+            cached = try_to_load_from_cache(found, config.name, revision=base.revision)
+            config = Path(cached) if isinstance(cached, str) else config
+        return stored_bits(base.model, read_json(config))
+    except (SanError, ValueError):  # the latter from the hub's client, on what is no hub id
+        return None

@@ -8,7 +8,6 @@ base as it was quantized in training (``merge_4bit``).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,10 +23,10 @@ from san_llm import __version__
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError, SanError
 from san_llm.gguf_export import check_exportable, export_gguf
-from san_llm.locate import base_folder, locate
+from san_llm.locate import base_folder, locate, stored_bits, trained_bits
 from san_llm.progress import bar
 from san_llm.recipe import Base, Recipe
-from san_llm.record import manifest, whole_folder, write_json, write_text
+from san_llm.record import manifest, read_json, whole_folder, write_json, write_text
 from san_llm.san.graph import check_family
 from san_llm.shards import DTYPES, Numbers, Output, read_checkpoint, read_rows, write_checkpoint
 from san_llm.streamed import Folded
@@ -119,18 +118,17 @@ def merge(
     check_family(config.get("model_type"))
     if "auto_map" in config:
         raise InputError(f"{base.model}: its config needs code of its own: not a stock model")
-    trained_over = subject.recipe.base.quantization if subject.recipe else base.quantization
-    held = config.get("quantization_config")
+    stored = stored_bits(base.model, config)
+    trained = subject.recipe.base if subject.recipe else base
+    trained_over = stored or trained_bits(trained)
     if quantized is not None:
-        base = _as_trained(subject, held)
-        if held:
-            trained_over = "4bit" if held.get("load_in_4bit") else "8bit"
+        base = _as_trained(base, trained, stored)
         if quantized == "keep" and trained_over == "8bit":
             raise InputError(
                 f"{base.model}: only weights in 4 bits can be kept, these are in 8: use "
                 "--quantized dequantize"
             )
-    elif held:
+    elif stored:
         raise InputError(
             f"{base.model}: a quantized checkpoint has no full-precision weights; name the model "
             "that it was made from, or say how to merge over this one: --quantized dequantize or "
@@ -142,10 +140,10 @@ def merge(
         check_exportable(source, config)
         if options.get("shift"):
             raise InputError("--gguf: a shift merges into biases, which readers pass over")
-    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    own = config.get("dtype") or config.get("torch_dtype") or "float32"
     if quantized == "keep" and base.quantization is not None:
-        stored = base.dtype  # its codes are those of weights in this dtype
-    target = dtype or ("bfloat16" if quantized == "dequantize" else stored)
+        own = base.dtype  # its codes are those of weights in this dtype
+    target = dtype or ("bfloat16" if quantized == "dequantize" else own)
     if target not in DTYPES:
         raise InputError(f"{base.model}: is stored as {target}; say which --dtype to save")
     result = MergeResult(
@@ -200,8 +198,10 @@ def merge(
         if verified:
             from san_llm.verify import verify
 
-            trained = None if quantized else _as_trained(subject) if result.trained_over else None
-            check = verify(folder, adapter, base, target, quantized, trained)
+            other = None if quantized or not trained_over else trained
+            if other is not None and other.quantization is not None:
+                other = _as_trained(base, other, None)
+            check = verify(folder, adapter, base, target, quantized, other)
             result = replace(result, verified=check)
     return result
 
@@ -220,25 +220,19 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _as_trained(subject: Subject, stored: object = None) -> Base:
+def _as_trained(base: Base, trained: Base, stored: str | None) -> Base:
     """Return the base with the quantization that an adapter was trained over.
 
     Args:
-        subject: The adapter and its base.
-        stored: The ``quantization_config`` of the base's config, or None.
+        base: The base to merge into.
+        trained: The one in the recipe of the adapter's run.
+        stored: The bits that ``base`` is stored in, or None.
 
     Raises:
         InputError: when nothing says that there was one.
     """
-    base = subject.base
-    if isinstance(stored, dict):
-        if stored.get("quant_method") != "bitsandbytes":
-            raise InputError(
-                f"{base.model}: quantized by {stored.get('quant_method')}; only bitsandbytes' "
-                "checkpoints can be merged over"
-            )
+    if stored is not None:
         return base.model_copy(update={"quantization": None})
-    trained = subject.recipe.base if subject.recipe else base
     if trained.quantization is None:
         raise InputError(
             f"{base.model}: not quantized, and the adapter's run did not quantize it: merge "
@@ -293,23 +287,6 @@ def _copy_companions(source: Path, folder: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: when the file is missing, not JSON or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
 
 
 def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:

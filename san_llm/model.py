@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from san_llm.errors import InputError, SanError
-from san_llm.locate import base_folder
+from san_llm.locate import base_folder, stored_bits
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
 from san_llm.san.config import SanConfig
@@ -39,10 +39,11 @@ def _read(what: str, name: str, load: Any, **how: Any) -> Any:
 
 
 def load_config(base: Base) -> Any:
-    """Load a base's config, and refuse a family that SAN's propagation table does not know.
+    """Load a base's config, and refuse what cannot be trained over.
 
     Raises:
-        InputError: naming the supported families.
+        InputError: for a family that SAN's propagation table does not know, or a checkpoint that is
+            quantized by another library, or would be a second time.
     """
     from transformers import AutoConfig
 
@@ -53,6 +54,9 @@ def load_config(base: Base) -> Any:
         trust_remote_code=base.trust_remote_code,
     )
     check_family(config.model_type)
+    stored = stored_bits(base.model, vars(config))
+    if stored and base.quantization:
+        raise InputError(f"base.quantization: {base.model} is stored in {stored}: leave it out")
     return config
 
 
@@ -85,7 +89,7 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
     Args:
         base: The recipe's section.
-        dtype: Instead of the section's, and without quantization: for merging.
+        dtype: Instead of the section's, and without its quantization: for merging.
 
     Raises:
         InputError: when it cannot be loaded or its family is not supported.
@@ -95,8 +99,13 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
     config = load_config(base)
     chosen = dtype or getattr(torch, base.dtype)
     how: dict[str, Any] = {"dtype": chosen}
-    if base.quantization is not None and dtype is None:
-        how["quantization_config"] = quantization_config(base.quantization, chosen)
+    stored = getattr(config, "quantization_config", None)
+    if stored:
+        # What the arithmetic is done in is the reader's choice, not the checkpoint's.
+        stored["bnb_4bit_compute_dtype"] = str(chosen).removeprefix("torch.")
+    elif base.quantization is not None and dtype is None:
+        how["quantization_config"] = quantization_config(base)
+    if stored or "quantization_config" in how:
         how["device_map"] = {"": device()}
     model: PreTrainedModel = _read(
         "weights",
@@ -108,6 +117,10 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
         **how,
     )
     keep_4bit_layout(model)
+    if stored:  # transformers leaves what is not quantized as it is stored
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(chosen)
     if "device_map" not in how and dtype is None:
         model.to(device())
     model.requires_grad_(False)

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from san_llm.errors import InputError
+from san_llm.recipe import Base
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-Quantization = Literal["4bit", "8bit"]
 
-
-def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return how to load a base in 4 bits (nf4, double quantization, as QLoRA) or 8 bits.
-
-    Args:
-        quantization: ``4bit`` or ``8bit``.
-        dtype: The dtype that 4-bit layers compute in.
-    """
+def quantization_config(base: Base) -> BitsAndBytesConfig:
+    """Return how to quantize a base while it is loaded; 4-bit layers compute in its dtype."""
     from transformers import BitsAndBytesConfig
 
-    if quantization == "8bit":
+    if base.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=base.quant_type,
+        bnb_4bit_use_double_quant=base.double_quant,
+        bnb_4bit_compute_dtype=base.dtype,
     )
 
 

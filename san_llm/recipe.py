@@ -41,11 +41,34 @@ class Base(_Section):
         default="bfloat16", description="dtype of the weights; with 4 or 8 bits, of the arithmetic"
     )
     quantization: Literal["4bit", "8bit"] | None = Field(
-        default=None, description="load the base in 4 bits (nf4, double quantization) or 8 bits"
+        default=None,
+        description="load the base in 4 or 8 bits; a checkpoint that is in them already needs none",
+    )
+    quant_type: Literal["nf4", "fp4"] | None = Field(
+        default=None, description="the 16 numbers that 4 bits stand for: nf4 unless told otherwise"
+    )
+    double_quant: bool | None = Field(
+        default=None, description="4bit: quantize the scales of its blocks, too; true unless told"
     )
     trust_remote_code: bool = Field(
         default=False, description="let the model's repository run its own code"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_qlora(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("quantization") == "4bit":
+            # QLoRA's defaults (arXiv:2305.14314).
+            usual = {"quant_type": "nf4", "double_quant": True}
+            return value | {k: v for k, v in usual.items() if value.get(k) is None}
+        return value
+
+    @model_validator(mode="after")
+    def _only_4_bits_have_kinds(self) -> Base:
+        for key in ("quant_type", "double_quant"):
+            if self.quantization != "4bit" and getattr(self, key) is not None:
+                raise ValueError(f"{key}: only quantization 4bit has one")
+        return self
 
 
 class _Targets(_Section):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from san_llm.errors import InputError
 from san_llm.recipe import Base, Recipe
-from san_llm.record import adapter_of, last_run, recipe_of, run_of
+from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,9 @@ def named_base(adapter: Path) -> str:
         InputError: when the folder holds no adapter, or it names no base.
     """
     path = adapter / "adapter_config.json"
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except OSError:
-        raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it") from None
-    except (ValueError, AttributeError, RecursionError):
-        raise InputError(f"{path}: not valid JSON") from None
+    if not path.is_file():
+        raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it")
+    named = read_json(path).get("base_model_name_or_path")
     if not named:
         raise InputError(f"{adapter}: does not name its base model; give it with --model")
     return str(named)

@@ -27,6 +27,7 @@ from san_llm.model import load_adapter, load_base, load_tokenizer
 from san_llm.progress import bar
 from san_llm.quantize import dequantize
 from san_llm.recipe import Base
+from san_llm.record import read_json
 from san_llm.stock_logits import in_fp32, logits
 from san_llm.weight_check import BaseRows, check_errors, stored_rows, weight_errors
 
@@ -163,8 +164,8 @@ def _weight_errors(
     adapted: Any, base: Base, adapter: Path, merged: Path, dtype: str, quantized: str | None
 ) -> dict[str, float]:
     source = base_folder(base)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    options = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
+    options = read_json(adapter / "adapter_config.json")
     rows = stored_rows(source) if quantized is None else _rows_in_memory(adapted)
     return weight_errors(rows, config, adapter, options, merged, dtype)
 

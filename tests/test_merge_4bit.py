@@ -357,6 +357,30 @@ def test_each_way_is_verified_against_the_model_that_was_trained(command, run, f
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_stored_quantized_base_goes_all_the_way(command, full, here, bits):
+    data = write_rows(here / "rows.json", rows(8))
+    recipe = write_recipe(here / "mine.yaml", full / bits, data)
+    done = command("train", recipe, f"base.quantization={bits}")
+    told = f"base.quantization: {full / bits} is stored in {bits}: leave it out"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {told}")
+    for words in (
+        ("train", recipe),
+        ("eval", "--tasks", "boolq", "--limit", 1),
+        ("merge", "--quantized", "dequantize", "--verify"),
+    ):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    done = command("merge", "--output", "out", "--model", full / "base", "--verify", "--json")
+    assert f"trained over a {bits} base, merged into the full-precision {full}" in done.stderr
+    result = json.loads(done.stdout)
+    assert result["trained_over"] == bits
+    assert result["verified"]["quantization_moved"] > 0
+    done = command("merge", "--quantized", "keep", "--output", "kept", "--verify")
+    assert done.returncode == (0 if bits == "4bit" else 2), done.stderr
+
+
+@pytest.mark.slow
 def test_one_wrong_scale_in_4_bits_fails_the_verification(command, run, monkeypatch):
     import san_llm.merge_4bit
     from san_llm.merge_4bit import keep

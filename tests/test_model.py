@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
-from san.adapted import adapt, logits
+from san.adapted import adapt, logits, text
 from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +24,7 @@ from san_llm.model import (
     load_tokenizer,
     trainable_parameters,
 )
+from san_llm.quantize import dequantize, quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, SanMethod
 from san_llm.subject import find_subject
 
@@ -66,6 +67,82 @@ def test_a_quantized_base_is_quantized_unless_a_dtype_is_asked_for(here):
         assert type(model.model.layers[0].mlp.up_proj).__name__ == name
         full = load_base(base(folder, quantization=quantization), dtype=torch.float32)
         assert type(full.model.layers[0].mlp.up_proj).__name__ == "Linear"
+
+
+KINDS = {
+    "nf4": {"quantization": "4bit", "double_quant": False},
+    "nf4 double": {"quantization": "4bit"},
+    "fp4": {"quantization": "4bit", "quant_type": "fp4", "double_quant": False},
+    "fp4 double": {"quantization": "4bit", "quant_type": "fp4"},
+    "8bit": {"quantization": "8bit"},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base whose rows are whole blocks of 64."""
+    return save_tiny(
+        tmp_path_factory.mktemp("wide"),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+    )
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["loaded", "stored"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_gradients_over_a_quantized_base_are_those_over_its_numbers(wide, here, kind, stored):
+    options = KINDS[kind]
+    chosen = base(wide, **options)
+    if stored:  # by transformers alone, and read without being told how
+        AutoModelForCausalLM.from_pretrained(
+            wide,
+            dtype=torch.float32,
+            device_map="cpu",
+            quantization_config=quantization_config(chosen),
+        ).save_pretrained(here / "small")
+        chosen = base(here / "small")
+    first = load_base(chosen)
+    linear = first.model.layers[1].mlp.up_proj
+    if kind != "8bit":
+        state = linear.weight.quant_state
+        assert (state.quant_type, state.nested) == (kind[:3], "double" in kind)
+        assert linear.compute_dtype == torch.float32
+
+    def gradients(model):
+        adapted = adapt(model).train()  # in eval mode 8-bit layers round their inputs as well
+        loss = adapted(input_ids=text(), labels=text()).loss
+        loss.backward()
+        return loss, {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+
+    loss, found = gradients(first)
+    expected_loss, expected = gradients(dequantize(load_base(chosen)))
+    tolerance = 2e-2 if kind == "8bit" else 1e-4
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert len(found) == 14
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() < 2 * tolerance * largest, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_stored_quantized_base_computes_in_the_recipes_dtype(wide, here, dtype):
+    chosen = base(wide, quantization="4bit")
+    load_base(chosen).save_pretrained("small")
+    model = load_base(base("./small", dtype))
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == getattr(torch, dtype)
+    assert model(input_ids=text()).logits.dtype == getattr(torch, dtype)
+
+
+def test_what_cannot_be_loaded_quantized_is_one_line(wide, here):
+    load_base(base(wide, quantization="8bit")).save_pretrained("small")
+    twice = told(InputError, load_base, base("./small", quantization="4bit"))
+    assert twice == "base.quantization: ./small is stored in 8bit: leave it out"
+    path = Path("small/config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    other = "./small: quantized by gptq; only bitsandbytes' checkpoints can be read"
+    assert told(InputError, load_base, base("./small")) == other
 
 
 def test_what_is_wrong_with_a_base_is_one_line(copy):

@@ -230,7 +230,7 @@ def test_a_merge_key_is_a_key_like_any_other():
     assert mistakes(GOOD.replace("  model: some/model", "  <<: {model: x}")) == [
         "mine.yaml:1: base.model: missing",
         "mine.yaml:2: base.<<: unknown key: known here are model, revision, dtype, quantization, "
-        "trust_remote_code",
+        "quant_type, double_quant, trust_remote_code",
     ]
 
 
@@ -269,6 +269,24 @@ def test_an_override_replaces_any_key():
     assert recipe.base.quantization == "4bit"
     assert recipe.base.model == "a=b"
     assert recipe.data.held_out == "held.json"
+
+
+def test_4_bits_are_those_of_qlora_unless_told_otherwise():
+    base = parse(GOOD, "base.quantization=4bit").base
+    assert (base.quant_type, base.double_quant) == ("nf4", True)
+    base = parse(
+        GOOD, "base.quantization=4bit", "base.quant_type=fp4", "base.double_quant=false"
+    ).base
+    assert (base.quant_type, base.double_quant) == ("fp4", False)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "null"])
+@pytest.mark.parametrize("key", ["quant_type=nf4", "double_quant=false"])
+def test_only_4_bits_have_kinds(bits, key):
+    name = key.split("=")[0]
+    assert mistakes(GOOD, f"base.quantization={bits}", f"base.{key}") == [
+        f"mine.yaml:1: base: {name}: only quantization 4bit has one"
+    ]
 
 
 def test_null_takes_a_value_back():
@@ -397,8 +415,15 @@ RECIPES = st.fixed_dictionaries(
             optional={
                 "revision": st.none() | TEXTS,
                 "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
-                "quantization": st.sampled_from([None, "4bit", "8bit"]),
+                "quantization": st.sampled_from([None, "8bit"]),
                 "trust_remote_code": st.booleans(),
+            },
+        )
+        | st.fixed_dictionaries(
+            {"model": TEXTS, "quantization": st.just("4bit")},
+            optional={
+                "quant_type": st.sampled_from([None, "nf4", "fp4"]),
+                "double_quant": st.none() | st.booleans(),
             },
         ),
         "method": METHODS,

@@ -84,7 +84,7 @@ def test_contradictions_and_nothing_to_find_are_refused(here):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "not valid JSON"),
+        ("[]", "expected a JSON object"),
         ("{}", "does not name its base model; give it with --model"),
         ('{"base_model_name_or_path": null}', "does not name its base model"),
         ('{"base_model_name_or_path": ""}', "does not name its base model"),
