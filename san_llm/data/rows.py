@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from san_llm.data.tasks import Task
 from san_llm.errors import InputError, did_you_mean
 
 POCKET = Path(__file__).parent / "pocket"
 ROLES = ("system", "user", "assistant", "tool")
+# A row is read whole, a list of rows at once: larger than this, neither is what it says it is.
+LONGEST_LINE, LONGEST_LIST = 16 * 2**20, 256 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -108,35 +112,66 @@ def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
     return rows
 
 
-def _values(path: Path) -> list[tuple[str, Any]]:
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    suffix = path.suffix.lower()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: a pipe or a device; expected a file")
+        with path.open("rb") as file:
+            if suffix not in (".json", ".jsonl"):
+                raise InputError(f"{path}: expected a .json or .jsonl file")
+            if suffix == ".json" and os.fstat(file.fileno()).st_size > LONGEST_LIST:
+                raise InputError(
+                    f"{path}: a list of more than {LONGEST_LIST // 2**20} MiB; write it as .jsonl, "
+                    "one row a line"
+                )
+            yield from _lines(path, file) if suffix == ".jsonl" else _list(path, file.read())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-            f"{error.start}; convert the file first"
-        ) from None
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    number = offset = 0
+    while raw := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            raise InputError(
+                f"{path}:{number}: a line of more than {LONGEST_LINE // 2**20} MiB; one row a line "
+                "is expected"
+            )
+        line = _decoded(path, raw, number, offset)
+        offset += len(raw)
+        if line.strip():
+            yield f"line {number}", _json(path, line.rstrip("\r\n"), number)
+    if not offset:
+        raise InputError(f"{path}: the file is empty")
+
+
+def _list(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
+    text = _decoded(path, raw, 1, 0)
+    del raw
     if not text.strip():
         raise InputError(f"{path}: the file is empty")
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return [
-            (f"line {number}", _json(path, line, number))
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    if suffix != ".json":
-        raise InputError(f"{path}: expected a .json or .jsonl file")
     values = _json(path, text, None)
     if not isinstance(values, list):
         raise InputError(
             f"{path}: expected a list of rows, found {_kind(values)}; one object a line? then name "
             "it .jsonl"
         )
-    return [(f"row {number}", value) for number, value in enumerate(values, start=1)]
+    for number, value in enumerate(values, start=1):
+        yield f"row {number}", value
+
+
+def _decoded(path: Path, raw: bytes, line: int, offset: int) -> str:
+    """Decode bytes that begin at a line and an offset of a file."""
+    try:
+        return raw.decode("utf-8-sig" if not offset else "utf-8")
+    except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        raise InputError(
+            f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+            f"{offset + error.start}; convert the file first"
+        ) from None
 
 
 def _json(path: Path, text: str, line: int | None) -> Any:

@@ -145,8 +145,8 @@ def test_a_malformed_file_is_refused_with_its_row(tmp_path, content, message):
         ([GOOD], ": line 1: expected an object, found a list; one list of all rows? then name"),
         (json.dumps([GOOD], indent=1), ":1: not valid JSON: "),
         (json.dumps([GOOD], indent=1), "; one list of all rows? then name it .json"),
-        ("{}\n" + "[" * 100_000, ":2: not valid rows: nested too deeply"),
-        ("{}\n" + "9" * 5000, ":2: not valid rows: a number of too many digits"),
+        (f"{json.dumps(GOOD)}\n" + "[" * 100_000, ":2: not valid rows: nested too deeply"),
+        (f"{json.dumps(GOOD)}\n" + "9" * 5000, ":2: not valid rows: a number of too many digits"),
         (json.dumps(GOOD).encode() + b"\n\n\xff", ":3: not UTF-8: byte 0xff"),
     ],
 )
