@@ -7,6 +7,7 @@ misspelt key costs a tenth of a second, not a model load. All mistakes are repor
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from san_llm.data.prompts import PromptStyle
 from san_llm.data.tasks import TASKS, find_tasks
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, did_you_mean, masked
 from san_llm.san.graph import KINDS, TARGETS, check_combination, check_targets
 
 Kind = Literal["attention", "mlp", "residual"]
 PathInProject = tuple[str | int, ...]
 _Name = Annotated[str, Field(min_length=1)]
+LONGEST = 256 * 2**10  # bytes of a recipe: what YAML's parser reads in a second
 
 
 class _Section(BaseModel):
@@ -321,8 +323,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: with one line for each mistake: where, what was found, what would be right.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: a pipe or a device; expected a recipe, a YAML file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(LONGEST + 1)
+        if len(raw) > LONGEST:
+            raise InputError(f"{path}: more than {LONGEST // 2**10} KiB; a recipe is a small file")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -342,6 +350,7 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     # The method's name first: it decides which other keys there are.
     for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         _override(raw, argument, source)
+    _check_texts(raw, (), source)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).lstrip("._-").rstrip("-")
     raw.setdefault("name", stem or "recipe")
     try:
@@ -356,6 +365,26 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
         ]
         # A value that may be of two kinds gives one error for each.
         raise InputError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _check_texts(value: Any, path: PathInProject, source: _Source) -> None:
+    """Refuse texts that must not be shown or kept: a recipe is printed, and goes into its run."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_texts(key, (*path, key), source)
+            _check_texts(item, (*path, key), source)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_texts(item, (*path, index), source)
+    elif isinstance(value, str):
+        where = f"{source.of(path)}: {_dotted(path)}"
+        if any(unicodedata.category(c) == "Cc" for c in value):
+            raise InputError(f"{where}: has a control character in {value!r}")
+        if masked(value) != value:
+            raise InputError(
+                f"{where}: a password or a token has no place in a recipe; set HF_TOKEN, or sign "
+                "in with `hf auth login`"
+            )
 
 
 def _tuples(value: Any) -> Any:

@@ -382,9 +382,9 @@ def test_a_recipe_is_found_by_path_or_by_shipped_name(here):
 
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 TEXTS = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
     st.sampled_from(["1e5", "12e5678", "null", "~", "yes", "0x1f", "2024-01-01", "a: b", "# c"]),
-    st.sampled_from(["1_0", "1:30", "=", "<<", "&a", "*a", "!x", "- a", "\u2028", "\x85", " "]),
+    st.sampled_from(["1_0", "1:30", "=", "<<", "&a", "*a", "!x", "- a", "\u2028", " "]),
 )
 SOME_TARGETS = st.lists(st.sampled_from(TARGETS), min_size=1, unique=True)
 METHODS = st.one_of(
