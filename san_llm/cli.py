@@ -201,11 +201,11 @@ def train(
             code = 130  # stopped when asked to; the first process has said how to go on
         raise typer.Exit(code if code in (0, 130) else 1)
 
-    from san_llm.train import agree
+    from san_llm.processes import agree
     from san_llm.train import train as start
 
     if run is None:
-        run = Path(agree(str(new_run(chosen, output, overwrite)) if first else None))
+        run = agree(new_run(chosen, output, overwrite) if first else Path())
     if first:
         point_latest(run)
         stderr.print(f"run: {run}", markup=False)
