@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ from san_llm.errors import InputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The numbers of a checkpoint that is not quantized; bf16 is read as the upper half of an fp32.
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+# Bytes of the other kinds of numbers that a file may hold, of which only the place is read.
+OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BLOCK = 2**17  # numbers worked on at once: what fits a core's cache
 COPY = 2**24  # bytes copied at once
@@ -68,7 +72,7 @@ def read_header(file: Path) -> list[Stored]:
             header = json.loads(opened.read(length))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{file}: not a safetensors file: its header is not JSON") from None
     tensors = []
     try:
@@ -81,10 +85,32 @@ def read_header(file: Path) -> list[Stored]:
             tensors.append(Stored(name, facts["dtype"], shape, file, start, end - begin))
     except (TypeError, KeyError, ValueError, AttributeError):
         raise InputError(f"{file}: not a safetensors file: its header is not a table") from None
+    for tensor in tensors:
+        _check_place(tensor)
     tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
-    if tensors and max(t.start + t.size for t in tensors) != size:
-        raise InputError(f"{file}: cut short: {size:,} bytes, its header speaks of more")
+    position = 8 + length
+    for tensor in tensors:
+        if tensor.start != position:
+            raise InputError(f"{file}: damaged: {tensor.name} is not where the one before it ends")
+        position += tensor.size
+    if position > size:
+        raise InputError(f"{file}: cut short: {size:,} bytes, its header speaks of {position:,}")
+    if position < size:
+        raise InputError(f"{file}: damaged: {size:,} bytes, its header speaks of {position:,}")
     return tensors
+
+
+def _check_place(tensor: Stored) -> None:
+    """Refuse a tensor whose numbers cannot be where the header says."""
+    numbers = (tensor.start, tensor.size, *tensor.shape)
+    if not isinstance(tensor.dtype, str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise InputError(f"{tensor.file}: not a safetensors file: its header is not a table")
+    each = (SIZES | OTHERS).get(tensor.dtype)
+    if each is not None and math.prod(tensor.shape) * each != tensor.size:
+        raise InputError(
+            f"{tensor.file}: damaged: {tensor.name} of the shape {tensor.shape} has "
+            f"{tensor.size:,} bytes"
+        )
 
 
 def read_checkpoint(folder: Path) -> list[Stored]:
@@ -97,8 +123,11 @@ def read_checkpoint(folder: Path) -> list[Stored]:
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             files = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            strange = [file for file in files if Path(file).name != file]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{folder / INDEX}: not an index of safetensors files") from None
+        if strange:
+            raise InputError(f"{folder / INDEX}: {strange[0]!r} is not a file in the same folder")
         tensors = [tensor for file in files for tensor in read_header(folder / file)]
         lost = set(index["weight_map"]) - {tensor.name for tensor in tensors}
         if lost:
@@ -106,7 +135,10 @@ def read_checkpoint(folder: Path) -> list[Stored]:
         return tensors
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
-    raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it")
+    hint = ""
+    for pickled in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])[:1]:
+        hint = f"; {pickled.name} is a pickle and can run code, so it is never loaded: convert it"
+    raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it{hint}")
 
 
 def widen(raw: Numbers, dtype: str) -> Numbers:

@@ -152,6 +152,11 @@ FORMS: tuple[str, ...] = ("lean", "plain")
 MODES: tuple[str, ...] = ("both", "neuron", "synapse")
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "residual")
 
+# The largest that a model's sizes may be; the largest models known have a hundredth of them.
+SIZES = {"num_hidden_layers": 10_000, "hidden_size": 2**21, "intermediate_size": 2**24}
+SIZES |= {"num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**16}
+SIZES |= {"vocab_size": 2**26}
+
 _LINEAR = re.compile(
     r"(?P<prefix>(?:.*\.)?)layers\.(?P<block>\d+)\.(?P<parent>self_attn|mlp)\.(?P<name>\w+_proj)"
 )
@@ -168,6 +173,26 @@ def check_family(model_type: str | None) -> None:
             f"model type {model_type!r} is not supported by SAN: its propagation map is known for "
             f"{', '.join(FAMILIES)}"
         )
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse a config whose sizes are no sizes, before anything is counted up to them.
+
+    Args:
+        config: A ``PretrainedConfig`` or the dictionary of a ``config.json``.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for key, largest in SIZES.items():
+        value = _get(config, key)
+        if value is None and key in ("num_key_value_heads", "head_dim"):
+            continue
+        if type(value) is not int or not 0 < value <= largest:
+            raise InputError(
+                f"config.json: {key}: expected a whole number from 1 to {largest:,}, found "
+                f"{value!r}"
+            )
 
 
 def check_targets(targets: Collection[str]) -> None:
@@ -514,6 +539,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             san_config = adapters.get((active() if callable(active) else active)[0])
     model_type = _get(config, "model_type")
     check_family(model_type)
+    check_sizes(config)
     targets = _get(san_config, "target_modules") or None
     if targets is not None and not isinstance(targets, str):
         check_targets(targets)
