@@ -10,26 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
-from jinja2 import TemplateError
 
 from san_llm.data.prompts import PromptStyle, evaluation_prompt, training_prompt
 from san_llm.data.rows import Row
 from san_llm.errors import InputError, SanError
-from san_llm.record import cache_folder, whole_folder
+from san_llm.record import cache_folder, whole_folder, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
+_Written = tuple[str, list[tuple[int, int]]]  # a text, and the character spans of its responses
+
 IGNORE = -100
-FORMAT = 1  # part of the cache key: raise it when the same rows give other tokens
-FEW = 2000  # rows below which starting processes costs more than it saves
+FORMAT = 2  # part of the cache key: raise it when the same rows give other tokens or other files
+CHUNK = 4096  # rows at once: enough for every thread to have work, some 50 MB of encodings
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,24 @@ class Encoded:
     supervised: int
 
 
+class Labelled(NamedTuple):
+    """One row's tokens, and what is learned of them.
+
+    Attributes:
+        tokens: What is kept of the row, at most the cutoff.
+        labels: The same tokens where they are learned, elsewhere -100.
+        fate: What the cutoff did to the response.
+        length: Tokens before the cutoff.
+        supervised: Labels that are learned.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+    fate: Literal["whole", "cut", "dropped"]
+    length: int
+    supervised: int
+
+
 def encode_rows(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerFast,
@@ -65,7 +90,7 @@ def encode_rows(
         style: The prompt style.
         loss: ``response`` or ``all``.
         cutoff: Tokens kept of a row.
-        workers: Processes that tokenize.
+        workers: More than 1 tokenizes on several threads.
 
     Raises:
         InputError: when the tokenizer or the style cannot serve, or nothing is left to learn.
@@ -73,40 +98,63 @@ def encode_rows(
     import datasets
 
     datasets.disable_progress_bars()
-    _check_tokenizer(tokenizer, style)
-    settings = {"style": style, "loss": loss, "cutoff": cutoff}
-    folder = cache_folder("tokenized") / _key(rows, tokenizer, settings)
+    check_tokenizer(tokenizer, style)
+    key = _key(rows, tokenizer, {"style": style, "loss": loss, "cutoff": cutoff})
+    folder = cache_folder("tokenized") / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes with the same rows one tokenizes, and the others wait and read.
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "dataset_info.json").is_file():
-            source = datasets.Dataset.from_list(
-                [asdict(row) | {"messages": json.dumps(row.messages)} for row in rows]
-            )
-            encoded = source.map(
-                _encode_one,
-                fn_kwargs={"tokenizer": tokenizer, **settings},
-                remove_columns=source.column_names,
-                num_proc=min(workers, os.cpu_count() or 1) if len(rows) > FEW else None,
-                load_from_cache_file=False,
-            )
+        if not (folder / "fates.json").is_file():
             with whole_folder(folder, overwrite=True) as temporary:
-                encoded.save_to_disk(temporary)
-    encoded = datasets.load_from_disk(str(folder))
-    fate = encoded["fate"]
-    kept = encoded.select([i for i, how in enumerate(fate) if how != "dropped"])
-    supervised = sum(kept["supervised"])
-    if not supervised:
-        raise InputError(
-            f"no tokens to learn: the cutoff of {cutoff} tokens cuts away the response of all "
-            f"{len(rows)} rows, from {rows[0].where} on; raise data.cutoff"
-        )
+                found = _write_encoded(
+                    temporary, rows, label_rows(rows, tokenizer, style, loss, cutoff, workers), key
+                )
+                if not found["supervised"]:
+                    raise InputError(
+                        f"no tokens to learn: the cutoff of {cutoff} tokens cuts away the response "
+                        f"of all {len(rows)} rows, from {rows[0].where} on; raise data.cutoff"
+                    )
     return Encoded(
-        kept.select_columns(["input_ids", "labels"]),
-        dropped=list(fate).count("dropped"),
-        cut=list(fate).count("cut"),
-        supervised=supervised,
+        datasets.load_from_disk(str(folder)),
+        **json.loads((folder / "fates.json").read_text(encoding="utf-8")),
     )
+
+
+def label_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    style: PromptStyle,
+    loss: str,
+    cutoff: int,
+    workers: int = 1,
+) -> Iterator[Labelled]:
+    """Tokenize and label rows, in their order; see :func:`encode_rows`.
+
+    Raises:
+        InputError: naming the row that the style cannot write or of which no token is made.
+    """
+    eos = tokenizer.eos_token_id
+    # One call sets what a tokenizer file may ask for otherwise: no cutoff, no padding.
+    tokenizer("x", add_special_tokens=False, verbose=False)
+    backend = tokenizer.backend_tokenizer
+
+    def encode(chunk: Sequence[Row]) -> tuple[list[_Written], list[Encoding]]:
+        written = [_write(row, tokenizer, style) for row in chunk]
+        texts = [text for text, _ in written]
+        # A chat template writes its special tokens itself.
+        return written, backend.encode_batch(texts, add_special_tokens=style != "chat")
+
+    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    # The tokenizer works on the next chunk while this one is labelled: it leaves Python free.
+    with _threads(workers), ThreadPoolExecutor(1) as ahead:
+        pending = [ahead.submit(encode, chunk) for chunk in chunks[:1]]
+        for number, chunk in enumerate(chunks):
+            written, encodings = pending.pop().result()
+            if number + 1 < len(chunks):
+                pending.append(ahead.submit(encode, chunks[number + 1]))
+            for row, (text, spans), encoding in zip(chunk, written, encodings, strict=True):
+                tokens, learned = _mark(row, text, spans, encoding, eos)
+                yield _cut(tokens, learned, loss, cutoff)
 
 
 def evaluation_text(
@@ -118,7 +166,7 @@ def evaluation_text(
         InputError: when the style is ``chat`` and the tokenizer has no chat template.
     """
     if style == "chat":
-        _check_tokenizer(tokenizer, style)
+        check_tokenizer(tokenizer, style)
         text = _render(tokenizer, _turns(row)[:1], generate=True, where=row.where)
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     text = evaluation_prompt(style, row.instruction, row.context)
@@ -135,7 +183,12 @@ def evaluation_text(
     return text, tokens
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> None:
+    """Check that a tokenizer can serve a style.
+
+    Raises:
+        InputError: for one that is not fast, or lacks an end-of-text token or a chat template.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no fast version")
     if tokenizer.eos_token_id is None:
@@ -148,6 +201,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> 
 
 
 def _key(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> str:
+    """Return a name made of all that decides the tokens: never of a file's name or time."""
     digest = hashlib.sha256()
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     for part in (
@@ -156,65 +210,124 @@ def _key(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, settings: dict
         str(tokenizer.chat_template) if settings["style"] == "chat" else "",
     ):
         digest.update(json.dumps(part, sort_keys=True).encode())
-    for row in rows:
-        content = asdict(row)
-        del content["where"]  # the same rows in another file are the same tokens
+    for start in range(0, len(rows), CHUNK):
+        content = [
+            (row.instruction, row.context, row.output, row.messages)
+            for row in rows[start : start + CHUNK]
+        ]
         digest.update(json.dumps(content).encode())
     return digest.hexdigest()[:32]
 
 
-def _encode_one(
-    row: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    style: PromptStyle,
-    loss: str,
-    cutoff: int,
-) -> dict[str, Any]:
-    messages = tuple((role, content) for role, content in json.loads(row["messages"]))
-    example = Row(**(row | {"messages": messages}))
+@contextmanager
+def _threads(workers: int) -> Iterator[None]:
+    """Let the tokenizer use its threads for a while; at other times forks stay safe."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true" if workers > 1 else "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _write_encoded(
+    folder: Path, rows: Sequence[Row], labelled: Iterator[Labelled], key: str
+) -> dict[str, int]:
+    """Write the rows that are not dropped, and what became of all."""
+    import datasets
+    import numpy as np
+    import pyarrow as pa
+
+    fates: Counter[str] = Counter()
+    supervised = 0
+    # Flat, in 4 bytes a token: 170,000 rows are 110 MB, where lists of Python numbers are 1 GB.
+    tokens, labels, ends = array("i"), array("i"), array("i", [0])
+    for row in labelled:
+        fates[row.fate] += 1
+        if row.fate != "dropped":
+            tokens.extend(row.tokens)
+            labels.extend(row.labels)
+            ends.append(len(tokens))
+            supervised += row.supervised
+    columns = {
+        name: pa.ListArray.from_arrays(np.asarray(ends), np.asarray(values))
+        for name, values in (("input_ids", tokens), ("labels", labels))
+    }
+    datasets.Dataset(pa.table(columns), fingerprint=key).save_to_disk(folder)
+    found = {"dropped": fates["dropped"], "cut": fates["cut"], "supervised": supervised}
+    write_json(folder / "fates.json", found)
+    return found
+
+
+def _write(row: Row, tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> _Written:
+    """Return a row's whole text, and the character spans of its responses."""
     if style == "chat":
-        text, spans = _chat_text(tokenizer, example)
-    else:
-        if messages:
-            raise InputError(
-                f"{example.where}: a conversation cannot be written in the style {style!r}; "
-                "set data.prompt to chat"
-            )
-        prompt = training_prompt(style, example.instruction, example.context)
-        text, spans = prompt + example.output, [(len(prompt), len(prompt) + len(example.output))]
-    encoding = tokenizer(
-        text, add_special_tokens=style != "chat", return_offsets_mapping=True, verbose=False
-    )
-    tokens, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
-    learned = [
-        any(start < last and end > first and end > start for first, last in spans)
-        for start, end in offsets
-    ]
-    eos = tokenizer.eos_token_id
-    ends = max((i for i, is_learned in enumerate(learned) if is_learned), default=-1)
-    if ends < 0:
+        return _chat_text(tokenizer, row)
+    if row.messages:
         raise InputError(
-            f"{example.where}: the tokenizer makes no tokens of its response, so there is nothing "
+            f"{row.where}: a conversation cannot be written in the style {style!r}; "
+            "set data.prompt to chat"
+        )
+    prompt = training_prompt(style, row.instruction, row.context)
+    text = prompt + row.output
+    return text, [(len(prompt), len(text))]
+
+
+def _mark(
+    row: Row, text: str, spans: list[tuple[int, int]], encoding: Encoding, eos: int
+) -> tuple[list[int], Sequence[int]]:
+    """Return a row's tokens, an end token among them, and the places of those to learn."""
+    tokens: list[int] = encoding.ids
+    if len(spans) == 1 and spans[0][1] == len(text):
+        # One response that ends the text: from the token of its first letter on. Where that letter
+        # or the last one makes no token, or special tokens follow, all offsets are looked at.
+        begin = encoding.char_to_token(spans[0][0])
+        end = encoding.token_to_chars(len(tokens) - 1) if tokens else None
+        if begin is not None and end is not None and end[1] == len(text):
+            if tokens[-1] != eos:
+                tokens.append(eos)
+            return tokens, range(begin, len(tokens))
+    learned = [
+        place
+        for place, (start, end) in enumerate(encoding.offsets)
+        if any(start < last and end > first and end > start for first, last in spans)
+    ]
+    if not learned:
+        raise InputError(
+            f"{row.where}: the tokenizer makes no tokens of its response, so there is nothing "
             "to learn"
         )
+    ends = learned[-1]
     if tokens[ends] != eos:
         # What follows the last response (a newline of the chat template, say) stays unlearned.
-        if eos in tokens[ends + 1 :]:
-            learned[tokens.index(eos, ends + 1)] = True
-        else:
+        if eos not in tokens[ends + 1 :]:
             tokens.append(eos)
-            learned.append(True)
-    responses = sum(learned)
+        learned.append(tokens.index(eos, ends + 1))
+    return tokens, learned
+
+
+def _cut(tokens: list[int], learned: Sequence[int], loss: str, cutoff: int) -> Labelled:
+    """Return what the cutoff leaves of a row; nothing comes before its first token to learn it."""
+    length = len(tokens)
+    kept = [place for place in learned if place < cutoff] if length > cutoff else learned
+    fate: Literal["whole", "cut", "dropped"] = (
+        "whole" if len(kept) == len(learned) else "cut" if kept else "dropped"
+    )
+    del tokens[cutoff:]
     if loss == "all":
-        learned_all = [True] * len(tokens)
-        learned_all[0] = False  # nothing comes before it to predict it from
-    kept_responses = sum(learned[1:cutoff])
-    fate = "whole" if kept_responses == responses else "cut" if kept_responses else "dropped"
-    mask = (learned_all if loss == "all" else learned)[:cutoff]
-    mask[0] = False
-    tokens = tokens[:cutoff]
-    labels = [token if on else IGNORE for token, on in zip(tokens, mask, strict=True)]
-    return {"input_ids": tokens, "labels": labels, "fate": fate, "supervised": sum(mask)}
+        labels = [IGNORE, *tokens[1:]]
+        return Labelled(tokens, labels, fate, length, len(tokens) - 1)
+    if isinstance(learned, range):
+        begin = max(1, min(learned.start, len(tokens)))
+        labels = [IGNORE] * begin + tokens[begin:]
+        return Labelled(tokens, labels, fate, length, len(tokens) - begin)
+    places = {place for place in kept if place}
+    labels = [token if place in places else IGNORE for place, token in enumerate(tokens)]
+    return Labelled(tokens, labels, fate, length, len(places))
 
 
 def _turns(row: Row) -> list[dict[str, str]]:
@@ -232,7 +345,7 @@ def _render(
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-    except (TemplateError, ValueError, TypeError) as error:  # roles that must alternate, say
+    except Exception as error:  # a template is a program: roles that must alternate, or a bug
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {first}"
@@ -240,7 +353,7 @@ def _render(
     return str(text)
 
 
-def _chat_text(tokenizer: PreTrainedTokenizerFast, row: Row) -> tuple[str, list[tuple[int, int]]]:
+def _chat_text(tokenizer: PreTrainedTokenizerFast, row: Row) -> _Written:
     """Return a conversation in the chat template, and the character spans of its responses."""
     turns = _turns(row)
     text = _render(tokenizer, turns, generate=False, where=row.where)
@@ -273,8 +386,11 @@ class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
 
     def __init__(self, encoded: Encoded) -> None:
         """Hold the tokenized rows."""
+        import pyarrow.compute
+
         self._rows = encoded.rows
-        self.lengths = [len(tokens) for tokens in encoded.rows["input_ids"]]
+        column = encoded.rows.data.column("input_ids")
+        self.lengths: list[int] = pyarrow.compute.list_value_length(column).to_pylist()
 
     def __len__(self) -> int:
         """Return the number of rows, without the filler."""

@@ -1,0 +1,159 @@
+"""What does preparing a training set cost beside the tokenizer alone?
+
+Preparing is the rows' prompt texts, tokens, labels, cutoff and the cache on disk. Beside it stand
+the fast tokenizer's own two calls on the same texts, with as many threads: ``tokenizer(texts)``,
+which a script would write, and ``encode_batch_fast``, which knows no offsets and is the least that
+it can cost. They take turns in processes of their own. Then the same rows are prepared once more,
+from the cache, and read from their file, as every start does.
+
+``python benchmarks/prepare.py --model models/smollm2-135m`` prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WAYS = ("encode_batch_fast", "tokenizer", "prepare", "again", "read")
+
+
+def make_rows(path: Path, source: Path, count: int) -> None:
+    """Write ``count`` rows: those of a file over and over, each with two words swapped."""
+    rows = json.loads(source.read_text())
+    draw = random.Random(0)
+    made = []
+    for number in range(count):
+        row = dict(rows[number % len(rows)])
+        words = row["instruction"].split(" ")
+        one, two = draw.randrange(len(words)), draw.randrange(len(words))
+        words[one], words[two] = words[two], words[one]
+        made.append(row | {"instruction": " ".join(words)})
+    path.write_text(json.dumps(made))
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Do one way in this process; return seconds, CPU seconds and what came of it."""
+    from transformers import AutoTokenizer
+
+    from san_llm.data.encode import Rows, encode_rows
+    from san_llm.data.prompts import training_prompt
+    from san_llm.data.rows import read_rows
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    rows = read_rows(options.rows_file) if options.way != "read" else []
+    texts = [training_prompt("llm-adapters", r.instruction, r.context) + r.output for r in rows]
+    tokenizer(texts[:100] or ["x"])
+    tokens = 0
+    cpu, wall = time.process_time(), time.perf_counter()
+    if options.way == "read":
+        read_rows(options.rows_file)
+    elif options.way in ("prepare", "again"):
+        settings = ("llm-adapters", "response", 256, options.threads)
+        encoded = encode_rows(rows, tokenizer, *settings)
+        tokens = sum(Rows(encoded).lengths)
+    elif options.way == "tokenizer":
+        for start in range(0, len(texts), 4096):
+            tokens += sum(map(len, tokenizer(texts[start : start + 4096])["input_ids"]))
+    else:
+        backend = tokenizer.backend_tokenizer
+        for start in range(0, len(texts), 4096):
+            tokens += sum(
+                len(e.ids) for e in backend.encode_batch_fast(texts[start : start + 4096])
+            )
+    return {
+        "seconds": time.perf_counter() - wall,
+        "cpu": time.process_time() - cpu,
+        "tokens": tokens,
+    }
+
+
+def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Measure every way in turn, ``rounds`` times."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "rows.json"
+        make_rows(path, options.source, options.rows)
+        for turn in range(options.rounds):
+            for way in WAYS:
+                command = [sys.executable, __file__, "--way", way, "--rows-file", str(path)]
+                command += ["--model", options.model, "--threads", str(options.threads)]
+                environment = {
+                    **os.environ,
+                    "SAN_LLM_CACHE": f"{temporary}/cache{turn}",
+                    "TOKENIZERS_PARALLELISM": "true",
+                    "RAYON_NUM_THREADS": str(options.threads),
+                    "OMP_NUM_THREADS": str(options.threads),
+                }
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, check=False
+                )
+                if done.returncode:
+                    sys.exit(f"{way}: {done.stderr.strip().splitlines()[-1]}")
+                found[way].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"round {turn + 1}: {way} {found[way][-1]}", file=sys.stderr)
+    return found
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Return a row a way, with ratios of seconds to each of the tokenizer's calls, pair by pair."""
+    lines = [
+        "| way | s (spread) | CPU s | s / tokenizer (spread) | s / encode_batch_fast (spread) |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for way, runs in found.items():
+        walls = [run["seconds"] for run in runs]
+        cells = [way, f"{statistics.median(walls):.2f} ({max(walls) - min(walls):.2f})"]
+        cells.append(f"{statistics.median(run['cpu'] for run in runs):.2f}")
+        for other in ("tokenizer", "encode_batch_fast"):
+            ratios = [
+                run["seconds"] / pair["seconds"]
+                for run, pair in zip(runs, found[other], strict=True)
+            ]
+            cells.append(f"{statistics.median(ratios):.2f} ({max(ratios) - min(ratios):.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m", help="whose tokenizer")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=Path("san_llm/data/pocket/train.json"),
+        help="rows to make the others of",
+    )
+    parser.add_argument("--rows", type=int, default=170_420)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--rows-file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options)))
+        return
+    found = compare(options)
+    print(table(found))
+    if options.output:
+        facts = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "model": options.model,
+            "rows": options.rows,
+            "threads": options.threads,
+        }
+        options.output.write_text(json.dumps({**facts, "runs": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
