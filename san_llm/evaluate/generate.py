@@ -1,9 +1,7 @@
 """Generation as in the published evaluation: 4 beams, at most 32 new tokens, no sampling.
 
-The beams of a prompt share its keys and values, which are computed once and not four times.
-Prompts are padded on the left and masked, so that an answer does not depend on the batch it was in
-(the published script passes no mask). They are sorted by length, and a batch is as large as memory
-allows.
+The published script pads without a mask, so that an answer depends on the batch it was in. Ours
+does not: no token sees padding. As many prompts are worked at as memory allows, the longest first.
 """
 
 from __future__ import annotations
@@ -16,9 +14,11 @@ import psutil
 import torch
 
 from san_llm.data.encode import pad_id
+from san_llm.evaluate.beam import BeamSearch
+from san_llm.evaluate.packed import can_pack
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BEAMS = 4
 NEW_TOKENS = 32
@@ -37,10 +37,10 @@ def fitting_batch_size(config: Any, longest: int, free: int) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     blocks, vocabulary = config.num_hidden_layers, config.vocab_size
-    tokens = longest + NEW_TOKENS
-    # Keys and values in fp32 and their reordered copy, and a few fp32 copies of the last logits.
-    cache = 2 * 2 * 4 * blocks * kv_heads * head_dim * tokens
-    row = BEAMS * (cache + 8 * 4 * vocabulary)
+    tokens = longest + BEAMS * NEW_TOKENS
+    # Keys and values in fp32, and a few fp32 copies of each beam's last logits.
+    cache = 2 * 4 * blocks * kv_heads * head_dim * tokens
+    row = cache + BEAMS * 8 * 4 * vocabulary
     return max(1, min(LARGEST_BATCH, int(free // (2 * row))))
 
 
@@ -57,6 +57,7 @@ def generate(
     prompts: Sequence[list[int]],
     batch_size: int | None,
     done: Callable[[list[tuple[int, str]]], None],
+    answer: Callable[[int, str], str | None] | None = None,
 ) -> None:
     """Answer every prompt.
 
@@ -64,56 +65,51 @@ def generate(
         model: A causal LM, in eval mode.
         tokenizer: Its tokenizer.
         prompts: The tokens of each prompt.
-        batch_size: Prompts at once; None: chosen by memory, and halved when it runs out.
-        done: Called after each batch with ``(prompt number, new text)``, longest prompts first.
+        batch_size: Prompts at once; None: chosen by memory, and halved when it runs out. With 1
+            each prompt is computed alone, whatever the others are.
+        done: Called with ``(prompt number, new text)`` of some prompts, of each once; the longest
+            prompts begin.
+        answer: Reads the answer of a prompt from its text, None while there is none, by a first
+            match that more text cannot change. Given, texts may be cut short, and only the answers
+            in them are the same as without.
     """
-    from transformers import GenerationConfig
-
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     if not order:
         return
-    padding = pad_id(tokenizer)
-    settings = GenerationConfig(
-        num_beams=BEAMS,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_ends(model, tokenizer),
-        pad_token_id=padding,
-    )
-    device = model.device
-    size = batch_size or fitting_batch_size(
-        model.config, len(prompts[order[0]]), free_memory(device)
-    )
-    start = 0
-    while start < len(order):
-        batch = order[start : start + size]
-        width = len(prompts[batch[0]])
-        tokens = torch.full((len(batch), width), padding)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for i, number in enumerate(batch):
-            length = len(prompts[number])
-            tokens[i, width - length :] = torch.tensor(prompts[number])
-            mask[i, width - length :] = 1
+    longest = len(prompts[order[0]])
+    size = batch_size or fitting_batch_size(model.config, longest, free_memory(model.device))
+
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def told(ended: list[tuple[int, list[int]]]) -> None:
+        left.difference_update(number for number, _ in ended)
+        done([(number, text(tokens)) for number, tokens in ended])
+
+    left = set(order)
+    ends = _ends(model, tokenizer)
+    packs = can_pack(model, longest + NEW_TOKENS)
+    read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
+    search = BeamSearch(BEAMS, NEW_TOKENS, ends, read)
+    while left:
+        waiting = [(number, prompts[number]) for number in order if number in left]
         try:
-            with torch.inference_mode(), _without_habits(model):
-                out = _beam_search(model, tokens.to(device), mask.to(device), settings)
+            if packs:
+                search.run(model, waiting, size, told)
+            else:
+                _stock(model, waiting, size, ends, pad_id(tokenizer), told)
         except torch.OutOfMemoryError:
             if size == 1 or batch_size is not None:
                 raise
             size //= 2
             torch.cuda.empty_cache()
-            continue
-        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        done(list(zip(batch, texts, strict=True)))
-        start += len(batch)
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the tokens that end an answer: the model's own, and the one that training teaches."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = own if isinstance(own, list) else [own]
-    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
 
 @contextmanager
@@ -132,24 +128,57 @@ def _without_habits(model: PreTrainedModel) -> Iterator[None]:
         inner.generation_config = habits
 
 
-def _beam_search(
-    model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig
-) -> torch.Tensor:
-    """Return prompt and new tokens of the best beams; tokens and mask are (batch, width)."""
-    from transformers import DynamicCache
+def _stock(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, list[int]]],
+    batch_size: int,
+    ends: list[int],
+    padding: int,
+    done: Callable[[list[tuple[int, list[int]]]], None],
+) -> None:
+    """Answer prompts of a model that cannot be packed by transformers' own search.
 
-    cache = DynamicCache(config=model.config)
-    if tokens.shape[1] > 1:
-        model(
-            input_ids=tokens[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(settings.num_beams)
-    out: torch.Tensor = model.generate(
-        input_ids=tokens, attention_mask=mask, past_key_values=cache, generation_config=settings
+    The beams of a prompt share its keys and values, which are computed once.
+    """
+    from transformers import DynamicCache, GenerationConfig
+
+    settings = GenerationConfig(
+        num_beams=BEAMS,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=padding,
     )
-    return out
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        width = len(batch[0][1])
+        tokens = torch.full((len(batch), width), padding)
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        for i, (_, prompt) in enumerate(batch):
+            tokens[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode(), _without_habits(model):
+            if width > 1:
+                model(
+                    input_ids=tokens[:, :-1],
+                    attention_mask=mask[:, :-1],
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache.batch_repeat_interleave(BEAMS)
+            out: torch.Tensor = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=settings,
+            )
+        done(
+            [
+                (number, answer)
+                for (number, _), answer in zip(batch, out[:, width:].tolist(), strict=True)
+            ]
+        )

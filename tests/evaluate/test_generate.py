@@ -1,4 +1,4 @@
-"""Generation: the shared-prefix beam search against plain ``generate``, batches, order, memory."""
+"""Generation: the packed beam search against plain ``generate``, batches, order, memory."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from san.adapted import adapt
 from tiny import CHARACTERS, tiny_config, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from san_llm.evaluate.generate import BEAMS, fitting_batch_size, generate
+from san_llm.evaluate.generate import fitting_batch_size, generate
 
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = len(CHARACTERS) + 4
@@ -182,16 +182,18 @@ def test_no_prompts_are_no_work(models):
     assert called == []
 
 
-def test_the_longest_prompts_come_first_and_every_batch_is_told(models):
+def test_every_answer_is_told_once_and_with_one_at_a_time_the_longest_prompts_come_first(models):
     told = []
     prompts = random_prompts([3, 9, 1, 9, 4])
-    generate(models[0], TOKENIZER, prompts, 2, told.append)
-    assert [[number for number, _ in batch] for batch in told] == [[1, 3], [4, 0], [2]]
+    generate(models[0], TOKENIZER, prompts, 1, told.append)
+    assert [[number for number, _ in batch] for batch in told] == [[1], [3], [4], [0], [2]]
+    generate(models[0], TOKENIZER, prompts, 3, told.append)
+    assert sorted(number for batch in told[5:] for number, _ in batch) == [0, 1, 2, 3, 4]
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_answered_twice_or_lost(models):
-    def refuse(_model, _arguments, named):  # a device that holds 3 prompts with their beams
-        if len(named["input_ids"]) > 3 * BEAMS:
+    def refuse(_model, _arguments, named):  # a device that holds the two longest prompts
+        if named["input_ids"].numel() > 11 + 10:
             raise torch.OutOfMemoryError("out of memory")
 
     small = confident(tiny_model(0))
@@ -199,8 +201,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_answered_twice_or_lo
     prompts = random_prompts(range(1, 12))
     told = []
     generate(small, TOKENIZER, prompts, None, told.append)
-    # 11 at once, then 32, 16, 8, 4 and 2 as the size; only batches of 2 have passed.
-    assert {len(batch) for batch in told} == {1, 2}
+    # 32, 16, 8, 4 and 2 as the size: with 2, one prompt after another joins.
     assert sorted(number for batch in told for number, _ in batch) == list(range(11))
     found = {number: text for batch in told for number, text in batch}
     assert [found[n] for n in range(11)] == answers(models[0], prompts)
@@ -229,9 +230,9 @@ LLAMA_8B = SimpleNamespace(
 
 @pytest.mark.parametrize("free", [1e9, 4e9, 2e10, 8e10])
 def test_the_batch_size_is_what_fits_twice_into_free_memory(free):
-    # Per token: keys and values (2) of 32 blocks of 8 x 128 numbers in 4 bytes, and their copy (2).
-    token = 2 * 2 * 32 * 8 * 128 * 4
-    prompt = 4 * ((300 + 32) * token + 8 * 128256 * 4)
+    # Per token: keys and values (2) of 32 blocks of 8 x 128 numbers in 4 bytes.
+    token = 2 * 32 * 8 * 128 * 4
+    prompt = (300 + 4 * 32) * token + 4 * 8 * 128256 * 4
     expected = min(32, max(1, int(free / 2 / prompt)))
     assert fitting_batch_size(LLAMA_8B, 300, int(free)) == expected
 
