@@ -88,10 +88,17 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
     Raises:
         InputError: naming the file, the row and what is wrong with it.
     """
-    rows = [_row(path, where, value) for where, value in _values(path)]
+    return list(stream_rows(path))[:limit]
+
+
+def stream_rows(path: Path) -> Iterator[Row]:
+    """Give a file's rows one after another, a ``.jsonl``'s in little memory; see `read_rows`."""
+    rows = 0
+    for where, value in stream_values(path):
+        yield _row(path, where, value)
+        rows += 1
     if not rows:
         raise InputError(f"{path}: no rows in it")
-    return rows[:limit]
 
 
 def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
@@ -112,7 +119,12 @@ def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
     return rows
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
+def stream_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Give what a JSON or JSONL file holds, each with its place: ``row 3`` or ``line 3``.
+
+    Raises:
+        InputError: when the file cannot be read, or is not UTF-8, JSON or a list.
+    """
     suffix = path.suffix.lower()
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
