@@ -15,7 +15,7 @@ import sys
 import traceback
 import unicodedata
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm import __version__
-from san_llm.errors import InputError, SanError, masked, plain
+from san_llm.errors import InputError, SanError, did_you_mean, masked, plain
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -253,9 +253,9 @@ def _train_table(result: dict[str, Any]) -> Table:
 
     san-llm eval --base-only --limit 20
 
-    san-llm eval --model runs/latest/merged --data path/to/dataset
+    san-llm eval --model runs/latest/merged --data path/to/dataset --processes 8
 
-    san-llm eval --json --output scores""",
+    san-llm eval --protocol loglik --json --output scores""",
 )
 def evaluate(
     tasks: Annotated[
@@ -274,6 +274,14 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="'pocket', or a folder with <task>/test.json.")
     ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="generate|loglik|lm-eval",
+            help="Read answers from generated text; or take each row's most likely answer; or "
+            "let lm-evaluation-harness take it.",
+        ),
+    ] = "generate",
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -286,6 +294,23 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows at once. Default: as memory allows.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the run's.")
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Compute each row alone: the same answer in any batch."),
+    ] = False,
+    answers_only: Annotated[
+        bool,
+        typer.Option("--answers-only", help="Generate no further than the answer is certain."),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Answer every row, also those answered before.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder for rows.jsonl and results.json.")
     ] = None,
@@ -296,44 +321,124 @@ def evaluate(
     _quiet_libraries()
     from san_llm.data.prompts import prompt_style
     from san_llm.data.tasks import TASKS, find_tasks
+    from san_llm.evaluate.protocol import Settings, find_protocol
+    from san_llm.launch import accelerate_command, run_launched
+    from san_llm.processes import agree, is_first, world_size
+    from san_llm.progress import stderr
     from san_llm.recipe import Evaluation
-    from san_llm.record import new_eval_folder, refuse_files, whole_folder
+    from san_llm.record import new_eval_folder, refuse_files
     from san_llm.subject import find_subject
 
     named = find_tasks(tasks.split(",")) if tasks is not None else None
     style = prompt_style(prompt) if prompt is not None else None
+    way = find_protocol(protocol)
+    if answers_only and way != "generate":
+        raise InputError(f"--answers-only: protocol {way} generates nothing")
+    if dtype is not None:
+        _check_dtype(dtype)
     subject = find_subject(model, adapter, base_only)
+    if dtype is not None:
+        subject = replace(subject, base=subject.base.model_copy(update={"dtype": dtype}))
     recipe = subject.recipe
-    settings = recipe.evaluation if recipe else Evaluation()
-    chosen = named or [TASKS[name] for name in settings.tasks]
-    data = data or settings.data
-    limit = limit or settings.limit
+    defaults = recipe.evaluation if recipe else Evaluation()
+    chosen = named or [TASKS[name] for name in defaults.tasks]
+    data = data or defaults.data
+    limit = limit or defaults.limit
     trained_with = recipe.data.prompt if recipe else "llm-adapters"
-    style = style or settings.prompt or trained_with
-    output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")
-    refuse_files(output, overwrite)
+    settings = Settings(
+        way, style or defaults.prompt or trained_with, batch_size, strict, answers_only
+    )
+    launched = "WORLD_SIZE" in os.environ
+    if is_first():
+        output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")
+        refuse_files(output, overwrite)
 
-    from san_llm.evaluate.report import table
+    from san_llm.evaluate.report import remarks, table
     from san_llm.evaluate.run import evaluate as start
     from san_llm.evaluate.run import read_questions
-    from san_llm.model import load_subject
 
     questions = read_questions(chosen, data, limit)
-    loaded, tokenizer = load_subject(subject)
-    about = {
-        "title": f"{subject} on {data}",
-        "model": subject.base.model,
-        "adapter": str(subject.adapter) if subject.adapter else None,
-        "data": data,
-        "limit": limit,
-    }
-    with whole_folder(output, overwrite) as folder:
-        result = start(loaded, tokenizer, questions, style, folder, about, batch_size, output)
+    try:
+        if (processes or 1) > 1 and not launched:
+            command = accelerate_command(sys.argv[1:], processes, None)
+            raise typer.Exit(1 if run_launched([*command, "--output", str(output)]) else 0)
+        output = agree(output) or Path()
+        about = {
+            "title": f"{subject} on {data}",
+            "model": subject.base.model,
+            "adapter": str(subject.adapter) if subject.adapter else None,
+            "data": data,
+            "limit": limit,
+        }
+        result = start(subject, questions, settings, about, output, overwrite, fresh)
+    except KeyboardInterrupt:
+        if is_first() and not (launched and world_size() > 1):
+            stderr.print("the same command goes on with the rows that are not answered yet")
+        raise
+    if result is None:
+        return
     if as_json:
         print(json.dumps(result.to_json()))
+        return
+    stdout.print(table(result))
+    for line in remarks(result):
+        stdout.print(line, markup=False)
+    stdout.print(f"rows: {output / 'rows.jsonl'}", markup=False)
+
+
+@app.command(
+    epilog="""Examples:
+
+    san-llm compare runs/one runs/two
+
+    san-llm compare scores/base scores/tuned --published
+
+    san-llm compare scores/a scores/b --latex > table.tex"""
+)
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN ...", help="Folders of evaluations, or runs that have one each."
+        ),
+    ],
+    metric: Annotated[
+        str, typer.Option(metavar="acc|acc_norm", help="What is compared; acc_norm: by likelihood.")
+    ] = "acc",
+    across: Annotated[
+        bool, typer.Option("--across", help="Compare other protocols and prompt styles, too.")
+    ] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show published averages, marked as quoted.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX tables (booktabs).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare evaluations row by row with the first: differences, intervals, exact tests."""
+    from san_llm.evaluate import compare_tables as tables
+    from san_llm.evaluate.compare import METRICS
+    from san_llm.evaluate.compare import compare as start
+
+    if metric not in METRICS:
+        known = ", ".join(METRICS)
+        raise InputError(
+            f"--metric: {metric!r} is not one of {known}{did_you_mean(metric, METRICS)}"
+        )
+    if markdown + latex + as_json > 1:
+        raise InputError("--markdown, --latex and --json exclude each other")
+    result = start(runs, metric, across, published)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    elif markdown or latex:
+        print((tables.markdown if markdown else tables.latex)(result))
     else:
-        stdout.print(table(result))
-        stdout.print(f"rows: {output / 'rows.jsonl'}", markup=False)
+        for line in tables.legend(result):
+            stdout.print(line, markup=False)
+        for grid in tables.grids(result):
+            Console(highlight=False).print(tables.drawn(grid))
+        for line in tables.remarks(result):
+            stdout.print(line, markup=False)
 
 
 @app.command(
@@ -384,18 +489,14 @@ def merge(
 ) -> None:
     """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
     _quiet_libraries()
-    from san_llm.errors import did_you_mean
     from san_llm.merge import full_precision_note, parse_size, stored_as
     from san_llm.merge import merge as start
     from san_llm.progress import stderr
     from san_llm.record import adapter_of, last_run, refuse_files
     from san_llm.subject import find_subject
 
-    dtypes = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in dtypes:
-        raise InputError(
-            f"--dtype: {dtype!r} is not one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"
-        )
+    if dtype is not None:
+        _check_dtype(dtype)
     for option, found, known in (
         ("--quantized", quantized, ("dequantize", "keep")),
         ("--gguf", gguf, ("f16", "bf16", "q8_0")),
@@ -535,6 +636,14 @@ def recipes_copy(
         raise InputError(f"{target.parent}: no such folder")
     shutil.copyfile(source, target)
     stdout.print(str(target), markup=False)
+
+
+def _check_dtype(dtype: str) -> None:
+    known = ("float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise InputError(
+            f"--dtype: {dtype!r} is not one of {', '.join(known)}{did_you_mean(dtype, known)}"
+        )
 
 
 def _quiet_libraries(bars: bool = False) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from san_llm.errors import SanError
+from san_llm.launch import tell_failure
 
 T = TypeVar("T")
 
@@ -45,6 +48,23 @@ def gather(values: list[T]) -> list[T]:
     _join()
     gathered: list[T] = gather_object(values)
     return gathered
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Leave what goes wrong in one of several processes to the command that started them.
+
+    In a process alone, and with ``--debug``, the error goes its way.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("SAN_LLM_DEBUG") != "1":
+            first = (str(error).strip().splitlines() or [""])[0]
+            known = isinstance(error, SanError)
+            if tell_failure(str(error) if known else f"{type(error).__name__}: {first}"):
+                raise SystemExit(1) from None
+        raise
 
 
 def _join() -> None:

@@ -234,18 +234,23 @@ def run_of(adapter: Path) -> Path | None:
     return run if (run / "recipe.yaml").is_file() else None
 
 
-def manifest(**facts: Any) -> dict[str, Any]:
-    """Return where and with what a run was made, with the facts that only it knows."""
-    versions = {"san-llm": __version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that decide what it computes."""
+    found = {"san-llm": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "absent"
+            found[package] = "absent"
+    return found
+
+
+def manifest(**facts: Any) -> dict[str, Any]:
+    """Return where and with what a run was made, with the facts that only it knows."""
     return {
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": versions(),
         "git": _git_state(),
         **facts,
     }

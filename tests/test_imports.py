@@ -22,13 +22,20 @@ LIGHT = [
     "diff",
     "download",
     "errors",
+    "evaluate.compare",
+    "evaluate.compare_tables",
+    "evaluate.fingerprint",
+    "evaluate.protocol",
+    "evaluate.published",
     "evaluate.report",
     "evaluate.score",
+    "evaluate.store",
     "fold_columns",
     "gguf_export",
     "launch",
     "locate",
     "merge",
+    "processes",
     "progress",
     "recipe",
     "record",
@@ -41,16 +48,17 @@ LIGHT = [
 ]
 # What a module may import of the package, as far down as it may look.
 ORDER = [
-    {"errors", "progress", "san.carriers"},
+    {"errors", "progress", "san.carriers", "evaluate.published"},
     {"data.prompts", "data.tasks", "san.graph"},
-    {"recipe", "data.rows", "shards"},
+    {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "evaluate.score", "streamed", "fold_columns", "weight_check"},
     {"subject", "launch", "evaluate.report", "download", "gguf_export"},
-    {"locate"},
-    {"merge"},
+    {"locate", "processes", "evaluate.store", "evaluate.fingerprint"},
+    {"merge", "evaluate.compare"},
+    {"evaluate.compare_tables"},
     {"diff"},
 ]
-COMMANDS = ["", "download", "train", "eval", "merge", "diff", "recipes"]
+COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 
 
@@ -203,6 +211,8 @@ def test_help_loads_no_torch_and_shows_examples(here, command):
         ["eval"],
         ["eval", "--tasks", "bolq"],
         ["eval", "--prompt", "alpacca"],
+        ["eval", "--protocol", "loglike"],
+        ["compare", "here", "there"],
         ["merge"],
         ["diff"],
         ["merge", "--dtype", "fp16"],

@@ -1,12 +1,36 @@
-"""From generated text to accuracy: the protocol's answer extraction, counts, standard error."""
+"""From what a model said to accuracy: the protocol's answer extraction, counts, standard error."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from san_llm.data.tasks import Task
+
+# What a model is trained to answer. The published rows' outputs all read so.
+ANSWER_TEXT = "the correct answer is {}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the answers of a row that was scored by likelihood.
+
+    Attributes:
+        answer: The answer: ``solution2``.
+        text: The text that was scored.
+        logprob: The sum of its tokens' log-probabilities.
+        greedy: Whether each of its tokens was the most likely one.
+        length: Its characters, by which ``acc_norm`` divides.
+    """
+
+    answer: str
+    text: str
+    logprob: float
+    greedy: bool
+    length: int
 
 
 @dataclass(frozen=True)
@@ -17,10 +41,13 @@ class Judged:
         task: The task's name.
         row: Its number in the task's file, from 0.
         prompt: What the model was given.
-        output: What it went on with.
+        output: What it went on with; by likelihood: the most likely choice's text.
         parsed: The first answer in the output, or None.
         answer: The right one.
         correct: Whether they are the same.
+        parsed_norm: By likelihood: the answer of the choice that is most likely a character.
+        correct_norm: Whether that one is right.
+        choices: By likelihood: every choice.
     """
 
     task: str
@@ -30,6 +57,23 @@ class Judged:
     parsed: str | None
     answer: str
     correct: bool
+    parsed_norm: str | None = None
+    correct_norm: bool | None = None
+    choices: tuple[Choice, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values, without what only a likelihood has where there is none."""
+        values = asdict(self)
+        if not self.choices:
+            for name in ("parsed_norm", "correct_norm", "choices"):
+                del values[name]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Judged:
+        """Return what :meth:`to_json` wrote; TypeError for anything else."""
+        choices = tuple(Choice(**choice) for choice in values.get("choices", ()))
+        return cls(**{**values, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -43,6 +87,8 @@ class TaskScore:
         unparseable: Rows without any answer in the output; they count as wrong.
         accuracy: ``correct / n``.
         standard_error: Of the accuracy, ``sqrt(p (1 - p) / (n - 1))``; None for one row.
+        accuracy_norm: By likelihood: ``acc_norm``.
+        standard_error_norm: Its standard error.
     """
 
     task: str
@@ -51,6 +97,8 @@ class TaskScore:
     unparseable: int
     accuracy: float
     standard_error: float | None
+    accuracy_norm: float | None = None
+    standard_error_norm: float | None = None
 
 
 def parse_answer(task: Task, output: str) -> str | None:
@@ -63,24 +111,85 @@ def parse_answer(task: Task, output: str) -> str | None:
     return match.group() if match else None
 
 
+def offered(task: Task, instruction: str, answer: str) -> tuple[str, ...]:
+    """Return the answers that a row offers: those that its "Answer format:" names.
+
+    All of the task's where it names none, or where the right one is not among them.
+    """
+    named = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
+    found = (
+        tuple(word for word in named.group(1).split("/") if word in task.answers) if named else ()
+    )
+    return found if answer in found else task.answers
+
+
+def judge_text(task: Task, row: int, prompt: str, output: str, answer: str) -> Judged:
+    """Judge a generated text."""
+    parsed = parse_answer(task, output)
+    return Judged(task.name, row, prompt, output, parsed, answer, parsed == answer)
+
+
+def judge_choices(
+    task: Task, row: int, prompt: str, choices: Sequence[Choice], answer: str
+) -> Judged:
+    """Judge by likelihood, as lm-evaluation-harness does: of equals the first is taken."""
+    best = max(choices, key=lambda choice: choice.logprob)
+    best_norm = max(choices, key=lambda choice: choice.logprob / choice.length)
+    return Judged(
+        task=task.name,
+        row=row,
+        prompt=prompt,
+        output=best.text,
+        parsed=best.answer,
+        answer=answer,
+        correct=best.answer == answer,
+        parsed_norm=best_norm.answer,
+        correct_norm=best_norm.answer == answer,
+        choices=tuple(choices),
+    )
+
+
+def standard_error(accuracy: float, n: int) -> float | None:
+    """Return the standard error of a share of n rows; None for one row."""
+    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
+
+
 def score(task: Task, rows: Sequence[Judged]) -> TaskScore:
     """Return a task's score over its judged rows (at least one)."""
     n, correct = len(rows), sum(row.correct for row in rows)
     accuracy = correct / n
+    norm = sum(bool(row.correct_norm) for row in rows) / n if rows[0].choices else None
     return TaskScore(
         task=task.name,
         n=n,
         correct=correct,
         unparseable=sum(row.parsed is None for row in rows),
         accuracy=accuracy,
-        standard_error=math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None,
+        standard_error=standard_error(accuracy, n),
+        accuracy_norm=norm,
+        standard_error_norm=None if norm is None else standard_error(norm, n),
     )
 
 
 def average(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
     """Return the mean accuracy over tasks and its standard error (None if a task has none)."""
-    mean = sum(score.accuracy for score in scores) / len(scores)
-    errors = [score.standard_error for score in scores if score.standard_error is not None]
-    if len(errors) < len(scores):
+    return mean_of([(score.accuracy, score.standard_error) for score in scores])
+
+
+def average_norm(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
+    """Return the same of ``acc_norm``; None where it was not measured."""
+    pairs = [
+        (score.accuracy_norm, score.standard_error_norm)
+        for score in scores
+        if score.accuracy_norm is not None
+    ]
+    return mean_of(pairs) if len(pairs) == len(scores) else None
+
+
+def mean_of(pairs: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Return the mean of independent values with their standard errors, and its own."""
+    mean = sum(value for value, _ in pairs) / len(pairs)
+    errors = [error for _, error in pairs if error is not None]
+    if len(errors) < len(pairs):
         return mean, None
-    return mean, math.sqrt(sum(error**2 for error in errors)) / len(scores)
+    return mean, math.sqrt(sum(error**2 for error in errors)) / len(pairs)

@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from san_llm.evaluate.protocol import Settings
 from san_llm.evaluate.report import EvalResult, percent, table
 from san_llm.evaluate.score import TaskScore
 
@@ -14,7 +15,7 @@ RESULT = EvalResult(
         TaskScore("boolq", 3270, 2289, 12, 0.7, 0.008014),
         TaskScore("ARC-Challenge", 4, 1, 3, 0.25, 0.25),
     ),
-    prompt="alpaca",
+    settings=Settings(prompt="alpaca"),
     output="runs/one/eval/first",
     about={"title": "base + adapter on pocket", "model": "base", "adapter": None, "limit": 4},
 )
@@ -40,14 +41,21 @@ def test_json_has_fractions_and_all_that_was_asked():
     value = json.loads(json.dumps(RESULT.to_json()))
     assert value["average"]["accuracy"] == pytest.approx(0.475)
     assert value["average"]["standard_error"] == pytest.approx(math.hypot(0.008014, 0.25) / 2)
+    assert value["average"]["accuracy_norm"] is None
     del value["average"]
+    for task in value["tasks"]:
+        assert (task.pop("accuracy_norm"), task.pop("standard_error_norm")) == (None, None)
     assert value == {
         "title": "base + adapter on pocket",
         "model": "base",
         "adapter": None,
         "limit": 4,
+        "protocol": "generate",
         "prompt": "alpaca",
+        "strict": False,
         "output": "runs/one/eval/first",
+        "unparseable_examples": [],
+        "notes": [],
         "tasks": [
             {
                 "task": "boolq",
@@ -70,11 +78,16 @@ def test_json_has_fractions_and_all_that_was_asked():
 
 
 def test_a_missing_standard_error_is_a_dash_in_the_table_and_null_in_json():
-    single = EvalResult((TaskScore("piqa", 1, 1, 0, 1.0, None),), "chat", "out", {})
+    single = EvalResult((TaskScore("piqa", 1, 1, 0, 1.0, None),), Settings(), "out", {})
     lines = [line.strip(" │┃").replace("│", "").split() for line in drawn(single).splitlines()]
     assert ["piqa", "100.0", "-", "1", "0"] in lines
     assert ["average", "100.0", "-", "1", "0"] in lines
-    assert single.to_json()["average"] == {"accuracy": 1.0, "standard_error": None}
+    assert single.to_json()["average"] == {
+        "accuracy": 1.0,
+        "standard_error": None,
+        "accuracy_norm": None,
+        "standard_error_norm": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,7 +98,7 @@ def test_percents_have_one_decimal(fraction, text):
 
 
 def test_a_title_with_brackets_is_shown_as_it_is():
-    result = EvalResult(RESULT.scores, "chat", "out", {"title": "runs/[1]/adapter [bold]x"})
+    result = EvalResult(RESULT.scores, Settings(), "out", {"title": "runs/[1]/adapter [bold]x"})
     assert "runs/[1]/adapter [bold]x" in drawn(result)
 
 

@@ -3,11 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from san_llm.data.rows import POCKET
 from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.errors import InputError
-from san_llm.evaluate.run import evaluate, read_questions
+from san_llm.evaluate.protocol import Settings
+from san_llm.evaluate.run import answer, pose, read_questions, units
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run, point_latest
 
@@ -65,6 +61,21 @@ def adapter(here, tiny_base):
     return here / "adapter"
 
 
+def answers(model, tokenizer, questions, style="alpaca", **settings):
+    """Answer questions with a model in memory; return the judged rows in order."""
+    settings = Settings(prompt=style, **settings)
+    context = model.config.max_position_embeddings
+    items = pose(questions, settings, tokenizer, context)
+    found = {}
+    answer(model, tokenizer, items, settings, units(items, settings), found.update)
+    assert sorted(found) == list(range(len(items)))
+    return [found[number] for number in range(len(items))]
+
+
+def texts(*arguments, **settings):
+    return [row.output for row in answers(*arguments, **settings)]
+
+
 def lines_of(folder):
     text = (folder / "rows.jsonl").read_text(encoding="utf-8")
     assert text.endswith("\n")
@@ -76,19 +87,25 @@ def by_row(folder):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
-def test_answers_and_scores_are_those_of_single_rows(here, data, tiny_base, batch_size):
-    tasks = find_tasks(["boolq", "piqa", "social_iqa"])
-    model, tokenizer = load(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
-    # An untrained model says no answers; this one would say "true" and "solution1".
-    questions = read_questions(tasks, str(data), None)
-    (here / "out").mkdir()
-    result = evaluate(
-        model, tokenizer, questions, "alpaca", here / "out", {"model": "tiny"}, batch_size
+def test_answers_and_scores_are_those_of_single_rows(
+    command, here, data, tiny_base, adapter, batch_size
+):
+    asked = ("eval", "--adapter", adapter, "--data", data, "--prompt", "alpaca", "--fresh")
+    done = command(
+        *asked, "--tasks", "boolq,piqa,siqa", "--output", "out", "--batch-size", batch_size
     )
-    found = by_row(here / "out")
+    assert done.returncode == 0, done.stderr
+    found = lines_of(here / "out")
     assert [set(line) for line in found] == [
         {"task", "row", "prompt", "output", "parsed", "answer", "correct"}
     ] * 12
+    assert [(line["task"], line["row"]) for line in found] == [
+        *(("boolq", n) for n in range(5)),
+        *(("piqa", n) for n in range(4)),
+        *(("social_i_qa", n) for n in range(3)),
+    ]
+    model = PeftModel.from_pretrained(load(tiny_base), adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     for line in found:
         tokens = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
         out = model.generate(
@@ -99,64 +116,11 @@ def test_answers_and_scores_are_those_of_single_rows(here, data, tiny_base, batc
         )
         text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
         assert line["output"] == text
-    assert [score.task for score in result.scores] == ["boolq", "piqa", "social_i_qa"]
-    assert [score.n for score in result.scores] == [5, 4, 3]
     results = json.loads((here / "out" / "results.json").read_text())
-    hashes = results.pop("sha256")
-    assert results == json.loads(json.dumps(result.to_json()))
-    assert sorted(hashes) == sorted(
+    assert [score["n"] for score in results["tasks"]] == [5, 4, 3]
+    assert sorted(results["sha256"]) == sorted(
         str(data / name / "test.json") for name in ("boolq", "piqa", "social_iqa")
     )
-
-
-class Says:
-    """A tokenizer that reads every answer as the next of a list of texts."""
-
-    def __init__(self, tokenizer, texts):
-        self._tokenizer, self._texts = tokenizer, iter(texts)
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, *arguments, **named):
-        return self._tokenizer(*arguments, **named)
-
-    def batch_decode(self, tokens, **_):
-        return [next(self._texts) for _ in tokens]
-
-
-def test_rows_are_judged_by_the_first_answer_and_what_cannot_be_parsed_is_wrong(
-    here, tiny_base, tmp_path
-):
-    write_rows(tmp_path / "d" / "boolq" / "test.json", rows(6))  # true, false, true, ...
-    said = {0: "true", 1: "it is true, or false", 2: "True", 3: "false", 4: "", 5: "untrue"}
-    questions = read_questions([TASKS["boolq"]], str(tmp_path / "d"), None)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    # The longest prompt is answered first.
-    order = sorted(said, key=lambda n: -len(rows(6)[n]["instruction"]))
-    (here / "out").mkdir()
-    result = evaluate(
-        load(tiny_base),
-        Says(tokenizer, [said[n] for n in order]),
-        questions,
-        "alpaca",
-        here / "out",
-        {},
-        1,
-    )
-    assert [
-        (line["row"], line["output"], line["parsed"], line["correct"])
-        for line in by_row(here / "out")
-    ] == [
-        (0, "true", "true", True),
-        (1, "it is true, or false", "true", False),
-        (2, "True", None, False),
-        (3, "false", "false", True),
-        (4, "", None, False),
-        (5, "untrue", "true", False),
-    ]
-    (score,) = result.scores
-    assert (score.n, score.correct, score.unparseable) == (6, 2, 2)
 
 
 # --- what reaches the model ---
@@ -172,23 +136,13 @@ TRAINING = f"{LEAD}  \n\n{S}### Instruction:\n{S}{INSTRUCTION}\n{S}\n{S}### Resp
 
 
 def tokens_seen(style, tokenizer, here):
-    """Evaluate one row and return the tokens that the model was given."""
+    """Pose one row and return the tokens that the model is given."""
     row = {"instruction": INSTRUCTION, "input": "", "output": f"{TASK} true", "answer": "true"}
     write_rows(here / "d" / "boolq" / "test.json", [row])
     questions = read_questions([TASKS["boolq"]], str(here / "d"), None)
-    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=1, eos_token_id=2)
-    seen = []
-    model.register_forward_pre_hook(
-        lambda _model, _arguments, named: seen.append(named["input_ids"]), with_kwargs=True
-    )
-    folder = here / f"out-{style}"
-    folder.mkdir()
-    evaluate(model, tokenizer, questions, style, folder, {}, 1)
-    # All but the last token come first, once for all beams; the beams begin with the last.
-    assert (seen[0].shape[0], seen[1].shape) == (1, (4, 1))
-    assert len(set(seen[1][:, 0].tolist())) == 1
-    assert lines_of(folder)[0]["prompt"] == (EVALUATION if style == "llm-adapters" else TRAINING)
-    return [*seen[0][0].tolist(), int(seen[1][0, 0])]
+    (item,) = pose(questions, Settings(prompt=style), tokenizer, 1000)
+    assert item.prompt == (EVALUATION if style == "llm-adapters" else TRAINING)
+    return item.tokens
 
 
 def test_llm_adapters_prompts_reach_the_model_as_published(here, smollm2):
@@ -271,10 +225,7 @@ def test_base_model_and_adapter_answer_as_themselves(command, here, data, tiny_b
 
     def expected(model):
         questions = read_questions([TASKS["boolq"]], str(data), 3)
-        folder = here / f"out{len(os.listdir(here))}"
-        folder.mkdir()
-        evaluate(model, AutoTokenizer.from_pretrained(tiny_base), questions, "alpaca", folder, {})
-        return [line["output"] for line in by_row(folder)]
+        return texts(model, AutoTokenizer.from_pretrained(tiny_base), questions)
 
     ways = {
         "last run": outputs(),
@@ -335,7 +286,7 @@ def test_overwrite_replaces_an_evaluation_whole(command, here, data, tiny_base):
     assert command(*asked, "--tasks", "piqa").returncode == 0
     (here / "scores" / "left.txt").write_text("old")
     assert command(*asked, "--tasks", "boolq", "--overwrite").returncode == 0
-    assert sorted(os.listdir(here / "scores")) == ["results.json", "rows.jsonl"]
+    assert sorted(os.listdir(here / "scores")) == ["manifest.json", "results.json", "rows.jsonl"]
     assert {line["task"] for line in lines_of(here / "scores")} == {"boolq"}
 
 
@@ -369,57 +320,15 @@ def test_a_prompt_longer_than_the_models_context_is_named_and_nothing_is_left(co
     assert command(*asked, "--limit", 3, "--output", "scores").returncode == 0
 
 
-def test_a_prompt_that_just_fits_the_context_is_answered(here, tiny_base, tmp_path):
+def test_a_prompt_that_just_fits_the_context_is_answered(tiny_base, tmp_path):
     row = {"instruction": "x", "input": "", "output": f"{TASK} true", "answer": "true"}
     write_rows(tmp_path / "d" / "boolq" / "test.json", [row])
     questions = read_questions([TASKS["boolq"]], str(tmp_path / "d"), None)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     length = len(f"{LEAD}\n\n### Instruction:\nx\n\n### Response:\n")
-    (here / "out").mkdir()
-    fits = tiny_model(max_position_embeddings=length + 32)
-    evaluate(fits, tokenizer, questions, "alpaca", here / "out", {})
+    texts(tiny_model(max_position_embeddings=length + 32), tokenizer, questions)
     with pytest.raises(InputError, match="row 1: its prompt has"):
-        evaluate(
-            tiny_model(max_position_embeddings=length + 31),
-            tokenizer,
-            questions,
-            "alpaca",
-            here / "out",
-            {},
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_evaluation_leaves_no_folder_that_looks_complete(here, tiny_base, stop):
-    asked = ("eval", "--model", str(tiny_base), "--output", "scores", "--batch-size", "1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "san_llm", *asked],
-        cwd=here,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for _ in range(600):
-            written = [path for path in here.rglob("rows.jsonl") if path.stat().st_size]
-            if written or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        assert written, "it was stopped while it answered"
-        process.send_signal(stop)
-        said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
-    assert said[0] == ""
-    assert not (here / "scores").exists()
-    assert not list(here.rglob("results.json"))
-    if stop == signal.SIGINT:
-        assert "Traceback" not in said[1]
-        assert os.listdir(here) == []
+        pose(questions, Settings(prompt="alpaca"), tokenizer, length + 31)
 
 
 @pytest.mark.slow
@@ -452,31 +361,8 @@ def test_an_adapter_trained_over_4_bits_is_evaluated_over_4_bits(command, here, 
     tokenizer = AutoTokenizer.from_pretrained(base)
     expected = []
     for model in (PeftModel.from_pretrained(quantized, run / "adapter").eval(), load(base)):
-        folder = here / f"by-hand-{len(expected)}"
-        folder.mkdir()
-        evaluate(model, tokenizer, questions, "alpaca", folder, {})
-        expected.append([line["output"] for line in by_row(folder)])
+        expected.append(texts(model, tokenizer, questions))
     assert found[0] == found[1] == expected[0] != expected[1]
-
-
-@pytest.mark.slow
-def test_pocket_answers_of_the_real_model_do_not_depend_on_the_batch(here, smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tasks = find_tasks(["boolq", "winogrande", "ARC-Easy"])
-    questions = read_questions(tasks, "pocket", None)
-    shortest = {
-        task: sorted(found, key=lambda row: len(row.instruction))[:2]
-        for task, found in questions.rows.items()
-    }
-    questions = replace(questions, rows=shortest)
-    texts = []
-    for batch_size in (1, 4, None):
-        folder = here / f"batch-{batch_size}"
-        folder.mkdir()
-        evaluate(load(smollm2), tokenizer, questions, "alpaca", folder, {}, batch_size)
-        texts.append([line["output"] for line in by_row(folder)])
-    assert texts[0] == texts[1] == texts[2]
-    assert len(texts[0]) == 6
 
 
 def test_the_pocket_set_is_found_without_a_folder():

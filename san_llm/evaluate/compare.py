@@ -1,0 +1,279 @@
+"""Finished evaluations side by side, row by row: is one better than another, or was it luck?
+
+Both answered the same rows, so that they are compared in pairs. McNemar's exact test (McNemar 1947)
+asks whether the rows that only one has right fall evenly to both. The difference's interval is a
+paired bootstrap (Efron 1979) that draws rows again within each task, as the average is over tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from san_llm.errors import InputError
+from san_llm.evaluate.published import QUOTED, Quoted
+from san_llm.evaluate.score import Judged, mean_of, standard_error
+from san_llm.evaluate.store import MANIFEST, Stored, read_evaluation
+
+RESAMPLES = 9999
+LEVEL = 0.95
+AT_ONCE = 100  # resamples held in memory together
+
+METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How another run differs from the first, over a task's rows or over all.
+
+    Attributes:
+        task: The task, or ``average``.
+        difference: Accuracy of the other minus that of the first; over all: the mean of the tasks'.
+        low: The lower end of its bootstrap interval.
+        high: The upper end.
+        gained: Rows that only the other has right.
+        lost: Rows that only the first has right.
+        p: Of McNemar's exact test, two-sided; over all: on all rows together.
+    """
+
+    task: str
+    difference: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row that two runs answered differently."""
+
+    task: str
+    row: int
+    answer: str
+    first: str | None
+    other: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation's accuracies.
+
+    Attributes:
+        name: Its folder.
+        about: What was evaluated.
+        protocol: By which protocol.
+        prompt: The prompt style.
+        accuracies: ``(accuracy, standard error)`` by task, and ``average``.
+        unparseable: Rows without an answer.
+        differences: From the first run, by task and over all; of the first: none.
+        changes: Rows whose answer is another than the first run's.
+    """
+
+    name: str
+    about: str
+    protocol: str
+    prompt: str
+    accuracies: dict[str, tuple[float, float | None]]
+    unparseable: int
+    differences: tuple[Difference, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` returns.
+
+    Attributes:
+        metric: ``acc`` or ``acc_norm``.
+        rows: Rows of each task.
+        runs: The first is what the others are compared with.
+        notes: What else than the model differs.
+        quoted: Published numbers, for context.
+    """
+
+    metric: str
+    rows: dict[str, int]
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+    quoted: tuple[Quoted, ...] = ()
+
+
+def evaluation_folder(path: Path) -> Path:
+    """Return the folder of a finished evaluation: ``path``, or the only one in that run.
+
+    Raises:
+        InputError: when there is none, or there are several.
+    """
+    if (path / MANIFEST).is_file() and not (path / "recipe.yaml").is_file():
+        return path
+    found = sorted(found.parent for found in path.glob(f"eval/*/{MANIFEST}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{path}: has {len(found)} evaluations: name one, such as {found[-1]}")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder")
+    raise InputError(f"{path}: no finished evaluation in it; `san-llm eval` makes one")
+
+
+def compare(
+    paths: Sequence[Path], metric: str = "acc", across: bool = False, quote: bool = False
+) -> Comparison:
+    """Compare evaluations with the first of them.
+
+    Args:
+        paths: Folders of evaluations, or of runs that have one each; two at least.
+        metric: ``acc``, or ``acc_norm`` where answers were chosen by likelihood.
+        across: Compare other protocols and prompt styles, too.
+        quote: Add published numbers.
+
+    Raises:
+        InputError: when a folder has no finished evaluation, or the rows are not the same.
+    """
+    if len(paths) < 2:
+        raise InputError("two evaluations at least are needed for a comparison")
+    stored = [read_evaluation(evaluation_folder(path)) for path in paths]
+    first = stored[0]
+    for other in stored:
+        if metric == "acc_norm" and not other.rows[0].choices:
+            raise InputError(f"{other.folder}: protocol generate has no acc_norm")
+        if other is not first:
+            _check_same(first, other, across)
+    rows: dict[str, int] = {}
+    for row in first.rows:
+        rows[row.task] = rows.get(row.task, 0) + 1
+    return Comparison(
+        metric=metric,
+        rows=rows,
+        runs=tuple(_run(first, other, metric) for other in stored),
+        notes=tuple(note for other in stored[1:] for note in _notes(first, other)),
+        quoted=QUOTED if quote else (),
+    )
+
+
+def _check_same(first: Stored, other: Stored, across: bool) -> None:
+    """Refuse a pair that did not answer the same rows in the same way."""
+    pair = f"{first.folder} and {other.folder}"
+    for what in () if across else ("protocol", "prompt"):
+        one, two = first.results[what], other.results[what]
+        if one != two:
+            raise InputError(
+                f"{pair}: not the same {what}: {one} and {two}; --across compares them still"
+            )
+    tasks = [list(dict.fromkeys(row.task for row in stored.rows)) for stored in (first, other)]
+    if set(tasks[0]) != set(tasks[1]):
+        raise InputError(
+            f"{pair}: not the same tasks: {', '.join(tasks[0])}; {', '.join(tasks[1])}"
+        )
+    one, two = first.manifest["identity"]["data"], other.manifest["identity"]["data"]
+    for task in tasks[0]:
+        for key, what in (("sha256", "another test file"), ("rows", "another number of rows")):
+            if one[task][key] != two[task][key]:
+                counts = f" ({one[task]['rows']:,} and {two[task]['rows']:,})" * (key == "rows")
+                raise InputError(f"{pair}: not the same rows: {task} has {what}{counts}")
+
+
+def _notes(first: Stored, other: Stored) -> list[str]:
+    """Return what the two differ in that may change an answer, besides model and adapter."""
+    one, two = first.manifest["identity"], other.manifest["identity"]
+    notes = []
+    for part in ("protocol", "load", "versions"):
+        names = one[part] | two[part]
+        for name in names:
+            values = one[part].get(name, "absent"), two[part].get(name, "absent")
+            if values[0] != values[1] and name not in ("name", "prompt"):  # the legend says these
+                notes.append(f"{other.folder}: {name} {values[1]}, not {values[0]}")
+    if one["device"] != two["device"]:
+        notes.append(f"{other.folder}: on {two['device']}, not {one['device']}")
+    if one["code"] != two["code"]:
+        notes.append(f"{other.folder}: measured by another state of san-llm's code")
+    return notes
+
+
+def _run(first: Stored, other: Stored, metric: str) -> Run:
+    right = _right(other.rows, metric)
+    accuracies: dict[str, tuple[float, float | None]] = {}
+    for task, rights in right.items():
+        accuracy = sum(rights) / len(rights)
+        accuracies[task] = accuracy, standard_error(accuracy, len(rights))
+    accuracies["average"] = mean_of(list(accuracies.values()))
+    same = other is first
+    return Run(
+        name=str(other.folder),
+        about=str(other.results["title"]),
+        protocol=str(other.results["protocol"]),
+        prompt=str(other.results["prompt"]),
+        accuracies=accuracies,
+        unparseable=sum(row.parsed is None for row in other.rows),
+        differences=() if same else _differences(_right(first.rows, metric), right),
+        changes=() if same else _changes(first.rows, other.rows, metric),
+    )
+
+
+def _right(rows: Sequence[Judged], metric: str) -> dict[str, list[bool]]:
+    found: dict[str, list[bool]] = {}
+    for row in sorted(rows, key=lambda row: row.row):
+        right = row.correct if metric == "acc" else bool(row.correct_norm)
+        found.setdefault(row.task, []).append(right)
+    return found
+
+
+def _said(row: Judged, metric: str) -> str | None:
+    return row.parsed if metric == "acc" else row.parsed_norm
+
+
+def _changes(first: Sequence[Judged], other: Sequence[Judged], metric: str) -> tuple[Change, ...]:
+    theirs = {(row.task, row.row): row for row in other}
+    pairs = [(row, theirs[row.task, row.row]) for row in first]
+    return tuple(
+        Change(one.task, one.row, one.answer, _said(one, metric), _said(two, metric))
+        for one, two in pairs
+        if _said(one, metric) != _said(two, metric)
+    )
+
+
+def _differences(
+    first: dict[str, list[bool]], other: dict[str, list[bool]]
+) -> tuple[Difference, ...]:
+    found = [_difference(task, {task: first[task]}, {task: other[task]}) for task in first]
+    return (*found, _difference("average", first, other))
+
+
+def _difference(
+    name: str, first: dict[str, list[bool]], other: dict[str, list[bool]]
+) -> Difference:
+    """Compare the rows of some tasks, each task with the same weight."""
+    import numpy as np
+    from scipy.stats import binomtest, bootstrap
+
+    pairs = [
+        np.array(other[task], dtype=np.int8) - np.array(rights, dtype=np.int8)
+        for task, rights in first.items()
+    ]
+    gained = sum(int((pair > 0).sum()) for pair in pairs)
+    lost = sum(int((pair < 0).sum()) for pair in pairs)
+
+    def mean(*samples: Any, axis: int) -> Any:
+        return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
+
+    difference = float(mean(*pairs, axis=-1))
+    low = high = difference
+    if gained or lost:
+        interval = bootstrap(
+            # scipy wants two rows at least: one row, drawn twice, has the same mean.
+            tuple(pair if len(pair) > 1 else pair.repeat(2) for pair in pairs),
+            mean,
+            n_resamples=RESAMPLES,
+            batch=AT_ONCE,
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),  # the same runs, the same interval
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Difference(name, difference, low, high, gained, lost, p)

@@ -1,0 +1,146 @@
+"""A comparison as tables: for the terminal, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from string import ascii_uppercase
+
+from rich.markup import escape
+from rich.table import Table
+
+from san_llm.evaluate.compare import LEVEL, Comparison, Difference
+from san_llm.evaluate.report import percent
+
+SHOWN = 5  # changed rows that are listed; --json has all
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+} | {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as texts; the first column is aligned to the left."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def label(number: int) -> str:
+    """Return the short name of a run: A, B, ..."""
+    return ascii_uppercase[number] if number < len(ascii_uppercase) else f"R{number}"
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """Return a line for each run: its label, its folder and what was evaluated."""
+    return [
+        f"{label(number)}  {run.name}: {run.about} ({run.protocol}, {run.prompt})"
+        for number, run in enumerate(comparison.runs)
+    ]
+
+
+def grids(comparison: Comparison) -> list[Grid]:
+    """Return the accuracies in percent with standard errors, then each run's differences."""
+    tasks = [*comparison.rows, "average"]
+    rows = []
+    for number, run in enumerate(comparison.runs):
+        cells = (f"{percent(a)} ± {percent(e)}" for a, e in (run.accuracies[t] for t in tasks))
+        rows.append((label(number), *cells, str(run.unparseable)))
+    blank = ("-",) * len(comparison.rows)
+    rows += [(f"{q.name} (quoted)", *blank, f"{q.average:.1f}", "-") for q in comparison.quoted]
+    found = [Grid(f"{comparison.metric}, percent", ("run", *tasks, "no answer"), tuple(rows))]
+    for number, run in enumerate(comparison.runs):
+        if run.differences:
+            name = label(number)
+            header = ("task", "difference", f"{LEVEL:.0%} interval", f"only {name}", "only A", "p")
+            found.append(
+                Grid(f"{name} - A, points", header, tuple(map(_difference, run.differences)))
+            )
+    return found
+
+
+def _difference(found: Difference) -> tuple[str, ...]:
+    return (
+        found.task,
+        _points(found.difference),
+        f"{_points(found.low)} to {_points(found.high)}",
+        str(found.gained),
+        str(found.lost),
+        f"{found.p:.3f}" if found.p >= 0.001 else f"{found.p:.1e}",
+    )
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:+.1f}"
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """Return the rows that changed, with examples, the notes, and where quoted numbers stand."""
+    lines = []
+    total = sum(comparison.rows.values())
+    for number, run in enumerate(comparison.runs[1:], start=1):
+        count, name = len(run.changes), label(number)
+        lines.append(f"{name} answers {count:,} of {total:,} rows otherwise than A")
+        for change in run.changes[:SHOWN]:
+            said = f"A {change.first or 'no answer'}, {name} {change.other or 'no answer'}"
+            lines.append(f"  {change.task} row {change.row}: {said}; right is {change.answer}")
+        if count > SHOWN:
+            lines.append(f"  and {count - SHOWN:,} more; --json has them all")
+    lines += [f"note: {note}" for note in comparison.notes]
+    return [*lines, *_sources(comparison)]
+
+
+def _sources(comparison: Comparison) -> list[str]:
+    sources = dict.fromkeys(quoted.source for quoted in comparison.quoted)
+    return [f"quoted, not measured here: {source}" for source in sources]
+
+
+def drawn(grid: Grid) -> Table:
+    """Return a grid for the terminal."""
+    table = Table(title=grid.title, title_justify="left")
+    for number, name in enumerate(grid.header):
+        table.add_column(escape(name), justify="right" if number else "left")
+    for row in grid.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return Markdown: the tables, and what the runs are."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        escaped = (cell.replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    def table(grid: Grid) -> str:
+        rule = ("---", *("--:",) * (len(grid.header) - 1))
+        return "\n".join([f"{grid.title}:\n", *map(line, (grid.header, rule, *grid.rows))])
+
+    about = [f"- {text}" for text in [*legend(comparison), *_sources(comparison)]]
+    return "\n\n".join([*map(table, grids(comparison)), "\n".join(about)])
+
+
+def latex(comparison: Comparison) -> str:
+    """Return LaTeX tabulars, for the package booktabs, and what the runs are as comments."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        escaped = ("".join(_LATEX.get(c, c) for c in cell) for cell in cells)
+        minus = (re.sub(r"-(?=\d)", "$-$", cell) for cell in escaped)
+        return " & ".join(minus) + r" \\"
+
+    def table(grid: Grid) -> str:
+        parts = [
+            f"% {grid.title}",
+            rf"\begin{{tabular}}{{l{'r' * (len(grid.header) - 1)}}}",
+            *(r"\toprule", line(grid.header), r"\midrule"),
+            *map(line, grid.rows),
+            *(r"\bottomrule", r"\end{tabular}"),
+        ]
+        return "\n".join(parts)
+
+    about = [f"% {text}" for text in [*legend(comparison), *_sources(comparison)]]
+    return "\n\n".join(["\n".join(about), *map(table, grids(comparison))])

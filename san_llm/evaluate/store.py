@@ -1,0 +1,191 @@
+"""Answered rows on disk: those of an evaluation that runs, and those of one that is finished.
+
+While it runs, rows are appended to files in the cache, in a folder named by the evaluation's key,
+which is the hash of all that its answers depend on. So whatever stops it, the same evaluation goes
+on there, and any other does not see them. A finished one is the user's folder, which appears whole:
+
+    rows.jsonl     one line a row: the exact prompt, output, answers and scores
+    results.json   accuracies
+    manifest.json  the key and what it is made of, versions, and the sha256 of rows.jsonl
+
+The cache then only remembers where that folder is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from san_llm.data.rows import sha256_of
+from san_llm.errors import InputError
+from san_llm.evaluate.score import Judged
+from san_llm.progress import stderr
+from san_llm.record import cache_folder, write_json
+
+ROWS, RESULTS, MANIFEST = "rows.jsonl", "results.json", "manifest.json"
+_FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished evaluation.
+
+    Attributes:
+        folder: Where it is.
+        rows: All rows, in the order of tasks and files.
+        results: What ``results.json`` says.
+        manifest: What ``manifest.json`` says.
+    """
+
+    folder: Path
+    rows: tuple[Judged, ...]
+    results: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+
+
+def write_evaluation(
+    folder: Path, rows: Sequence[Judged], results: Mapping[str, Any], facts: Mapping[str, Any]
+) -> str:
+    """Write an evaluation's three files and return the sha256 of its rows."""
+    with (folder / ROWS).open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
+    digest = sha256_of(folder / ROWS)
+    write_json(folder / RESULTS, results)
+    write_json(folder / MANIFEST, {**facts, "rows": len(rows), "rows_sha256": digest})
+    return digest
+
+
+def read_evaluation(folder: Path) -> Stored:
+    """Read a finished evaluation.
+
+    Raises:
+        InputError: when the folder holds none, or its rows are not those that were written.
+    """
+    manifest, results = _read_object(folder / MANIFEST), _read_object(folder / RESULTS)
+    path = folder / ROWS
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if sha256_of(path) != manifest.get("rows_sha256"):
+        raise InputError(f"{path}: not the rows that were written: its sha256 is another")
+    rows = tuple(Judged.from_json(json.loads(line)) for line in text.decode().splitlines())
+    return Stored(folder, rows, results, manifest)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            f"{path.parent}: not a finished evaluation: no {path.name} in it"
+        ) from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object")
+    return value
+
+
+class Progress:
+    """The rows of one evaluation that were answered so far, by row index."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use a folder in the cache, which only evaluations of one key share."""
+        self.folder = folder
+
+    def rows(self) -> dict[int, Judged]:
+        """Return what was answered. A line that a kill has cut short is not counted."""
+        found: dict[int, Judged] = {}
+        for path in sorted(self.folder.glob("part-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+                try:
+                    index, row = json.loads(line)
+                    found[int(index)] = Judged.from_json(row)
+                except (ValueError, TypeError):
+                    break
+        return found
+
+    def part(self) -> Part:
+        """Return a new file for rows, of this process alone."""
+        return Part(self.folder / f"part-{uuid4().hex}.jsonl")
+
+    def finished(self) -> Stored | None:
+        """Return the finished evaluation of this key, if it is still what it was."""
+        try:
+            note = _read_object(self.folder / _FINISHED)
+            stored = read_evaluation(Path(note["folder"]))
+        except (InputError, KeyError, TypeError, ValueError):
+            return None
+        same = stored.manifest.get("key") == self.folder.name
+        return stored if same and stored.manifest["rows_sha256"] == note["rows_sha256"] else None
+
+    def finish(self, folder: Path, rows_sha256: str) -> None:
+        """Remember where the finished evaluation is, and forget the rows here."""
+        write_json(
+            self.folder / _FINISHED, {"folder": str(folder.resolve()), "rows_sha256": rows_sha256}
+        )
+        self.forget()
+
+    def forget(self) -> None:
+        """Delete the rows."""
+        for path in self.folder.glob("part-*.jsonl"):
+            path.unlink(missing_ok=True)
+
+
+class Part:
+    """A file that rows are appended to; made with the first."""
+
+    def __init__(self, path: Path) -> None:
+        """Write to ``path``."""
+        self._path = path
+        self._file: TextIO | None = None
+
+    def append(self, rows: Mapping[int, Judged]) -> None:
+        """Add rows; they outlive a kill of the process from here on."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8", newline="\n")
+        self._file.write(
+            "".join(
+                json.dumps([index, row.to_json()], ensure_ascii=False) + "\n"
+                for index, row in rows.items()
+            )
+        )
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def progress_of(key: str) -> Iterator[Progress]:
+    """Give the progress of the evaluation with this key, to one process at a time.
+
+    The lock goes with the process that holds it, however that ends.
+    """
+    folder = cache_folder("evaluations") / key
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        stderr.print("the same evaluation is running in another process: waiting for it")
+        lock.acquire()
+    try:
+        yield Progress(folder)
+    finally:
+        if folder.is_dir() and not os.listdir(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
