@@ -5,20 +5,39 @@ highest score, ``acc_norm`` the one with the highest score a character. Where a 
 begin is decided as ``lm_eval``'s ``HFLM`` does (version 0.4.13, ``_encode_pair``): white space at
 the prompt's end belongs to the choice, and the choice is what the tokens of both have after as many
 tokens as the prompt has alone.
+
+A prompt is computed once, its choices are branches of it, and what choices begin with in common is
+one branch. Questions are packed into one forward, and what all prompts begin with is computed once.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from san_llm.errors import InputError
+from san_llm.evaluate.packed import (
+    Prefix,
+    added,
+    attention,
+    can_pack,
+    packed_forward,
+    packing,
+    shared_prefix,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+FORWARD_TOKENS = 1024  # of the questions in a forward, unless one alone has more
+
+Encoded = tuple[list[int], list[list[int]]]  # a prompt's tokens, and those of each choice
 
 
 @dataclass(frozen=True)
@@ -66,28 +85,20 @@ def score_choices(
     """
     encoded = [encode_question(question, tokenizer) for question in questions]
     _check_lengths(model, questions, encoded)
-    scores: list[list[ChoiceScore]] = [[] for _ in questions]
-    for number, (prompt, choices) in enumerate(encoded):
-        for text, choice in zip(questions[number].choices, choices, strict=True):
-            tokens = torch.tensor([prompt + choice], device=model.device)
-            with torch.inference_mode():
-                logits = model(input_ids=tokens[:, :-1], logits_to_keep=len(choice)).logits[0]
-            logprobs = logits.float().log_softmax(-1)
-            wanted = tokens[0, len(prompt) :]
-            scores[number].append(
-                ChoiceScore(
-                    logprob=logprobs.gather(1, wanted[:, None]).sum().item(),
-                    greedy=bool((logprobs.argmax(-1) == wanted).all()),
-                    length=len(text),
-                )
-            )
-        done(1)
-    return scores
+    longest = max((len(p) + max(map(len, c), default=0) for p, c in encoded), default=0)
+    packs = can_pack(model, longest)
+    with packing(model) if packs else torch.inference_mode():
+        found = _packed(model, encoded, done) if packs else _plain(model, encoded, done)
+    return [
+        [
+            ChoiceScore(logprob, greedy, len(text))
+            for text, (logprob, greedy) in zip(question.choices, scores, strict=True)
+        ]
+        for question, scores in zip(questions, found, strict=True)
+    ]
 
 
-def encode_question(
-    question: ChoiceQuestion, tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[int], list[list[int]]]:
+def encode_question(question: ChoiceQuestion, tokenizer: PreTrainedTokenizerFast) -> Encoded:
     """Return the tokens of the prompt, and of each choice after it."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
@@ -110,7 +121,7 @@ def encode_question(
 def _check_lengths(
     model: PreTrainedModel,
     questions: Sequence[ChoiceQuestion],
-    encoded: Sequence[tuple[list[int], list[list[int]]]],
+    encoded: Sequence[Encoded],
 ) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     for number, (prompt, choices) in enumerate(encoded):
@@ -123,3 +134,126 @@ def _check_lengths(
                     f"{len(prompt) + len(choice):,} tokens, more than the model's context of "
                     f"{context:,}"
                 )
+
+
+def _plain(
+    model: PreTrainedModel, encoded: Sequence[Encoded], done: Callable[[int], None]
+) -> list[list[tuple[float, bool]]]:
+    """Score with a forward for each choice, where a model cannot be packed."""
+    found = []
+    for prompt, choices in encoded:
+        scores = []
+        for choice in choices:
+            tokens = torch.tensor([prompt + choice[:-1]], device=model.device)
+            logits = model(input_ids=tokens, logits_to_keep=len(choice)).logits[0]
+            scores.append(_score(logits.float().log_softmax(-1), choice))
+        found.append(scores)
+        done(1)
+    return found
+
+
+def _score(logprobs: Tensor, choice: list[int]) -> tuple[float, bool]:
+    """Return a choice's log-probability and greediness; logprobs are (its tokens, vocabulary)."""
+    wanted = torch.tensor(choice, device=logprobs.device)
+    likely = bool((logprobs.argmax(-1) == wanted).all())
+    return logprobs.gather(1, wanted[:, None]).sum().item(), likely
+
+
+def _packed(
+    model: PreTrainedModel, encoded: Sequence[Encoded], done: Callable[[int], None]
+) -> list[list[tuple[float, bool]]]:
+    """Score with many questions in a forward."""
+    found: list[list[tuple[float, bool]]] = []
+    prefix = shared_prefix(model, [prompt for prompt, _ in encoded])
+    waiting = deque(Tree(prompt[prefix.length :], choices) for prompt, choices in encoded)
+    while waiting:
+        trees: list[Tree] = []
+        tokens = 0
+        while waiting and (not trees or tokens + len(waiting[0].tokens) <= FORWARD_TOKENS):
+            trees.append(waiting.popleft())
+            tokens += len(trees[-1].tokens)
+        starts = [0, *accumulate(len(tree.tokens) for tree in trees)]
+        logprobs = packed_forward(
+            model,
+            [token for tree in trees for token in tree.tokens],
+            [prefix.length + depth for tree in trees for depth in tree.depths],
+            [start + i for start, tree in zip(starts, trees, strict=False) for i in tree.wanted],
+            Branches(prefix, trees),
+        )
+        row = 0
+        for tree in trees:
+            found.append([_score(logprobs[[row + i for i in p]], c) for p, c in tree.paths])
+            row += len(tree.wanted)
+        done(len(trees))
+    return found
+
+
+class Tree:
+    """The tokens of a question: its prompt's, then those of its choices, each shared one once.
+
+    A choice's last token is predicted, but nothing comes after it, so that it is not there.
+
+    Attributes:
+        tokens: Of all nodes, parents first.
+        depths: Of each node, from 0: the positions.
+        parents: Of each node that is a choice's.
+        wanted: The nodes that predict a token of a choice.
+        paths: For each choice where in ``wanted`` its tokens are predicted, and its tokens.
+    """
+
+    def __init__(self, prompt: list[int], choices: Sequence[list[int]]) -> None:
+        """Branch after the prompt (one token at least)."""
+        self.tokens = list(prompt)
+        self.depths = list(range(len(prompt)))
+        self.parents: list[int] = []
+        last = len(prompt) - 1
+        self.wanted = [last]
+        self.paths: list[tuple[list[int], list[int]]] = []
+        children: dict[tuple[int, int], int] = {}
+        for choice in choices:
+            node, path = last, [0]
+            for token in choice[:-1]:
+                if (node, token) not in children:
+                    children[node, token] = len(self.tokens)
+                    self.wanted.append(len(self.tokens))
+                    self.parents.append(node)
+                    self.depths.append(self.depths[node] + 1)
+                    self.tokens.append(token)
+                node = children[node, token]
+                path.append(node - last)
+            self.paths.append((path, choice))
+
+    def seen(self, before: int) -> Tensor:
+        """Return what each node sees, (nodes, before + nodes): all before, ancestors, itself."""
+        nodes, prompt = len(self.tokens), len(self.tokens) - len(self.parents)
+        seen = torch.zeros(nodes, before + nodes, dtype=torch.bool)
+        seen[:prompt, : before + prompt] = torch.ones(prompt, before + prompt).tril(before) > 0
+        for node, parent in enumerate(self.parents, prompt):
+            seen[node] = seen[parent]
+            seen[node, before + node] = True
+        return seen
+
+
+class Branches:
+    """The past of packed trees: each has the prefix before it and its own tokens."""
+
+    def __init__(self, prefix: Prefix, trees: Sequence[Tree]) -> None:
+        """Take the trees in the order of their tokens."""
+        self._prefix, self._trees = prefix, trees
+        self._seen: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend within each tree; see :class:`packed.Past`."""
+        prefix = self._prefix
+        if not self._seen:
+            self._seen = [added(tree.seen(prefix.length), query) for tree in self._trees]
+        out, start = torch.empty_like(query), 0
+        for tree, seen in zip(self._trees, self._seen, strict=True):
+            own = slice(start, start + len(tree.tokens))
+            keys, values = key[own].transpose(0, 1), value[own].transpose(0, 1)
+            if prefix.length:
+                keys = torch.cat([prefix.keys[layer], keys], 1)
+                values = torch.cat([prefix.values[layer], values], 1)
+            out[own] = attention(query[None, own], keys[None], values[None], seen, scale)[0]
+            start = own.stop
+        return out

@@ -1,11 +1,12 @@
-"""Choice scoring against lm_eval's own HFLM and against one plain forward a choice."""
+"""Packed choice scoring against lm_eval's own HFLM and against one plain forward a choice."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from san.adapted import adapt
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_config, tiny_model, tiny_tokenizer
+from transformers import MistralConfig, MistralForCausalLM
 
 from san_llm.errors import InputError
 from san_llm.evaluate.loglik import ChoiceQuestion, score_choices
@@ -86,6 +87,34 @@ def test_scores_are_those_of_lm_eval(model):
     assert [score.logprob for score in found] == pytest.approx(
         [logprob for logprob, _ in expected], abs=2e-4
     )
+
+
+@pytest.mark.parametrize("window", [4, 1000])
+def test_a_sliding_window_is_kept(window):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        **tiny_config(initializer_range=0.2).to_dict() | {"model_type": "mistral"},
+        sliding_window=window,
+    )
+    model = MistralForCausalLM(config).eval()
+    asked = [ChoiceQuestion("abcdefgh", ("ij", "ik", "l")), ChoiceQuestion("abc", ("d",))]
+    with torch.inference_mode():
+        expected = [by_hand(model, question) for question in asked]
+    found = score_choices(model, TOKENIZER, asked)
+    assert [score.logprob for scores in found for score in scores] == pytest.approx(
+        [logprob for scores in expected for logprob, _ in scores], abs=2e-4
+    )
+
+
+def test_scores_depend_on_neither_the_other_questions_nor_the_memory_of_a_forward(model):
+    asked = [ChoiceQuestion("same start " + "x" * n, ("one", "on", "two")) for n in range(40)]
+    asked.append(ChoiceQuestion("same start " + "y" * 900, ("one",)))
+    alone = [score_choices(model, TOKENIZER, [question])[0] for question in asked]
+    together = score_choices(model, TOKENIZER, asked)
+    for scores, expected in zip(together, alone, strict=True):
+        assert [score.logprob for score in scores] == pytest.approx(
+            [score.logprob for score in expected], abs=2e-4
+        )
 
 
 def test_a_choice_without_tokens_is_named(model):
