@@ -150,7 +150,7 @@ def train(
     from san_llm.launch import accelerate_command, run_launched
     from san_llm.progress import stderr
     from san_llm.recipe import find_recipe, load_recipe
-    from san_llm.record import last_run, new_run, point_latest, recipe_of
+    from san_llm.record import discard_run, last_run, new_run, point_latest, recipe_of
 
     if resume and recipe is not None and "=" in recipe and not Path(recipe).exists():
         overrides, recipe = [recipe, *(overrides or [])], None
@@ -204,12 +204,18 @@ def train(
     from san_llm.processes import agree
     from san_llm.train import train as start
 
+    made = run is None
     if run is None:
         run = agree(new_run(chosen, output, overwrite) if first else Path())
     if first:
-        point_latest(run)
+        before = point_latest(run)
         stderr.print(f"run: {run}", markup=False)
-    result = start(chosen, run)
+    try:
+        result = start(chosen, run)
+    except InputError:
+        if first and made:
+            discard_run(run, before)
+        raise
     if not first:
         return
     if as_json:
@@ -241,7 +247,7 @@ def _train_table(result: dict[str, Any]) -> Table:
         ("adapter", f"{result['run']}/adapter"),
     ]
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", escape(value))
+        table.add_row(f"[bold]{name}[/]", escape(plain(value)))
     return table
 
 
@@ -546,7 +552,7 @@ def merge(
             rows.append(("weight error", f"{error:.2g} of a row's largest at most away ({name})"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", escape(value))
+        table.add_row(f"[bold]{name}[/]", escape(plain(value)))
     stdout.print(table)
 
 
@@ -694,7 +700,7 @@ def main() -> None:
             sys.stderr.write(masked(traceback.format_exc()))
             sys.exit(error.exit_code)
         for line in str(error).splitlines():
-            stderr.print(f"[bold red]error:[/] {escape(plain(line))}")
+            stderr.print(f"[bold red]error:[/] {escape(plain(line))}", markup=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         stderr.print("interrupted")
@@ -707,6 +713,7 @@ def main() -> None:
         if _debug():
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        stderr.print(f"[bold red]error:[/] {escape(plain(f'{type(error).__name__}: {first}'))}")
+        told = escape(plain(f"{type(error).__name__}: {first}"))
+        stderr.print(f"[bold red]error:[/] {told}", markup=True)
         stderr.print("san-llm --debug COMMAND ... shows where it happened")
         sys.exit(1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError, SanError, did_you_mean
+from san_llm.errors import InputError, SanError, did_you_mean, plain
 from san_llm.progress import bar, stderr
 from san_llm.record import refuse_files, whole_folder
 
@@ -152,7 +152,7 @@ def fetch(
     wanted = [*WANTED, "*.py"] if code else WANTED
     try:
         if local_dir is None and try_to_load_from_cache(name, "config.json") is None:
-            stderr.print(f"{name}: fetching it from the hub")
+            stderr.print(f"{plain(name)}: fetching it from the hub")
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=wanted, local_dir=local_dir)
         )

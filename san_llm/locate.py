@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from san_llm.download import PINNED, fetch, model_folder
-from san_llm.errors import InputError, SanError, did_you_mean
+from san_llm.errors import InputError, SanError, did_you_mean, plain
 from san_llm.recipe import Base
 from san_llm.record import cache_folder, read_json
 
@@ -52,7 +52,7 @@ def _converted(path: Path) -> Path:
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
     folder = cache_folder("gguf") / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
-        stderr.print(f"converting {path} once, to {folder}")
+        stderr.print(plain(f"converting {path} once, to {folder}"))
         convert_gguf(path, folder)
     return folder
 

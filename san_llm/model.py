@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder, stored_bits
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
 from san_llm.san.config import SanConfig
-from san_llm.san.graph import check_family, family_targets
+from san_llm.san.graph import (
+    PARENTS,
+    check_family,
+    check_sizes,
+    family_targets,
+    linear_shapes,
+)
 from san_llm.san.model import keep_4bit_layout
+from san_llm.shards import read_checkpoint
 from san_llm.subject import Subject
 
 if TYPE_CHECKING:
@@ -27,12 +34,13 @@ def _read(what: str, name: str, load: Any, **how: Any) -> Any:
     """Load from a folder or the hub, turning what went wrong into one line."""
     try:
         return load(name, **how)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # files of others, read by several libraries: anything can break
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # torch's first line on weights that do not fit says nothing: the second says which.
         first = lines[1] if len(lines) > 1 and lines[0].endswith(":") else "".join(lines[:1])
-        wrong_input = isinstance(error, (OSError, ValueError, SafetensorError))
-        kind = InputError if wrong_input else SanError
+        # A library that trips over a file's content says so with any of Python's errors.
+        failed = isinstance(error, (RuntimeError, MemoryError, ImportError))
+        kind = SanError if failed else InputError
         raise kind(
             f"{name}: its {what} cannot be loaded: {first or type(error).__name__}"
         ) from error
@@ -42,14 +50,16 @@ def load_config(base: Base) -> Any:
     """Load a base's config, and refuse what cannot be trained over.
 
     Raises:
-        InputError: for a family that SAN's propagation table does not know, or a checkpoint that is
-            quantized by another library, or would be a second time.
+        InputError: for a family that SAN's propagation table does not know, a checkpoint that is
+            quantized by another library, or would be a second time, and weights that are damaged
+            or another model's.
     """
     from transformers import AutoConfig
 
+    folder = base_folder(base)
     config = _read(
         "config",
-        str(base_folder(base)),
+        str(folder),
         AutoConfig.from_pretrained,
         trust_remote_code=base.trust_remote_code,
     )
@@ -57,7 +67,32 @@ def load_config(base: Base) -> Any:
     stored = stored_bits(base.model, vars(config))
     if stored and base.quantization:
         raise InputError(f"base.quantization: {base.model} is stored in {stored}: leave it out")
+    check_sizes(config)
+    _check_weights(folder, config, quantized=stored is not None)
     return config
+
+
+def _check_weights(folder: Path, config: Any, quantized: bool) -> None:
+    """Compare a checkpoint with its config by the headers of its files, which takes no time."""
+    stored = {tensor.name: tensor.shape for tensor in read_checkpoint(folder)}
+    numbers = {
+        int(name.split(".")[2]) for name in stored if re.match(r"model\.layers\.\d+\.", name)
+    }
+    if numbers and numbers != set(range(config.num_hidden_layers)):
+        raise InputError(
+            f"{folder}: its config.json has num_hidden_layers {config.num_hidden_layers}, its "
+            f"weights have {len(numbers)} blocks"
+        )
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    if not quantized:
+        for target, shape in linear_shapes(config).items():
+            for block in numbers:
+                shapes[f"model.layers.{block}.{PARENTS[target]}.{target}.weight"] = shape
+    for name, shape in shapes.items():
+        if stored.get(name, shape) != shape:
+            raise InputError(
+                f"{folder}: {name} has the shape {stored[name]}, by its config.json it is {shape}"
+            )
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
@@ -107,15 +142,18 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
         how["quantization_config"] = quantization_config(base)
     if stored or "quantization_config" in how:
         how["device_map"] = {"": device()}
-    model: PreTrainedModel = _read(
+    model, loading = _read(
         "weights",
         str(base_folder(base)),
         AutoModelForCausalLM.from_pretrained,
         trust_remote_code=base.trust_remote_code,
         config=config,
         use_safetensors=True,
+        output_loading_info=True,
         **how,
     )
+    for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
+        raise InputError(f"{base.model}: its weights have no {name}")
     keep_4bit_layout(model)
     if stored:  # transformers leaves what is not quantized as it is stored
         for parameter in model.parameters():
@@ -190,15 +228,35 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     Raises:
         InputError: when the folder has no adapter in safetensors, or one of another base's shape.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise InputError(f"{adapter}: not an adapter: no {name} in it")
+    held: set[str] = _read("adapter", str(adapter), lambda _: _finite_tensors(adapter))
     adapted: PeftModel = _read(
         "adapter", str(adapter), lambda name: PeftModel.from_pretrained(model, name)
     )
+    # PEFT warns of what is missing, and goes on with the numbers that an adapter begins with.
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for name in sorted(wanted - held):
+        raise InputError(f"{adapter}: has no {name}: it is cut, or was trained on another base")
+    for name in sorted(held - wanted):
+        if f".{adapted.base_model.prefix}" in name:
+            raise InputError(f"{adapter}: {name} belongs to nothing in this base")
     return adapted.eval()
+
+
+def _finite_tensors(adapter: Path) -> set[str]:
+    """Return the names of an adapter's tensors, which may hold neither a NaN nor an infinity."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+        for name in names:
+            if not torch.isfinite(file.get_tensor(name)).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+    return names
 
 
 def load_subject(subject: Subject) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

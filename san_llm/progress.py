@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 # Progress, notes and errors go here; results go to stdout.
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
 

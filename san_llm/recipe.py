@@ -24,6 +24,8 @@ from san_llm.san.graph import KINDS, TARGETS, check_combination, check_targets
 Kind = Literal["attention", "mlp", "residual"]
 PathInProject = tuple[str | int, ...]
 _Name = Annotated[str, Field(min_length=1)]
+# No run has more of them: what is larger is a slip, and would be counted up to.
+MOST, MOST_RANKS = 10**9, 2**16
 LONGEST = 256 * 2**10  # bytes of a recipe: what YAML's parser reads in a second
 
 
@@ -95,8 +97,10 @@ class SanMethod(_Targets):
     shift: bool = False
     links: tuple[Kind, ...] = KINDS
     adapt_embedding: bool = False
-    rank: int | None = Field(default=None, ge=1, description="of the lora and dora carriers")
-    alpha: float | None = Field(default=None, gt=0)
+    rank: int | None = Field(
+        default=None, ge=1, le=MOST_RANKS, description="of the lora and dora carriers"
+    )
+    alpha: float | None = Field(default=None, gt=0, le=1e6)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     form: Literal["lean", "plain"] = Field(
         default="lean", description="how it is computed, never what: in little memory, or as told"
@@ -123,8 +127,8 @@ class SanMethod(_Targets):
 
 
 class _LowRank(_Targets):
-    rank: int = Field(default=32, ge=1)
-    alpha: float = Field(default=64.0, gt=0)
+    rank: int = Field(default=32, ge=1, le=MOST_RANKS)
+    alpha: float = Field(default=64.0, gt=0, le=1e6)
     dropout: float = Field(default=0.05, ge=0, lt=1)
 
 
@@ -163,9 +167,9 @@ class Data(_Section):
     )
     prompt: PromptStyle = "llm-adapters"
     loss: Literal["response", "all"] = Field(description="which tokens are learned")
-    cutoff: int = Field(default=256, ge=8, description="tokens a row may have")
-    limit: int | None = Field(default=None, ge=1, description="use the first rows only")
-    workers: int = Field(default=4, ge=1, description="processes that tokenize")
+    cutoff: int = Field(default=256, ge=8, le=2**24, description="tokens a row may have")
+    limit: int | None = Field(default=None, ge=1, le=MOST, description="use the first rows only")
+    workers: int = Field(default=4, ge=1, le=1024, description="processes that tokenize")
 
     @field_validator("held_out")
     @classmethod
@@ -178,25 +182,31 @@ class Data(_Section):
 class Training(_Section):
     """How it is learned."""
 
-    epochs: float = Field(default=3.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="stop here, whatever the epochs")
+    epochs: float = Field(default=3.0, gt=0, le=1_000_000)
+    max_steps: int | None = Field(
+        default=None, ge=1, le=MOST, description="stop here, whatever the epochs"
+    )
     batch_size: int = Field(
-        default=16, ge=1, description="rows an optimizer step sees, over all processes"
+        default=16, ge=1, le=2**16, description="rows an optimizer step sees, over all processes"
     )
     micro_batch_size: int = Field(
         default=4,
         ge=1,
+        le=2**16,
         description="rows a process computes at most at once; never changes a result",
     )
     learning_rate: float = Field(gt=0, lt=1)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    warmup_steps: int = Field(default=100, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, le=MOST)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     max_grad_norm: float = Field(default=1.0, gt=0)
     evaluate_every: int = Field(
-        default=80, ge=1, description="steps between checkpoints, each judged by held-out loss"
+        default=80,
+        ge=1,
+        le=MOST,
+        description="steps between checkpoints, each judged by held-out loss",
     )
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=10_000)
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations twice, to keep fewer"
     )
@@ -211,7 +221,7 @@ class Evaluation(_Section):
         default="pocket", description="'pocket', or a directory with <task>/test.json"
     )
     prompt: PromptStyle | None = Field(default=None, description="default: data.prompt")
-    limit: int | None = Field(default=None, ge=1, description="rows a task")
+    limit: int | None = Field(default=None, ge=1, le=MOST, description="rows a task")
 
     @field_validator("tasks")
     @classmethod
@@ -418,6 +428,8 @@ def _parse_yaml(text: str, source: _Source) -> Any:
 def _first_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if "Exceeds the limit" in str(error):  # Python's word on 4,300 digits
+        return "a number of too many digits"
     return str(error).splitlines()[0]
 
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count
@@ -23,7 +23,7 @@ from typing import Any
 
 from san_llm import __version__
 from san_llm.errors import InputError
-from san_llm.recipe import Recipe, parse_recipe
+from san_llm.recipe import Recipe, load_recipe
 
 RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
@@ -174,15 +174,47 @@ def new_eval_folder(run: Path | None, kind: str) -> Path:
     return _unused((run or RUNS) / "eval" / f"{datetime.now():%Y%m%d-%H%M%S}-{kind}")
 
 
-def point_latest(run: Path) -> None:
-    """Make ``runs/latest`` name this run."""
+def discard_run(run: Path, latest: str | None) -> None:
+    """Take back a run that input refused late has left without a checkpoint.
+
+    Args:
+        run: Its folder, made by :func:`new_run`.
+        latest: What ``runs/latest`` named before, or None.
+    """
+    if any(run.glob("checkpoints/checkpoint-*")):
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    (RUNS / "latest").unlink(missing_ok=True)
+    if latest is not None:
+        (RUNS / "latest").symlink_to(latest)
+    with suppress(OSError):  # other runs are in it
+        RUNS.rmdir()
+
+
+def refuse_links(run: Path) -> None:
+    """Refuse a run, which may be another's gift, that would be written to somewhere else.
+
+    Raises:
+        InputError: naming the symbolic link that leads out of the run's folder.
+    """
+    inside = run.resolve()
+    for path in (run / name for name in CONTENTS):
+        for one in (path, *(path.glob("*") if path.name in ("checkpoints", "eval") else ())):
+            if one.is_symlink() and not one.resolve().is_relative_to(inside):
+                raise InputError(f"{one}: a symbolic link out of the run's folder; take it away")
+
+
+def point_latest(run: Path) -> str | None:
+    """Make ``runs/latest`` name this run, and return what it named before."""
     RUNS.mkdir(exist_ok=True)
     inside = run.resolve().parent == RUNS.resolve()
     target = Path(run.name) if inside else run.resolve()
     temporary = RUNS / f".latest.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    before = os.readlink(RUNS / "latest") if (RUNS / "latest").is_symlink() else None
     os.replace(temporary, RUNS / "latest")
+    return before
 
 
 def last_run() -> Path:
@@ -210,7 +242,8 @@ def recipe_of(run: Path) -> Recipe:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise InputError(f"{run}: not a run: no recipe.yaml in it")
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    refuse_links(run)
+    return load_recipe(path)
 
 
 def adapter_of(run: Path) -> Path:

@@ -189,7 +189,7 @@ def test_all_mistakes_are_reported_at_once():
         (GOOD + "---\n" + GOOD, "mine.yaml:10: not valid YAML: but found another document"),
         (GOOD + "name: a\x00b\n", "mine.yaml: not valid YAML: unacceptable character #x0000"),
         (GOOD + "name: " + "[" * 5000, "mine.yaml: not valid YAML: nested too deeply"),
-        (GOOD + "name: " + "9" * 5000, "mine.yaml: not valid YAML: Exceeds the limit"),
+        (GOOD + "name: " + "9" * 5000, "mine.yaml: not valid YAML: a number of too many digits"),
         (GOOD + "? [a]\n: 1\n", "mine.yaml:10: a list or a mapping: a key must be text"),
         (GOOD + "?\n", "mine.yaml:10: null: a key must be text; write it in quotes"),
         (GOOD + "  yes: 1\n", "mine.yaml:10: training.yes: a key must be text; write it in "),
