@@ -26,6 +26,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm import __version__
+from san_llm.data.commands import data_app
 from san_llm.errors import InputError, SanError, did_you_mean, masked, plain
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -61,6 +62,7 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]

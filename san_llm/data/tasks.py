@@ -20,12 +20,14 @@ class Task:
         name: Its name, and the name of its folder.
         answers: Every answer it can have; the first one to occur in a generated text counts.
         test_rows: Rows of the published test split.
+        train_rows: Rows that the published training mix has of it.
         aliases: Other spellings in use.
     """
 
     name: str
     answers: tuple[str, ...]
     test_rows: int
+    train_rows: int
     aliases: tuple[str, ...] = ()
 
     @property
@@ -39,14 +41,14 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 
 _ALL = (
-    Task("boolq", ("true", "false"), 3270),
-    Task("piqa", _numbered("solution", 2), 1838),
-    Task("social_i_qa", _numbered("answer", 5), 1954, ("social_iqa", "siqa")),
-    Task("hellaswag", _numbered("ending", 4), 10042),
-    Task("winogrande", _numbered("option", 2), 1267),
-    Task("ARC-Easy", _numbered("answer", 5), 2376, ("arc_easy", "arc-e")),
-    Task("ARC-Challenge", _numbered("answer", 5), 1172, ("arc_challenge", "arc-c")),
-    Task("openbookqa", _numbered("answer", 5), 500, ("obqa",)),
+    Task("boolq", ("true", "false"), 3270, 9427),
+    Task("piqa", _numbered("solution", 2), 1838, 16113),
+    Task("social_i_qa", _numbered("answer", 5), 1954, 33410, ("social_iqa", "siqa")),
+    Task("hellaswag", _numbered("ending", 4), 10042, 39905),
+    Task("winogrande", _numbered("option", 2), 1267, 63238),
+    Task("ARC-Easy", _numbered("answer", 5), 2376, 2251, ("arc_easy", "arc-e")),
+    Task("ARC-Challenge", _numbered("answer", 5), 1172, 1119, ("arc_challenge", "arc-c")),
+    Task("openbookqa", _numbered("answer", 5), 500, 4957, ("obqa",)),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
