@@ -1,0 +1,163 @@
+"""What answering costs by the protocol: ``model.generate`` as scripts call it, and san-llm.
+
+Both answer the same rows with the same tuned model in one process, in turn, and their texts are
+compared. ``plain`` is what a script does: batches in the rows' order, padded on the left, the mask
+passed. ``answers`` stops where the answer is certain. The published script passes no mask: what it
+answers with one row at a time, and with several, is shown, too.
+
+``python benchmarks/generate.py --data DIR`` (a folder in the LLM-Adapters layout; else the pocket
+set)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import PAIRS, ratios, times, told
+from ruled import test_rows, tuned_adapter
+
+from san_llm.data.encode import evaluation_text
+from san_llm.data.tasks import TASKS
+from san_llm.evaluate.generate import BEAMS, NEW_TOKENS, generate
+from san_llm.evaluate.score import parse_answer
+from san_llm.model import load_adapter, load_base, load_tokenizer
+from san_llm.recipe import Base
+
+
+def plain(
+    model: Any, tokenizer: Any, prompts: list[list[int]], batch: int, mask: bool
+) -> list[str]:
+    """Answer as scripts do."""
+    texts = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        width = max(map(len, some))
+        rows = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in some]
+        seen = [[0 if mask else 1] * (width - len(row)) + [1] * len(row) for row in some]
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=torch.tensor(rows),
+                attention_mask=torch.tensor(seen),
+                num_beams=BEAMS,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def ours(
+    model: Any, tokenizer: Any, prompts: list[list[int]], answer: Callable[..., Any] | None = None
+) -> list[str]:
+    """Answer with san-llm."""
+    found: dict[int, str] = {}
+    generate(model, tokenizer, prompts, None, found.update, answer)
+    return [found[number] for number in range(len(prompts))]
+
+
+def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
+    adapter = tuned_adapter(
+        options.model, options.data, options.tasks, options.steps, Path(options.work)
+    )
+    base = Base(model=options.model, dtype=options.dtype)
+    tokenizer = load_tokenizer(base)
+    model = load_adapter(load_base(base), adapter)
+    rows = test_rows(options.data, task, options.rows)
+    prompts = [evaluation_text(options.prompt, row, tokenizer)[1] for row in rows]
+
+    def answers(texts: list[str]) -> list[str | None]:
+        return [parse_answer(TASKS[task], text) for text in texts]
+
+    def read(_: int, text: str) -> str | None:
+        return parse_answer(TASKS[task], text)
+
+    ways: dict[str, Callable[[], list[str]]] = {
+        "plain": lambda: plain(model, tokenizer, prompts, options.batch, mask=True),
+        "exact": lambda: ours(model, tokenizer, prompts),
+        "answers": lambda: ours(model, tokenizer, prompts, read),
+    }
+    found = times(ways, options.pairs)
+    expected = found["plain"].output
+    result: dict[str, Any] = {
+        "task": task,
+        "rows": len(rows),
+        "tokens": sum(map(len, prompts)) / len(rows),
+        "answers": {
+            str(a): answers(expected).count(a) for a in sorted(set(answers(expected)), key=str)
+        },
+    }
+    for way in ("exact", "answers"):
+        output = found[way].output
+        pairs = zip(output, expected, strict=True)
+        same = zip(answers(output), answers(expected), strict=True)
+        result[way] = {
+            **ratios(found["plain"], found[way]),
+            "same_texts": sum(a == b for a, b in pairs),
+            "same_answers": sum(a == b for a, b in same),
+        }
+    if options.no_mask:
+        for batch in (1, options.batch):
+            began = time.process_time()
+            texts = plain(model, tokenizer, prompts, batch, mask=False)
+            result[f"no_mask_batch_{batch}"] = {
+                "cpu_seconds": time.process_time() - began,
+                "same_texts": sum(a == b for a, b in zip(texts, expected, strict=True)),
+                "same_answers": sum(
+                    a == b for a, b in zip(answers(texts), answers(expected), strict=True)
+                ),
+            }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--data", default="pocket", help="pocket, or a folder of tasks")
+    parser.add_argument("--tasks", nargs="+", default=["ARC-Easy", "boolq"])
+    parser.add_argument("--prompt", default="llm-adapters-aligned")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8, help="rows at once of the plain script")
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=64, help="of tuning on the rule")
+    parser.add_argument("--work", default="runs/benchmark", help="where the tuned adapter is kept")
+    parser.add_argument("--no-mask", action="store_true", help="the published script's way, too")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = []
+    for task in options.tasks:
+        results.append(measure(options, task))
+        print(json.dumps(results[-1]), file=sys.stderr)
+    print(f"| task | rows | way | {told()} | same texts | same answers |")
+    print("| --- | --: | --- | --: | --: | --: | --: | --: |")
+    for result in results:
+        for way in ("exact", "answers"):
+            row = result[way]
+            print(
+                f"| {result['task']} | {result['rows']} | {way} | {told(row)} "
+                f"| {row['same_texts']} | {row['same_answers']} |"
+            )
+    if options.output:
+        keys = ("model", "dtype", "prompt", "batch", "pairs", "threads", "steps")
+        facts = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **{key: getattr(options, key) for key in keys},
+            "data": "pocket" if options.data == "pocket" else "rows in the LLM-Adapters layout",
+        }
+        options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A model whose answers vary: SmolLM2 tuned on a rule over real rows.
+
+A model that answers every row alike would prove nothing about searches that are to agree. So the
+rows' answers are replaced by ones that follow from the question's first word, which an adapter
+learns in minutes: "what" has the first answer, "which" the second, "is" the first, and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from san_llm.data.rows import POCKET, Row, read_task, test_file
+from san_llm.data.tasks import TASKS, Task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ruled(task: Task, instruction: str) -> str:
+    """Return the answer that the rule gives a row."""
+    offered = [answer for answer in task.answers if answer in instruction.lower()]
+    question = instruction.split("question: ")[-1]
+    first = question.split()[0].lower() if question.split() else ""
+    return offered[sum(map(ord, first)) % len(offered)]
+
+
+def test_rows(data: str, task: str, count: int) -> list[Row]:
+    """Return test rows of a task; ``data`` is ``pocket`` or a folder in the LLM-Adapters layout."""
+    return read_task(test_file(data, TASKS[task]), TASKS[task], None)[:count]
+
+
+def train_rows(data: str, tasks: list[str], count: int) -> list[dict[str, str]]:
+    """Return training rows of the tasks, in turn, with the rule's answers."""
+    by_task = []
+    for name in tasks:
+        if data == "pocket":
+            rows = json.loads((POCKET / "train.json").read_text())
+            pattern = TASKS[name].pattern
+            rows = [row for row in rows if pattern.fullmatch(row["answer"])]
+        else:
+            rows = json.loads((Path(data) / name / "train.json").read_text())
+        by_task.append([(TASKS[name], row) for row in rows[: count // len(tasks)]])
+    chosen = [pair for pairs in zip(*by_task, strict=False) for pair in pairs]
+    return [
+        {
+            "instruction": row["instruction"],
+            "input": "",
+            "output": f"the correct answer is {ruled(task, row['instruction'])}",
+            "answer": ruled(task, row["instruction"]),
+        }
+        for task, row in chosen
+    ]
+
+
+def tuned_adapter(model: str, data: str, tasks: list[str], steps: int, folder: Path) -> Path:
+    """Return the adapter of a run in ``folder``, trained now if it is not there yet."""
+    if not (folder / "run" / "adapter").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.json").write_text(json.dumps(train_rows(data, tasks, 8 * steps)))
+        recipe = {
+            "name": "ruled",
+            "base": {"model": str(Path(model).resolve()), "dtype": "float32"},
+            "method": {"name": "san"},
+            "data": {
+                "train": str(folder / "rows.json"),
+                "held_out": 0,
+                "prompt": "llm-adapters-aligned",
+                "loss": "response",
+            },
+            "training": {
+                "epochs": 1,
+                "batch_size": 8,
+                "micro_batch_size": 8,
+                "learning_rate": 5e-3,
+                "warmup_steps": 5,
+                "evaluate_every": 100_000,
+            },
+        }
+        (folder / "ruled.yaml").write_text(json.dumps(recipe))
+        command = [sys.executable, "-m", "san_llm", "train", str(folder / "ruled.yaml")]
+        subprocess.run([*command, "--output", str(folder / "run")], check=True, cwd=ROOT)
+    return folder / "run" / "adapter"
