@@ -75,7 +75,7 @@ def score_with_lm_eval(
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    with _quiet():
+    with _quiet(), _alone():
         found: Any = simple_evaluate(
             model=HFLM(
                 pretrained=model,
@@ -109,6 +109,17 @@ def _logprob(score: ChoiceScore) -> float:
 
 def _logprob_norm(score: ChoiceScore) -> float:
     return score.logprob / score.length
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the other processes: each gives it rows of its own, and wants all of its results."""
+    local_rank = os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if local_rank is not None:
+            os.environ["LOCAL_RANK"] = local_rank
 
 
 @contextlib.contextmanager
