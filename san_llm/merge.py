@@ -262,22 +262,24 @@ def _check_files(folder: Path) -> None:
 
 def _in_range(output: Output, dtype: str) -> Output:
     """Return the output with its computed rows watched, see :func:`_check_range`."""
-    rows = output.rows
-    if rows is None:
+    fold = output.fold
+    if fold is None and output.source is not None and output.source.dtype == output.dtype:
         return output
 
-    def watched(first: int, last: int) -> Numbers:
-        with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
-            block = rows(first, last)
-        _check_range(output.name, dtype, block)
-        return block
+    def watched(rows: Numbers, first: int, last: int) -> Numbers:
+        if fold is not None:
+            with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+                rows = fold(rows, first, last)
+        _check_range(output.name, dtype, rows)
+        return rows
 
-    return replace(output, rows=watched)
+    return replace(output, fold=watched)
 
 
 def _check_range(name: str, dtype: str, numbers: Numbers) -> None:
     """Refuse numbers that would be stored as an infinity; a NaN is in no range."""
-    if not (np.abs(numbers) <= LARGEST[dtype]).all():
+    largest = LARGEST[dtype]
+    if numbers.size and not (numbers.max() <= largest and numbers.min() >= -largest):
         raise SanError(f"{name}: merged, it has numbers that {dtype} cannot hold")
 
 

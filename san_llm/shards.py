@@ -7,17 +7,17 @@ or several with an index.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from queue import Queue
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +30,9 @@ SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-BLOCK = 2**17  # numbers worked on at once: what fits a core's cache
-COPY = 2**24  # bytes copied at once
+BLOCK = 2**16  # numbers worked on at once: what fits a core's cache
+PIECE = 2**22  # bytes that a thread reads, works out and writes at once
+THREADS = min(4, os.cpu_count() or 1) + 1  # one more than cores: some wait for the disk
 
 Numbers = np.ndarray[Any, Any]
 
@@ -142,9 +143,11 @@ def read_checkpoint(folder: Path) -> list[Stored]:
 
 
 def widen(raw: Numbers, dtype: str) -> Numbers:
-    """Return stored numbers as fp32: uint16 patterns of bf16, float16 or float32."""
+    """Return stored numbers as fp32 of their own: uint16 patterns of bf16, float16 or float32."""
     if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return raw.astype(np.float32)
 
 
@@ -155,15 +158,15 @@ def narrow(wide: Numbers, dtype: str) -> Numbers:
     if dtype == "F16":
         with np.errstate(over="ignore"):  # to infinity, as every conversion does
             return wide.astype(np.float16)
-    nan = np.isnan(wide)
+    nan = np.isnan(wide) if wide.size and np.isnan(wide.max()) else None
     bits = wide.view(np.uint32)
     odd = bits >> 16
     odd &= 1
+    odd += 0x7FFF
     bits += odd
-    bits += 0x7FFF
     bits >>= 16
     rounded = bits.astype(np.uint16)
-    if nan.any():
+    if nan is not None:
         rounded[nan] = 0x7FC0
     return rounded
 
@@ -177,19 +180,31 @@ def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Number
     Raises:
         InputError: when its numbers are of a kind that is not read.
     """
+    last = tensor.shape[0] if last is None else last
+    with tensor.file.open("rb", buffering=0) as file:
+        raw = _numbers(_read(file.fileno(), tensor, first, last), tensor, last - first)
+    return widen(raw, tensor.dtype)
+
+
+def _read(file: int, tensor: Stored, first: int, last: int) -> bytearray:
+    row = tensor.size // (tensor.shape[0] if tensor.shape else 1)
+    position, data = tensor.start + first * row, bytearray((last - first) * row)
+    left = memoryview(data)
+    while left:
+        got = os.preadv(file, [left], position)
+        if not got:
+            raise InputError(f"{tensor.file}: cut short while it was read")
+        left, position = left[got:], position + got
+    return data
+
+
+def _numbers(data: bytearray, tensor: Stored, rows: int) -> Numbers:
     if tensor.dtype not in SIZES:
         raise InputError(
             f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; only "
             f"{', '.join(SIZES)} can be merged"
         )
-    last = tensor.shape[0] if last is None else last
-    width = int(np.prod(tensor.shape[1:]))
-    offset = tensor.start + first * width * SIZES[tensor.dtype]
-    count = (last - first) * width
-    raw: Numbers = np.fromfile(str(tensor.file), _RAW[tensor.dtype], count, offset=offset)
-    if len(raw) < count:
-        raise InputError(f"{tensor.file}: cut short while it was read")
-    return widen(raw, tensor.dtype).reshape(last - first, *tensor.shape[1:])
+    return np.frombuffer(data, _RAW[tensor.dtype]).reshape(rows, *tensor.shape[1:])
 
 
 def row_blocks(tensor: Stored) -> Iterator[tuple[int, int]]:
@@ -208,20 +223,21 @@ class Output:
         name: Its name.
         dtype: The dtype to store it as.
         shape: Its shape.
-        source: The stored tensor that it comes from, or None for numbers of its own.
-        rows: Gives its fp32 rows from ``first`` to ``last``; None copies the source.
+        source: The stored tensor that it comes from; None: it starts as zeros.
+        fold: Makes fp32 rows ``(rows, first, last)`` those to write, in place or not; None leaves
+            them as they are. Called from several threads.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source: Stored | None
-    rows: Callable[[int, int], Numbers] | None = None
+    fold: Callable[[Numbers, int, int], Numbers] | None = None
 
     @property
     def size(self) -> int:
         """How many bytes it takes."""
-        if self.source is not None and self.rows is None:
+        if self.source is not None and self.source.dtype == self.dtype:
             return self.source.size
         return int(np.prod(self.shape)) * SIZES[self.dtype]
 
@@ -278,93 +294,75 @@ def _write_shard(path: Path, outputs: Sequence[Output], done: Callable[[int], No
             "data_offsets": [position, position + output.size],
         }
         position += output.size
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("w+b", buffering=0) as file, _Follower(path) as follower:
-        _write_all(file, len(header).to_bytes(8, "little") + header)
-        follower.reach(8 + len(header))
-        written = 8 + len(header)
-        for output in outputs:
-            pieces = _copy(output, file) if output.rows is None else _computed(output, file)
-            for piece in pieces:
-                written += piece
-                follower.reach(written)
-                done(piece)
+    length = position
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    digest = sha256(header)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as threads:
+        write = partial(_write_piece, file.fileno())
+        position = _write(file.fileno(), header, 0)
+        end = position + length
+        waiting: deque[Future[Any]] = deque()
+        for output, first, last, size in _pieces(outputs):
+            waiting.append(threads.submit(write, position, output, first, last))
+            position += size
+            while len(waiting) > (2 * THREADS if position < end else 0):
+                piece = waiting.popleft().result()
+                digest.update(piece)
+                done(len(piece))
         os.fsync(file.fileno())
-    return follower.digest()
+    return digest.hexdigest()
 
 
-def _copy(output: Output, file: IO[bytes]) -> Iterator[int]:
-    """Copy a stored tensor's bytes inside the kernel; give the size of each piece."""
-    source = output.source
-    assert source is not None, "a copy has a source"
-    with source.file.open("rb") as opened:
-        start, end = source.start, source.start + source.size
-        while start < end:
-            size = min(COPY, end - start)
-            try:
-                sent = os.sendfile(file.fileno(), opened.fileno(), start, size)
-            except OSError as error:
-                if error.errno not in (errno.ENOTSOCK, errno.EINVAL, errno.ENOSYS):
-                    raise
-                sent = file.write(os.pread(opened.fileno(), size, start))  # not on Linux
-            if not sent:
-                raise InputError(f"{source.file}: cut short while it was read")
-            start += sent
-            yield sent
+def _pieces(outputs: Sequence[Output]) -> Iterator[tuple[Output, int, int, int]]:
+    """Iterate over ``(output, first row, last row, bytes)`` of pieces, in the order of the file."""
+    for output in outputs:
+        rows = output.shape[0] if output.shape else 1
+        if not output.size:
+            continue
+        row = output.size // rows
+        step = max(1, PIECE // row)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            yield output, first, last, (last - first) * row
 
 
-def _computed(output: Output, file: IO[bytes]) -> Iterator[int]:
-    assert output.rows is not None, "a computed tensor has rows"
-    shape = Stored(output.name, output.dtype, output.shape, Path(), 0, 0)
-    pending: list[Numbers] = []
-    size = 0
-    for first, last in row_blocks(shape):
-        pending.append(narrow(output.rows(first, last), output.dtype))
-        size += pending[-1].nbytes
-        if size >= COPY or last == output.shape[0]:
-            _write_all(file, b"".join(block.tobytes() for block in pending))
-            yield size
-            pending, size = [], 0
+def _write_piece(file: int, position: int, output: Output, first: int, last: int) -> Any:
+    """Read rows, fold them, write them to their place in a file; return the bytes written."""
+    data: Any = None
+    if output.source is not None:
+        with output.source.file.open("rb", buffering=0) as opened:
+            data = _read(opened.fileno(), output.source, first, last)
+    if output.source is None or output.fold or output.source.dtype != output.dtype:
+        data = _folded(output, data, first, last)
+    _write(file, data, position)
+    return data
 
 
-def _write_all(file: IO[bytes], data: bytes) -> None:
+def _folded(output: Output, data: bytearray | None, first: int, last: int) -> Numbers:
+    shape, dtype = output.shape[1:], output.dtype
+    made = np.empty((last - first, *shape), _RAW[dtype])
+    raw = None
+    if data is not None and output.source is not None:
+        raw = _numbers(data, output.source, last - first)
+    step = max(1, BLOCK // max(1, int(np.prod(shape))))
+    for start in range(0, last - first, step):
+        stop = min(start + step, last - first)
+        if raw is None or output.source is None:
+            rows = np.zeros((stop - start, *shape), np.float32)
+        else:
+            rows = widen(raw[start:stop], output.source.dtype)
+        if output.fold is not None:
+            rows = output.fold(rows, first + start, first + stop)
+        made[start:stop] = narrow(rows, dtype)
+    return made.reshape(-1).view(np.uint8)
+
+
+def _write(file: int, data: Any, position: int) -> int:
+    """Write all bytes at a position of a file; return the position behind them."""
     left = memoryview(data)
-    while left:  # an unbuffered file may take a part, and says why only when asked again
-        left = left[file.write(left) :]
-
-
-class _Follower:
-    """Hashes a growing file in a thread of its own, right behind the writer."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._sha256 = path, sha256()
-        self._targets: Queue[int | None] = Queue()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def _follow(self) -> None:
-        with self._path.open("rb", buffering=0) as file:
-            position = 0
-            while (target := self._targets.get()) is not None:
-                while position < target:
-                    piece = file.read(min(COPY, target - position))
-                    if not piece:
-                        return  # never written: the writer has failed
-                    self._sha256.update(piece)
-                    position += len(piece)
-
-    def __enter__(self) -> _Follower:
-        self._thread.start()
-        return self
-
-    def reach(self, size: int) -> None:
-        """Say that the file has ``size`` bytes now."""
-        self._targets.put(size)
-
-    def __exit__(self, *_: object) -> None:
-        self._targets.put(None)
-        self._thread.join()
-
-    def digest(self) -> str:
-        """Return the sha256 of all that was reached."""
-        return self._sha256.hexdigest()
+    while left:  # a part may be taken, and the reason be said only when asked again
+        written = os.pwrite(file, left, position)
+        left, position = left[written:], position + written
+    return position

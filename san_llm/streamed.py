@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class Folded:
             tensor.name.removeprefix(PREFIX): tensor
             for tensor in read_header(adapter / "adapter_model.safetensors")
         }
+        self._lock = Lock()
         self._read: dict[str, Numbers | None] = {}
         self._scales: dict[str, tuple[Numbers | None, Numbers | None]] = {}
         for node in self.graph:
@@ -103,9 +105,10 @@ class Folded:
 
     def scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
         """Return ``(row scale, gamma)`` of a node, each (d_out,) or None for 1."""
-        if node.name not in self._scales:
-            self._scales[node.name] = self._compute_scales(node)
-        return self._scales[node.name]
+        with self._lock:  # several threads ask, and norms take a whole weight
+            if node.name not in self._scales:
+                self._scales[node.name] = self._compute_scales(node)
+            return self._scales[node.name]
 
     def _compute_scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
         mode = self._options.get("mode", "both")
@@ -170,7 +173,7 @@ class Folded:
             elif node is not None and kind == "bias":
                 made.append(self._bias(module, node.d_out, tensor, dtype))
             else:
-                made.append(_as_it_is(tensor, name, dtype))
+                made.append(Output(name, dtype, tensor.shape, tensor))
             if (
                 kind == "weight"
                 and module.rpartition(".")[0].rpartition(".")[2] in parents
@@ -179,14 +182,12 @@ class Folded:
                 # A config's flag gives a bias to all Linears of a parent, or to none.
                 made.append(self._bias(module, tensor.shape[0], None, dtype))
         if self.untied:
-            made.append(
-                _as_it_is(self._stored[f"model.{EMBEDDING}.weight"], "lm_head.weight", dtype)
-            )
+            table = self._stored[f"model.{EMBEDDING}.weight"]
+            made.append(Output("lm_head.weight", dtype, table.shape, table))
         return made
 
     def _weight(self, node: Node, tensor: Stored, dtype: str) -> Output:
-        def rows(first: int, last: int) -> Numbers:
-            wide = read_rows(tensor, first, last)
+        def fold(wide: Numbers, first: int, last: int) -> Numbers:
             row_scale, gamma = self.scales(node)
             if not node.d_in:  # an embedding's features are its columns
                 return merged_weight(wide, None, None, gamma)
@@ -197,19 +198,23 @@ class Folded:
             part = None if row_scale is None else row_scale[first:last]
             return merged_weight(wide, part, delta, self.synapse_scale(node))
 
-        return Output(tensor.name, dtype, tensor.shape, None, rows)
+        return Output(tensor.name, dtype, tensor.shape, tensor, fold)
 
     def _bias(self, module: str, d_out: int, tensor: Stored | None, dtype: str) -> Output:
         node = self._nodes.get(module)
 
-        def rows(first: int, last: int) -> Numbers:
-            bias = None if tensor is None else read_rows(tensor)
-            if node is not None:
-                row_scale = None if node.rank else self.scales(node)[0]
-                bias = merged_bias(bias, row_scale, self._vector(node, "beta"))
-            return (np.zeros(d_out, np.float32) if bias is None else bias)[first:last]
+        def fold(zeros_or_bias: Numbers, first: int, last: int) -> Numbers:
+            if node is None:
+                return zeros_or_bias
+            row_scale = None if node.rank else self.scales(node)[0]
+            row_scale, beta = (
+                None if vector is None else vector[first:last]
+                for vector in (row_scale, self._vector(node, "beta"))
+            )
+            bias = merged_bias(None if tensor is None else zeros_or_bias, row_scale, beta)
+            return zeros_or_bias if bias is None else bias
 
-        return Output(f"{module}.bias", dtype, (d_out,), None, rows)
+        return Output(f"{module}.bias", dtype, (d_out,), tensor, fold)
 
     def _biased(self) -> set[str]:
         """Return the parents, such as ``mlp``, whose Linears all get a bias from a shift."""
@@ -230,11 +235,3 @@ class Folded:
         if self.untied:
             config["tie_word_embeddings"] = False
         return config
-
-
-def _as_it_is(tensor: Stored, name: str, dtype: str) -> Output:
-    if tensor.dtype == dtype:
-        return Output(name, dtype, tensor.shape, tensor)
-    return Output(
-        name, dtype, tensor.shape, None, lambda first, last: read_rows(tensor, first, last)
-    )

@@ -94,7 +94,7 @@ def test_what_is_written_loads_with_the_library_and_has_the_sum_it_says(
     outputs = [
         Output(t.name, t.dtype, t.shape, t)
         if t.name == "a"
-        else Output(t.name, dtype, t.shape, None, lambda i, j, t=t: 2 * read_rows(t, i, j))
+        else Output(t.name, dtype, t.shape, t, lambda rows, first, last: 2 * rows)
         for t in stored
     ]
     seen: list[int] = []
