@@ -198,7 +198,7 @@ class Training(_Section):
     learning_rate: float = Field(gt=0, lt=1)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(default=100, ge=0, le=MOST)
-    weight_decay: float = Field(default=0.0, ge=0, le=100)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
     max_grad_norm: float = Field(default=1.0, gt=0)
     evaluate_every: int = Field(
         default=80,
