@@ -1,4 +1,4 @@
-"""What is watched while a run trains: the log, the bar, a stop asked for, whole checkpoints."""
+"""What is watched while a run trains: the log, the bar, a stop asked for, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from san_llm.checkpoint import checkpoint_of, last_checkpoint
 from san_llm.errors import SanError
 from san_llm.launch import tell_ready
 from san_llm.progress import Bar, stderr
+from san_llm.record import write_text
 
-COMPLETE = "complete"  # in a checkpoint's folder: everything in it was written to the end
+SLOW = 10.0  # seconds of a step or a judging above which a stop does not wait for its end
 
 
 class Log(TrainerCallback):
@@ -31,20 +35,10 @@ class Log(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from."""
+        """Write the log of the checkpoint that the run goes on from: no more, and no less."""
         self._bar.total = state.max_steps
-        if not state.is_world_process_zero:
-            return
-        kept = []
-        if self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                if entry["step"] <= state.global_step:
-                    kept.append(line + "\n")
-        self._path.write_text("".join(kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            write_text(self._path, "".join(map(_line, state.log_history)))
 
     def on_log(
         self,
@@ -56,101 +50,101 @@ class Log(TrainerCallback):
     ) -> None:
         """Append what Trainer logs; rank 0 only."""
         if state.is_world_process_zero and "train_runtime" not in logs:
-            entry: dict[str, float | None] = {"step": state.global_step}
-            # JSON has no nan: what is not finite is written as null.
-            entry |= {key: value if math.isfinite(value) else None for key, value in logs.items()}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(_line(logs | {"step": state.global_step}))
             if "loss" in logs:
                 self._bar.to(state.global_step, f"loss {logs['loss']:.3f}")
 
 
-class StopAtNan(TrainerCallback):
-    """Ends a run that has diverged, before its weights are saved over good ones."""
-
-    def __init__(self) -> None:
-        """Remember the learning rate of the last step."""
-        self._rate = 0.0
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: Any,
-    ) -> None:
-        """Look at what Trainer logs, which is the same in all processes.
-
-        Raises:
-            SanError: when a loss or the gradient's norm is not finite.
-        """
-        self._rate = logs.get("learning_rate", self._rate)
-        for key, what in (
-            ("loss", "loss"),
-            ("grad_norm", "gradient's norm"),
-            ("eval_loss", "held-out loss"),
-        ):
-            value = logs.get(key, 0.0)
-            if math.isfinite(value):
-                continue
-            kept = last_checkpoint(Path(args.output_dir))
-            raise SanError(
-                f"step {state.global_step}: the {what} is {value} at a learning rate of "
-                f"{self._rate:g}; "
-                + (f"{kept} is the last good checkpoint; " if kept else "nothing was saved; ")
-                + "lower training.learning_rate, or compute in another base.dtype"
-            )
+def _line(entry: dict[str, float]) -> str:
+    # JSON has no nan: what is not finite is written as null.
+    finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
+    return json.dumps({"step": finite.pop("step"), **finite}) + "\n"
 
 
 class Checkpoints(TrainerCallback):
-    """Judges and saves the last step as well, and marks each checkpoint once it is whole."""
+    """Says when to save: after so much time, when asked to stop, and the last step, judged."""
 
-    def __init__(self, judged: bool) -> None:
-        """Ask for a held-out loss with the last checkpoint if the run is ``judged`` by one."""
-        self._judged = judged
+    def __init__(self, judged: bool, seconds: float, stop: StopOnSignal) -> None:
+        """Save every so many ``seconds``; ``judged`` asks for a held-out loss with the last."""
+        self._judged, self._seconds, self._stop = judged, seconds, stop
+        self._saved = self._began = time.monotonic()
+        self._saved_step = -1
+        self._slow = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Find the best checkpoint again in a run that was moved, or named from elsewhere.
 
-        Trainer would delete it among the old ones, and keep the last weights without a word.
+        Trainer would keep the last weights without a word.
         """
-        if state.best_model_checkpoint:
-            name = Path(state.best_model_checkpoint).name
-            state.best_model_checkpoint = str(Path(args.output_dir) / name)
+        self._saved = time.monotonic()
+        if state.best_global_step:
+            best = checkpoint_of(Path(args.output_dir), state.best_global_step)
+            state.best_model_checkpoint = str(best)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Look at the clock."""
+        self._began = time.monotonic()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop inside a long step. Its gradients are lost, the weights are those before it."""
+        long = time.monotonic() - self._began > SLOW
+        if self._slow and self._stop.asked_anywhere(args, long):
+            control.should_training_stop = True
+            control.should_save = self._saved_step != state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for the last step's checkpoint."""
+        """Ask for a checkpoint where there is a reason for one. All processes decide alike."""
+        now = time.monotonic()
+        due, long = now - self._saved > self._seconds, now - self._began > SLOW
+        # One message for the three; the last saves the messages inside steps that are short.
+        asked, due, self._slow = anywhere(args, self._stop.asked, due, long)
         if state.global_step >= state.max_steps:
             control.should_save = True
             control.should_evaluate = self._judged
+        elif asked:
+            self._stop.stopped = True
+            control.should_save = control.should_training_stop = True
+        elif due:
+            control.should_save = True
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Mark the checkpoint just written."""
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / COMPLETE).touch()
+        """Start to count anew."""
+        self._saved, self._saved_step = time.monotonic(), state.global_step
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the latest checkpoint that was written to its end, or None."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+def anywhere(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
+    """Return which flags are set in any of the processes."""
+    if not torch.distributed.is_initialized():
+        return flags
+    found = torch.tensor(flags, dtype=torch.int32, device=args.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in found.tolist())
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C or a polite kill: finish the step, save it, stop. All processes stop together."""
+class StopOnSignal:
+    """Ctrl-C or SIGTERM: finish the step, save it, stop. All processes stop together.
+
+    Attributes:
+        asked: Whether this process was asked to stop.
+        stopped: Whether the run was stopped before its end.
+        name: ``SIGTERM`` or ``SIGINT``, by which this process was asked.
+    """
 
     def __init__(self) -> None:
         """Start to listen; see :meth:`close`."""
-        self.stopped = False
-        self._asked = False
+        self.asked = self.stopped = False
+        self.name = "SIGINT"
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -162,22 +156,83 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT and not torch.distributed.is_initialized():
+        if self.asked and number == signal.SIGINT and not torch.distributed.is_initialized():
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        if not self._asked and os.environ.get("RANK", "0") == "0":
+        if not self.asked and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # a terminal that was closed
                 stderr.print("stopping after this step; Ctrl-C again stops at once")
-        self._asked = True
+        self.asked, self.name = True, signal.Signals(number).name
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    def asked_anywhere(self, args: TrainingArguments, here: bool = True) -> bool:
+        """Whether to stop ``here``: any process was asked to, where it has reason. All must call.
+
+        If so, the run counts as stopped.
+        """
+        (asked,) = anywhere(args, self.asked and here)
+        self.stopped = self.stopped or asked
+        return asked
+
+
+class BadBatches:
+    """Stops a run before its weights learn from a batch whose loss has run away, or skips it.
+
+    A loss has exploded when it is five times what an even guess over the vocabulary costs, or five
+    times the run's first loss, if that was greater.
+    """
+
+    IN_A_ROW = 10  # skipped batches after which it is not the batches that are bad
+
+    def __init__(
+        self, skip: bool, vocabulary: int, folder: Path, rows: Callable[[int], str]
     ) -> None:
-        """Stop and save if any process was asked to."""
-        asked = self._asked
-        if torch.distributed.is_initialized():
-            flag = torch.tensor(int(asked), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            asked = bool(flag.item())
-        if asked and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = control.should_training_stop = True
+        """``rows`` names those of a step's batch; ``folder`` holds the run's checkpoints."""
+        self._skip, self._folder, self._rows = skip, folder, rows
+        self._most = 5 * math.log(vocabulary)
+        self._in_a_row = 0
+
+    def is_bad(self, state: TrainerState, loss: float, norm: float, rate: float) -> bool:
+        """Judge the batch of the step being made; the numbers are the same in all processes.
+
+        Raises:
+            SanError: when it is bad, and not to be skipped.
+        """
+        first = next((entry["loss"] for entry in state.log_history if "loss" in entry), loss)
+        most = max(self._most, 5 * first if math.isfinite(first) else 0.0)
+        if math.isfinite(loss) and math.isfinite(norm) and loss <= most:
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        step = state.global_step + 1
+        what = (
+            f"step {step}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}, at a learning "
+            f"rate of {rate:g}, in the batch of {self._rows(step)}"
+        )
+        if not self._skip:
+            raise SanError(
+                f"{what}; {self._kept()}lower training.learning_rate, compute in another "
+                "base.dtype, or leave such batches out with training.bad_batches=skip"
+            )
+        if self._in_a_row == self.IN_A_ROW:
+            raise SanError(
+                f"{what}; that is the {self.IN_A_ROW}th in a row; {self._kept()}".strip()
+            )
+        if state.is_world_process_zero:
+            stderr.print(f"skipped: {what}", markup=False)
+        return True
+
+    def check_held_out(self, state: TrainerState, loss: float, rate: float) -> None:
+        """Refuse weights that have no loss on the held-out rows.
+
+        Raises:
+            SanError: when it is not finite.
+        """
+        if not math.isfinite(loss):
+            raise SanError(
+                f"step {state.global_step}: the held-out loss is {loss} at a learning rate of "
+                f"{rate:g}; {self._kept()}lower training.learning_rate, or compute in another "
+                "base.dtype"
+            )
+
+    def _kept(self) -> str:
+        kept = last_checkpoint(self._folder)
+        return f"{kept} is the last good checkpoint; " if kept else "nothing was saved; "

@@ -2,7 +2,7 @@
 
 Stages are imported inside their command, so that help pages and refused input never load torch.
 Results go to stdout, progress and errors to stderr; the exit code is 0, 1 for a run that failed,
-2 for input that cannot be right, 130 for Ctrl-C.
+2 for input that cannot be right, 130 for Ctrl-C, 75 for a training that SIGTERM has stopped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import traceback
 import unicodedata
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +29,7 @@ from rich.table import Table
 
 from san_llm import __version__
 from san_llm.data.commands import data_app
-from san_llm.errors import InputError, SanError, did_you_mean, masked, plain
+from san_llm.errors import STOPPED, InputError, SanError, Stopped, did_you_mean, masked, plain
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -150,33 +152,46 @@ def train(
     _quiet_libraries()
     from san_llm.data.rows import read_rows, training_files
     from san_llm.launch import accelerate_command, run_launched
+    from san_llm.lock import refuse_busy
     from san_llm.progress import stderr
-    from san_llm.recipe import find_recipe, load_recipe
-    from san_llm.record import discard_run, last_run, new_run, point_latest, recipe_of
+    from san_llm.recipe import find_recipe, harmful_changes, load_recipe
+    from san_llm.record import (
+        discard_run,
+        last_run,
+        new_run,
+        point_latest,
+        recipe_of,
+        write_text,
+    )
 
     if resume and recipe is not None and "=" in recipe and not Path(recipe).exists():
         overrides, recipe = [recipe, *(overrides or [])], None
-    if resume and (overrides or output):
-        raise InputError("--resume goes on with the run's own recipe: no key=value, no --output")
+    if resume and output:
+        raise InputError("--resume goes on in the run's own folder: no --output")
     run: Path | None = None
     if resume and (recipe is None or Path(recipe).is_dir()):
         run = last_run() if recipe is None else Path(recipe)
-        chosen = recipe_of(run)
+        recipe_of(run)
+        chosen = load_recipe(run / "recipe.yaml", overrides or [])
     elif recipe is None:
         raise InputError("no recipe named; `san-llm recipes list` shows those that are shipped")
     else:
         chosen = load_recipe(find_recipe(recipe), overrides or [])
         if resume:
             run = last_run()
-            if recipe_of(run) != chosen:
-                raise InputError(
-                    f"{run}: was made by another recipe than {recipe}; "
-                    "name the run's folder to go on with it"
-                )
     if run is not None and (run / "adapter").is_dir():
         raise InputError(f"{run}: is finished; there is nothing to go on with")
+    if run is not None:
+        changes = harmful_changes(recipe_of(run), chosen)
+        if changes:
+            raise InputError(
+                f"{run}: goes on only with what it began with; changed are "
+                f"{', '.join(changes)}: change them back, or start a new run"
+            )
     launched = "WORLD_SIZE" in os.environ
     first = os.environ.get("RANK", "0") == "0"
+    if first and (busy := run or output):
+        refuse_busy(busy)
     command = None
     if ((processes or 1) > 1 or accelerate) and not launched:
         command = accelerate_command([], processes, accelerate)
@@ -194,18 +209,20 @@ def train(
 
             load_config(chosen.base)  # and so is a base that is not there
 
+    if first and run is not None and recipe_of(run) != chosen:
+        write_text(run / "recipe.yaml", chosen.to_yaml())
     if command is not None:
         run = run or new_run(chosen, output, overwrite)
         point_latest(run)
         child = ["train", str(run), "--resume", *(["--json"] if as_json else [])]
         code = run_launched([*command, *(["--debug"] if _debug() else []), *child])
-        if code == 0 and not (run / "adapter").is_dir():
-            code = 130  # stopped when asked to; the first process has said how to go on
-        raise typer.Exit(code if code in (0, 130) else 1)
+        raise typer.Exit(code if code in (0, *STOPPED.values()) else 1)
 
     from san_llm.processes import agree
     from san_llm.train import train as start
 
+    if not launched:
+        signal.signal(signal.SIGTERM, _stop_at_once)
     made = run is None
     if run is None:
         run = agree(new_run(chosen, output, overwrite) if first else Path())
@@ -231,7 +248,12 @@ def train(
             markup=False,
         )
         # A launcher takes anything but 0 for a crash.
-        raise typer.Exit(0 if launched else 130)
+        raise typer.Exit(0 if launched else STOPPED[result.stopped_by or "SIGINT"])
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Before the first step, and after the last, there is nothing to save that is not saved."""
+    raise Stopped("stopped by SIGTERM; `san-llm train --resume` goes on")
 
 
 def _train_table(result: dict[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 The command starts a launcher (this module, run with ``python -m``), and the launcher the workers.
 The three share a folder of notes: the first worker to fail writes why, so that one process tells
-it, once; and a worker that can be stopped between two steps says so.
+it, once; a worker that can be stopped between two steps says so, and why it has stopped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any, NoReturn
 import psutil
 import yaml
 
-from san_llm.errors import InputError, SanError
+from san_llm.errors import STOPPED, InputError, SanError, Stopped
 
 NOTES = "SAN_LLM_NOTES"  # the environment's name for the folder of notes
-_FAILURE, _READY = "failure", "ready"
+_VERDICT, _FAILURE, _READY, _STOPPED = "verdict", "failure", "ready", "stopped"
+FROZEN = 20.0  # seconds after which a worker that SIGSTOP holds counts as lost
 
 
 def accelerate_command(
@@ -111,16 +112,17 @@ def _free_port() -> int:
 
 
 def run_launched(command: list[str]) -> int:
-    """Run a launcher to its end and return its exit code.
+    """Run a launcher to its end; return its exit code, or that of the signal it was stopped by.
 
     Ctrl-C and a polite kill go to the first worker alone, which stops the others with it after
     the step that they are in; a second Ctrl-C ends them all at once.
 
     Raises:
         SanError: when a worker failed, with its message.
-        KeyboardInterrupt: when the workers were ended at once.
+        Stopped: when SIGTERM came before there was a step to end.
+        KeyboardInterrupt: when Ctrl-C ended the workers at once.
     """
-    ended = False
+    ended = 0
     with tempfile.TemporaryDirectory(prefix="san-llm-") as folder:
         # In a session of its own the launcher does not get the terminal's Ctrl-C.
         child = subprocess.Popen(command, start_new_session=True, env={**os.environ, NOTES: folder})
@@ -133,7 +135,7 @@ def run_launched(command: list[str]) -> int:
             if asked < 2 and ready.is_file():
                 _send(number, [psutil.Process(int(ready.read_text()))])
             else:
-                ended = True
+                ended = number
                 launcher = psutil.Process(child.pid)
                 _send(signal.SIGKILL, [launcher, *launcher.children()])
 
@@ -148,12 +150,15 @@ def run_launched(command: list[str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if ended == signal.SIGTERM:
+            raise Stopped("stopped before the first step")
         if ended:
             raise KeyboardInterrupt
-        failure = Path(folder, _FAILURE)
-        if failure.is_file():
-            raise SanError(failure.read_text(encoding="utf-8"))
-    return code
+        for failure in (Path(folder, _VERDICT), Path(folder, _FAILURE)):
+            if failure.is_file():
+                raise SanError(failure.read_text(encoding="utf-8"))
+        stopped = Path(folder, _STOPPED)
+        return STOPPED[stopped.read_text()] if code == 0 and stopped.is_file() else code
 
 
 def _send(number: int, processes: list[psutil.Process]) -> None:
@@ -164,26 +169,35 @@ def _send(number: int, processes: list[psutil.Process]) -> None:
 
 def tell_ready() -> None:
     """Let the command know that this worker, if it is the first here, can be asked to stop."""
+    _tell(_READY, str(os.getpid()))
+
+
+def tell_stopped(name: str) -> None:
+    """Let the command know by which signal the workers were stopped: ``SIGINT`` or ``SIGTERM``."""
+    _tell(_STOPPED, name)
+
+
+def _tell(kind: str, text: str) -> None:
     if NOTES in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):  # the command is gone, and its notes
-            note = Path(os.environ[NOTES], f".{_READY}")
-            note.write_text(str(os.getpid()))
-            note.rename(note.with_name(_READY))
+            note = Path(os.environ[NOTES], f".{kind}")
+            note.write_text(text)
+            note.rename(note.with_name(kind))
 
 
-def tell_failure(message: str, first: bool = True) -> bool:
+def tell_failure(message: str, first: bool = True, verdict: bool = False) -> bool:
     """Leave a worker's error for the command to tell; say whether there is a command that will.
 
     Args:
         message: What went wrong.
         first: Keep an earlier message. What fails next fails because of the first, mostly.
+        verdict: It is certain that this came first: no other message counts.
     """
     if NOTES not in os.environ:
         return False
+    note = Path(os.environ[NOTES], _VERDICT if verdict else _FAILURE)
     try:
-        with Path(os.environ[NOTES], _FAILURE).open(
-            "x" if first else "w", encoding="utf-8"
-        ) as file:
+        with note.open("x" if first else "w", encoding="utf-8") as file:
             file.write(message)
     except FileExistsError:
         pass
@@ -208,9 +222,23 @@ def leave() -> NoReturn:
 
 
 def _watch(parent: int) -> None:
-    """Ask the workers to stop when the command that started the launcher is gone."""
+    """Ask the workers to stop when the command that started the launcher is gone.
+
+    Also end one that is frozen: its peers notice, but here may be no other that could end it.
+    """
+    held: dict[int, float] = {}
     while os.getppid() == parent:
         time.sleep(0.5)
+        for worker in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                stopped = worker.status() == psutil.STATUS_STOPPED
+                held[worker.pid] = held.get(worker.pid, 0) + 0.5 if stopped else 0
+                if held[worker.pid] > FROZEN:
+                    rank = worker.environ().get("RANK")
+                    tell_failure(
+                        f"process {rank} was frozen (SIGSTOP) for {FROZEN:.0f} s", verdict=True
+                    )
+                    worker.kill()
     _send(signal.SIGTERM, psutil.Process().children())
 
 
@@ -218,6 +246,7 @@ def _main() -> None:
     """Run Accelerate's launcher without its own report of a worker that has told its error."""
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if os.environ.get("SAN_LLM_DEBUG") != "1":
@@ -234,6 +263,9 @@ def _main() -> None:
         else:
             tell_failure(f"process {rank} ended with exit code {code}")
         sys.exit(1)
+    except SignalException:
+        # The whole group was asked to stop, as Slurm does: the workers have saved, and said so.
+        sys.exit(0)
     except Exception as error:
         tell_failure(f"accelerate launch: {' '.join(str(error).split())}")
         sys.exit(1)

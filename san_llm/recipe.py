@@ -206,7 +206,15 @@ class Training(_Section):
         le=MOST,
         description="steps between checkpoints, each judged by held-out loss",
     )
-    keep_checkpoints: int = Field(default=2, ge=1, le=10_000)
+    save_minutes: float = Field(
+        default=5.0, gt=0, le=MOST, description="save a checkpoint at least this often, too"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, le=10_000, description="the last ones; the best is kept besides"
+    )
+    bad_batches: Literal["stop", "skip"] = Field(
+        default="stop", description="what a loss that is not finite, or explodes, does"
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations twice, to keep fewer"
     )
@@ -248,6 +256,32 @@ class Recipe(_Section):
             allow_unicode=True,
             width=100,
         )
+
+
+# Keys that do not change what a run comes to, so that one may go on with other values of them.
+HARMLESS = (
+    *("name", "evaluation", "method.form", "data.workers"),
+    *("training.micro_batch_size", "training.gradient_checkpointing", "training.save_minutes"),
+    *("training.keep_checkpoints", "training.bad_batches", "training.packing"),
+)
+
+
+def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
+    """Return ``key: old -> new`` for the differences that would make another run of it."""
+    one, two = _leaves(before.model_dump(mode="json")), _leaves(after.model_dump(mode="json"))
+    return [
+        f"{key}: {one.get(key)!r} -> {two.get(key)!r}"
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+    ]
+
+
+def _leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= _leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
+    return leaves
 
 
 # Asked after YAML's own resolver of whole numbers, which it would match, too.

@@ -28,7 +28,7 @@ from san_llm.recipe import Recipe, load_recipe
 RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
-    *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json"),
+    *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock"),
     *("adapter", "checkpoints", "eval", "merged"),
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")

@@ -1,34 +1,52 @@
 """The training run: ``transformers.Trainer`` on Accelerate, resumable, the best checkpoint kept.
 
-Two things are ours. The loss is the sum over all supervised tokens of a global batch divided by
+Three things are ours. The loss is the sum over all supervised tokens of a global batch divided by
 their number, and the batches depend only on the global batch size, the seed and the epoch; so the
-weights do not depend on how a batch is split over processes and accumulation steps.
+weights do not depend on how a batch is split over processes and accumulation steps. And dropout's
+dice are cast anew for each micro-batch, from the seed and its number; so there is no state of them
+to save, and a resumed run throws what a straight one throws, on another number of processes too.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
-from san_llm.callbacks import Checkpoints, Log, StopAtNan, StopOnSignal, last_checkpoint
-from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, pad_id
+from san_llm.callbacks import SLOW, BadBatches, Checkpoints, Log, StopOnSignal
+from san_llm.checkpoint import checkpoint_of, damage, last_checkpoint, remove_old, whole_checkpoint
+from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.errors import InputError, SanError
-from san_llm.launch import tell_failure
+from san_llm.heartbeat import peers_watched
+from san_llm.launch import tell_failure, tell_stopped
 from san_llm.locate import base_folder
+from san_llm.lock import sole_writer
 from san_llm.loss import token_losses
 from san_llm.model import add_adapter, load_base, load_tokenizer, trainable_parameters
+from san_llm.processes import agree, is_first, rank, world_size
 from san_llm.progress import bar, stderr
 from san_llm.recipe import Recipe
 from san_llm.record import manifest, whole_folder, write_json
@@ -50,6 +68,8 @@ class TrainResult:
         rows: Rows trained on.
         dropped_rows: Rows whose response the cutoff cut away.
         cut_rows: Rows whose response lost its end.
+        skipped_batches: Batches left out because their loss ran away.
+        stopped_by: ``SIGTERM`` or ``SIGINT`` if it was stopped by one and can go on.
         seconds: Training time of this process.
     """
 
@@ -64,28 +84,9 @@ class TrainResult:
     rows: int
     dropped_rows: int
     cut_rows: int
+    skipped_batches: int
+    stopped_by: str | None
     seconds: float
-
-
-def world_size() -> int:
-    """Return how many processes train together, as their launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process is the one that speaks and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def agree(value: str | None) -> str:
-    """Return the first process's ``value`` in all of them."""
-    if world_size() == 1:
-        return str(value)
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    PartialState(cpu=not torch.cuda.is_available())
-    return str(broadcast_object_list([value])[0])
 
 
 class GroupedByLength(Sampler[int]):
@@ -144,10 +145,13 @@ class SanTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, *, recipe: Recipe, **how: Any) -> None:
+    def __init__(self, *, recipe: Recipe, stop: StopOnSignal, bad: BadBatches, **how: Any) -> None:
         """Train as ``recipe.training`` says; ``how`` goes to Trainer."""
         super().__init__(**how)
-        self._recipe = recipe
+        self._recipe, self._stop, self._bad = recipe, stop, bad
+        self._skipped = False
+        self._micro_batch = (-1, 0)  # the step that is made, and how many of its batches are done
+        self.add_callback(_JudgeLate(self))
         self.model_accepts_loss_kwargs = True  # so that Trainer counts tokens over a global batch
         self.loss_is_scaled_for_ga = True
         self.can_return_loss = True
@@ -180,6 +184,99 @@ class SanTrainer(Trainer):
         share: torch.Tensor = token_losses(model, inputs) / num_items_in_batch
         return share * int(self.args.world_size)
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Make one micro-batch's gradients, with dice of its own."""
+        step, done = self.state.global_step, self._micro_batch[1]
+        self._micro_batch = (step, done + 1 if self._micro_batch[0] == step else 0)
+        # Batches go round the processes, so this is the micro-batch's number in the global batch.
+        number = self._micro_batch[1] * self.args.world_size + self.args.process_index
+        dice = random.Random(f"{self._recipe.training.seed} {step} {number}")
+        torch.manual_seed(dice.getrandbits(63))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the gradient's norm; looks at the batch while the weights are still as before."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
+        rate = self._get_learning_rate()
+        self._skipped = self._bad.is_bad(self.state, loss, float(norm), rate)
+        if self._skipped:
+            self.model.zero_grad(set_to_none=True)  # then the optimizer leaves every weight alone
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and say of a batch that it was skipped."""
+        if self._skipped and "loss" in logs:
+            logs = logs | {"skipped": 1}
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, *how: Any, **more: Any
+    ) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *how, **more)
+        except _StoppedJudging:
+            # Saved as it is, and judged when the run goes on.
+            self.control.should_training_stop = True
+            self._save_checkpoint(model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint that is whole or absent; see ``checkpoint.py``."""
+        folder, state = Path(self.args.output_dir), self.state
+        self.store_flos()
+        if state.best_global_step:
+            state.best_model_checkpoint = str(checkpoint_of(folder, state.best_global_step))
+        try:
+            with whole_checkpoint(
+                folder,
+                state.global_step,
+                state.best_global_step or None,
+                first=self.args.should_save,
+                together=self.accelerator.wait_for_everyone,
+            ) as temporary:
+                self.save_model(str(temporary), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(temporary))
+                self._save_scaler(str(temporary))
+                if self.args.should_save:
+                    # A pickle that nothing reads: the recipe says it all.
+                    (temporary / "training_args.bin").unlink(missing_ok=True)
+                    state.save_to_json(str(temporary / "trainer_state.json"))
+            if self.args.should_save:
+                remove_old(folder, self._recipe.training.keep_checkpoints)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in first:
+                raise
+            why = (isinstance(error, OSError) and error.strerror) or first
+            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+            raise SanError(
+                f"{checkpoint_of(folder, state.global_step)}: cannot be written: {why} "
+                f"({free / 1e6:,.0f} MB are free); make room, then "
+                f"`san-llm train {folder.parent} --resume` goes on from the last checkpoint"
+            ) from None
+
+    def _load_best_model(self) -> None:
+        wrong = damage(Path(self.state.best_model_checkpoint))
+        if wrong is not None:
+            raise SanError(f"{self.args.output_dir}: {wrong}: the best weights are lost")
+        super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except pickle.UnpicklingError as error:
+            raise SanError(
+                f"{checkpoint}: its optimizer or scheduler is more than numbers, and was not "
+                "loaded: it could have run code"
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save nothing: see :meth:`training_step`."""
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        """Load nothing."""
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -193,8 +290,16 @@ class SanTrainer(Trainer):
         mine = mine[self.args.process_index :: self.args.world_size]
         size = self.args.per_device_train_batch_size
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        began = time.monotonic()
         with torch.no_grad():
-            for start in range(0, len(mine), size):
+            # All processes make as many turns, so that they can stop together.
+            for start in range(0, -(-len(rows) // self.args.world_size), size):
+                long = time.monotonic() - began > SLOW
+                if self._stop.asked_anywhere(self.args, long):
+                    model.train()
+                    raise _StoppedJudging
+                if start >= len(mine):
+                    continue
                 batch = self.data_collator([rows[i] for i in mine[start : start + size]])
                 batch = self._prepare_inputs(batch)
                 total[0] += token_losses(model, batch).double()
@@ -203,10 +308,41 @@ class SanTrainer(Trainer):
         model.train()
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         self.log(metrics)
+        loss = metrics[f"{metric_key_prefix}_loss"]
+        self._bad.check_held_out(self.state, loss, self._get_learning_rate())
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+class _StoppedJudging(Exception):  # noqa: N818 (nothing is wrong)
+    """The run was asked to stop while it judged the held-out rows."""
+
+
+class _JudgeLate(TrainerCallback):
+    """Judges the checkpoint that a run goes on from, if it was stopped before it had come to that.
+
+    Without this the best checkpoint of a resumed run could be another than a straight run's.
+    """
+
+    def __init__(self, trainer: SanTrainer) -> None:
+        """Judge by ``trainer``'s held-out rows."""
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluate and save, as would have come next."""
+        step, trainer = state.global_step, self._trainer
+        due = step and (step % int(args.eval_steps or 1) == 0 or step >= state.max_steps)
+        known = any("eval_loss" in e for e in state.log_history if e["step"] == step)
+        if trainer.eval_dataset is None or not due or known:
+            return
+        control.should_evaluate = control.should_save = True
+        trainer._maybe_log_save_evaluate(
+            torch.tensor(0.0), None, trainer.model_wrapped, None, state.epoch, None, 0.0
+        )
 
 
 def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]]:
@@ -297,18 +433,31 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
         SanError: when the training fails.
     """
     try:
-        return _train(recipe, run)
+        with sole_writer(run) if is_first() else nullcontext():
+            return _train(recipe, run)
     except Exception as error:
-        if os.environ.get("SAN_LLM_DEBUG") != "1":
-            first = (str(error).strip().splitlines() or [""])[0]
-            known = isinstance(error, SanError)
-            if tell_failure(str(error) if known else f"{type(error).__name__}: {first}"):
-                raise SystemExit(1) from None
-        raise
+        told = _told(error)
+        if os.environ.get("SAN_LLM_DEBUG") != "1" and tell_failure(told):
+            raise SystemExit(1) from None
+        if isinstance(error, SanError) or told.startswith(type(error).__name__):
+            raise
+        raise SanError(told) from error
     except KeyboardInterrupt:
         if is_first():
             stderr.print(f"`san-llm train {run} --resume` goes on", markup=False)
         raise
+
+
+def _told(error: Exception) -> str:
+    """Return an error in one line; an unexpected one with the process that it comes from."""
+    if isinstance(error, SanError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}cannot be written: {error.strerror}; make room, then --resume goes on"
+    first = (str(error).strip().splitlines() or [""])[0]
+    told = f"{type(error).__name__}: {first}"
+    return f"process {rank()}: {told}" if world_size() > 1 else told
 
 
 def _train(recipe: Recipe, run: Path) -> TrainResult:
@@ -321,11 +470,22 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     held_out = encode_rows(held_out_rows, *how) if held_out_rows else None
     _say_data(encoded, held_out)
 
+    def named() -> list[Row]:
+        """Return the rows that are trained on, without those whose response was cut away."""
+        if not encoded.dropped:
+            return rows
+        return [
+            row
+            for row, kept in zip(rows, label_rows(rows, *how), strict=True)
+            if kept.fate != "dropped"
+        ]
+
     arguments = _arguments(recipe, run, judged=held_out is not None)
     set_seed(recipe.training.seed)
     base = load_base(recipe.base)
     model = add_adapter(base, recipe.method)
     trained = trainable_parameters(model)
+    resume = None
     if is_first():
         stderr.print(
             f"{recipe.method.name}: {trained:,} trained numbers on {recipe.base.model} "
@@ -341,17 +501,25 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 "data": hashes,
             },
         )
+        resume = last_checkpoint(run / "checkpoints", _warn)
+        if resume is not None:
+            _refuse_other_data(run, facts["sha256"])
+            stderr.print(f"going on from {resume}", markup=False)
         write_json(run / "manifest.json", facts)
-
-    resume = last_checkpoint(run / "checkpoints")
-    if resume is not None and is_first():
-        stderr.print(f"going on from {resume}")
+    resume = agree(resume)
     stop = StopOnSignal()
     began = time.monotonic()
     try:
-        with bar("Training", 1, "steps", quiet=not is_first()) as progress:
+        with bar("Training", 1, "steps", quiet=not is_first()) as progress, peers_watched():
             trainer = SanTrainer(
                 recipe=recipe,
+                stop=stop,
+                bad=BadBatches(
+                    skip=recipe.training.bad_batches == "skip",
+                    vocabulary=base.get_input_embeddings().num_embeddings,
+                    folder=run / "checkpoints",
+                    rows=lambda step: _batch_names(recipe, step, Rows(encoded), named),
+                ),
                 model=model,
                 args=arguments,
                 train_dataset=Rows(encoded),
@@ -359,16 +527,17 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 data_collator=Pad(pad_id(tokenizer)),
                 callbacks=[
                     Log(run / "log.jsonl", progress),
-                    StopAtNan(),
-                    Checkpoints(judged=held_out is not None),
-                    stop,
+                    Checkpoints(held_out is not None, recipe.training.save_minutes * 60, stop),
                 ],
             )
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finally:
         stop.close()
     state = trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    if stop.stopped:
+        tell_stopped(stop.name)
+    steps = [entry for entry in state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in steps if "skipped" not in entry]
     best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else ""
     result = TrainResult(
         run=str(run),
@@ -377,11 +546,13 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         max_steps=state.max_steps,
         best_step=int(best.split("-")[1]) if best else state.global_step,
         held_out_loss=state.best_metric,
-        train_loss=sum(losses) / len(losses),
+        train_loss=sum(losses) / max(len(losses), 1),
         trained_numbers=trained,
         rows=len(encoded.rows),
         dropped_rows=encoded.dropped,
         cut_rows=encoded.cut,
+        skipped_batches=len(steps) - len(losses),
+        stopped_by=stop.name if stop.stopped else None,
         seconds=time.monotonic() - began,
     )
     if result.finished and is_first():
@@ -391,8 +562,53 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             write_json(run / "manifest.json", facts)
             write_json(run / "metrics.json", asdict(result))
             # The adapter appears last: a run that has one is finished.
+        for path in (run / "checkpoints").glob(".checkpoint-*"):  # what kills left
+            shutil.rmtree(path)
         shutil.rmtree(run / "checkpoints" / "runs", ignore_errors=True)
     return result
+
+
+def _warn(message: str) -> None:
+    stderr.print(f"warning: {message}", markup=False)
+
+
+def _refuse_other_data(run: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with other rows or another base than a run began with.
+
+    Raises:
+        InputError: naming the file that has changed.
+    """
+    try:
+        before = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+        pairs = [
+            ("the base's config.json", before["base config"], now["base config"]),
+            *((file, before["data"].get(file), hashed) for file, hashed in now["data"].items()),
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no manifest that could tell
+    for name, was, found in pairs:
+        if was != found:
+            raise InputError(
+                f"{run}: {name} has changed since the run began; it goes on only as it began: "
+                "bring the file back, or start a new run"
+            )
+
+
+def _batch_names(recipe: Recipe, step: int, data: Rows, named: Callable[[], list[Row]]) -> str:
+    """Return file and row of each example in the batch of a step."""
+    training = recipe.training
+    sampler = GroupedByLength(
+        data.lengths, training.batch_size, training.seed, step=lambda: step - 1, last=lambda: step
+    )
+    at = (step - 1) * training.batch_size % len(sampler)
+    batch = list(sampler)[at : at + training.batch_size]
+    rows = named()
+    files: dict[str, list[str]] = {}
+    for file, _, place in (
+        rows[index].where.rpartition(": ") for index in sorted(batch) if index < len(rows)
+    ):
+        files.setdefault(file, []).append(place)
+    return ", ".join(f"{file}: {', '.join(places)}" for file, places in files.items())
 
 
 def _say_data(encoded: Encoded, held_out: Encoded | None) -> None:

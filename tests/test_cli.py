@@ -72,9 +72,9 @@ MISTAKES = [
     ("train --resume", 2, NO_RUN),
     ("train . --resume", 2, "error: .: not a run: no recipe.yaml in it\n"),
     (
-        "train --resume training.epochs=2",
+        "train --resume --output elsewhere",
         2,
-        "error: --resume goes on with the run's own recipe: no key=value, no --output\n",
+        "error: --resume goes on in the run's own folder: no --output\n",
     ),
     (
         "train smollm2_demo --accelerate nowhere.yaml",

@@ -15,6 +15,7 @@ HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbyte
 LIGHT = [
     "__init__",
     "__main__",
+    "checkpoint",
     "cli",
     "data.prompts",
     "data.rows",
@@ -34,6 +35,7 @@ LIGHT = [
     "gguf_export",
     "launch",
     "locate",
+    "lock",
     "merge",
     "processes",
     "progress",
@@ -49,10 +51,10 @@ LIGHT = [
 # What a module may import of the package, as far down as it may look.
 ORDER = [
     {"errors", "progress", "san.carriers", "evaluate.published"},
-    {"data.prompts", "data.tasks", "san.graph"},
+    {"data.prompts", "data.tasks", "san.graph", "lock"},
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "evaluate.score", "streamed", "fold_columns", "weight_check"},
-    {"subject", "launch", "evaluate.report", "download", "gguf_export"},
+    {"subject", "launch", "evaluate.report", "download", "gguf_export", "checkpoint"},
     {"locate", "processes", "evaluate.store", "evaluate.fingerprint"},
     {"merge", "evaluate.compare"},
     {"evaluate.compare_tables"},

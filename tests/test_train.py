@@ -304,7 +304,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     with pytest.raises(SanError) as caught:
         start(recipe, here / "run", f"data.held_out={held_out}", "training.evaluate_every=1")
     message = str(caught.value)
-    assert "step 3: the loss is nan at a learning rate of 0.005" in message
+    assert (
+        "step 3: the loss is nan, the gradient's norm nan, at a learning rate of 0.005" in message
+    )
+    assert f"in the batch of {here / 'rows.json'}: row " in message
     assert "checkpoint-2 is the last good checkpoint" in message
     assert "\n" not in message
     kept = sorted(path.name for path in (here / "run" / "checkpoints").iterdir())
@@ -386,6 +389,8 @@ def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_bas
         "rows": 26,
         "dropped_rows": 0,
         "cut_rows": 0,
+        "skipped_batches": 0,
+        "stopped_by": None,
         "seconds": result.seconds,
     }
     entries = log(run)
@@ -512,7 +517,7 @@ def test_a_half_written_checkpoint_is_not_gone_on_from(here: Path, recipe: Path)
     shutil.copytree(here / "whole", here / "killed")
     shutil.rmtree(here / "killed" / "adapter")
     half = here / "killed" / "checkpoints" / "checkpoint-4"
-    (half / "complete").unlink()
+    (half / "sha256.json").unlink()
     (half / "optimizer.pt").write_bytes(b"half")
     # A killed process also leaves half a line, and lines of steps after the last checkpoint.
     with (here / "killed" / "log.jsonl").open("a") as file:
