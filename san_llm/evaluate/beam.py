@@ -218,14 +218,15 @@ class Memory:
         self._slots, self._columns, self._prefix = slots, columns, prefix
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        # The next forward: where each beam's token goes, (beams,), what it sees, and who joins.
-        self._slot = self._place = self._column = torch.empty(0, dtype=torch.long)
+        # The next forward: slot, place and column of each beam's token, what it sees, who joins.
+        self._at = torch.empty(3, 0, dtype=torch.long)
         self._seen = torch.empty(0)
         self._joining: list[tuple[int, int]] = []  # slot, first token
+        self._joining_seen: list[Tensor] = []
 
     def continue_beams(self) -> tuple[list[int], list[int]]:
         """Plan a forward with the last token of each beam; return these and their positions."""
-        self._joining = []
+        self._joining, self._joining_seen = [], []
         tokens, positions, slots, places, columns = [], [], [], [], []
         ancestors: list[tuple[int, int, int]] = []
         for slot, search in enumerate(self.searches):
@@ -247,13 +248,14 @@ class Memory:
             seen = seen.repeat(1, max(places) + 1, 1)
             seen[tuple(torch.tensor(ancestors).T)] = True
             self._seen = seen
-        at = torch.tensor([slots, places, columns], dtype=torch.long)
-        self._slot, self._place, self._column = at
+        self._at = torch.tensor([slots, places, columns], dtype=torch.long)
         return tokens, positions
 
     def join(self, search: Search, first: int) -> None:
         """Let a prompt join the planned forward, its tokens after the prefix from ``first`` on."""
+        before, length = self._prefix.length, len(search.prompt)
         self._joining.append((len(self.searches), first))
+        self._joining_seen.append(torch.ones(length - before, length).tril(before) > 0)
         self.searches.append(search)
 
     def leave(self, slot: int) -> None:
@@ -273,31 +275,32 @@ class Memory:
             # Zeros, since what is not seen is multiplied by 0, and what lay in memory may be NaN.
             self._keys.append(key.new_zeros(room))
             self._values.append(value.new_zeros(room))
+        if layer == 0:
+            if self._at.numel():
+                self._seen = added(self._seen, query)
+            self._joining_seen = [added(seen, query) for seen in self._joining_seen]
         keys, values = self._keys[layer], self._values[layer]
         out = torch.empty_like(query)
-        beams = len(self._slot)
+        slot, place, column = self._at.to(query.device)
+        beams = len(slot)
         if beams:
-            if self._seen.dtype == torch.bool:
-                self._seen = added(self._seen, query)
-            slot, place = self._slot, self._place
-            keys[slot, :, self._column] = key[:beams]
-            values[slot, :, self._column] = value[:beams]
+            keys[slot, :, column] = key[:beams]
+            values[slot, :, column] = value[:beams]
             used, _, most, width = self._seen.shape
             padded = query.new_zeros(used, most, *query.shape[1:])
             padded[slot, place] = query[:beams]
             past = keys[:used, :, :width], values[:used, :, :width]
             out[:beams] = attention(padded, *past, self._seen, scale)[slot, place]
         start = self._prefix.length
-        for number, first in self._joining:
-            length = len(self.searches[number].prompt)
+        for (number, first), seen in zip(self._joining, self._joining_seen, strict=True):
+            own, length = slice(number, number + 1), seen.shape[-1]
             new = slice(first, first + length - start)
             if start:
                 keys[number, :, :start] = self._prefix.keys[layer]
                 values[number, :, :start] = self._prefix.values[layer]
             keys[number, :, start:length] = key[new].transpose(0, 1)
             values[number, :, start:length] = value[new].transpose(0, 1)
-            past = keys[number : number + 1, :, :length], values[number : number + 1, :, :length]
-            seen = added(torch.ones(length - start, length).tril(start).bool(), query)
+            past = keys[own, :, :length], values[own, :, :length]
             out[new] = attention(query[None, new], *past, seen, scale)[0]
         return out
 

@@ -86,7 +86,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
         folded.reshape(batch, kv_heads, groups * length, head_dim),
         key,
         value,
-        attn_mask=torch.cat([mask] * groups, -2),
+        attn_mask=torch.cat([mask.to(query.device)] * groups, -2),
         scale=scale,
     )
     unfolded = out.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
