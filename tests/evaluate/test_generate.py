@@ -9,8 +9,18 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from san.adapted import adapt
 from tiny import CHARACTERS, tiny_config, tiny_model, tiny_tokenizer
-from transformers import GenerationConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
+from san_llm.data.encode import evaluation_text
+from san_llm.data.rows import read_task, test_file
+from san_llm.data.tasks import TASKS
 from san_llm.evaluate.generate import fitting_batch_size, generate
 
 TOKENIZER = tiny_tokenizer()
@@ -176,6 +186,22 @@ def test_bfloat16_answers_do_not_depend_on_the_batch():
     assert answers(model, prompts, 3) == answers(model, prompts, 1)
 
 
+def test_answers_only_gives_the_same_answers_and_may_say_less(models):
+    prompts = random_prompts([3, 9, 14, 20])
+    whole = answers(models[0], prompts)
+    letters = sorted({text[5] for text in whole})
+
+    def first_match(number, text):
+        assert prompts[number]
+        return next((letter for letter in text if letter in letters), None)
+
+    found = {}
+    generate(models[0], TOKENIZER, prompts, None, found.update, first_match)
+    for number, text in enumerate(whole):
+        assert first_match(number, found[number]) == first_match(number, text) is not None
+    assert sum(map(len, found.values())) < sum(map(len, whole))
+
+
 def test_no_prompts_are_no_work(models):
     called = []
     generate(models[0], TOKENIZER, [], None, called.append)
@@ -248,3 +274,26 @@ def test_the_batch_size_is_between_1_and_32_and_shrinks_with_length():
     )
     wide = SimpleNamespace(**vars(bare), num_key_value_heads=4, head_dim=8)
     assert fitting_batch_size(bare, 50, 10**7) == fitting_batch_size(wide, 50, 10**7) < 32
+
+
+@pytest.mark.slow
+def test_the_real_model_says_what_transformers_generate_makes_it_say(smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    task = TASKS["ARC-Easy"]
+    rows = read_task(test_file("pocket", task), task, 4)
+    prompts = [evaluation_text("llm-adapters", row, tokenizer)[1] for row in rows]
+    width = max(map(len, prompts))
+    padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in prompts]
+    seen = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
+    out = model.generate(
+        input_ids=torch.tensor(padded),
+        attention_mask=torch.tensor(seen),
+        num_beams=4,
+        max_new_tokens=32,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    expected = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    assert answers(model, prompts, tokenizer=tokenizer) == expected
+    assert answers(model, prompts, 1, tokenizer) == expected
+    assert len(set(expected)) > 1
