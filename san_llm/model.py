@@ -13,6 +13,7 @@ from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder, stored_bits
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
+from san_llm.record import read_json
 from san_llm.san.config import SanConfig
 from san_llm.san.graph import (
     PARENTS,
@@ -22,7 +23,7 @@ from san_llm.san.graph import (
     linear_shapes,
 )
 from san_llm.san.model import keep_4bit_layout
-from san_llm.shards import read_checkpoint
+from san_llm.shards import read_checkpoint, read_header
 from san_llm.subject import Subject
 
 if TYPE_CHECKING:
@@ -233,30 +234,23 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise InputError(f"{adapter}: not an adapter: no {name} in it")
-    held: set[str] = _read("adapter", str(adapter), lambda _: _finite_tensors(adapter))
+    read_json(adapter / "adapter_config.json")
+    held = {tensor.name for tensor in read_header(adapter / "adapter_model.safetensors")}
     adapted: PeftModel = _read(
         "adapter", str(adapter), lambda name: PeftModel.from_pretrained(model, name)
     )
     # PEFT warns of what is missing, and goes on with the numbers that an adapter begins with.
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = set(tensors)
     for name in sorted(wanted - held):
         raise InputError(f"{adapter}: has no {name}: it is cut, or was trained on another base")
     for name in sorted(held - wanted):
         if f".{adapted.base_model.prefix}" in name:
             raise InputError(f"{adapter}: {name} belongs to nothing in this base")
+    for name, numbers in tensors.items():
+        if not torch.isfinite(numbers).all():
+            raise SanError(f"{adapter}: {name} has numbers that are not finite")
     return adapted.eval()
-
-
-def _finite_tensors(adapter: Path) -> set[str]:
-    """Return the names of an adapter's tensors, which may hold neither a NaN nor an infinity."""
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        names = set(file.keys())
-        for name in names:
-            if not torch.isfinite(file.get_tensor(name)).all():
-                raise ValueError(f"{name} has numbers that are not finite")
-    return names
 
 
 def load_subject(subject: Subject) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
