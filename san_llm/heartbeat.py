@@ -26,6 +26,7 @@ from san_llm.progress import stderr
 
 EVERY = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as lost
+STARTING = 600.0  # seconds without the first one, while others may still load their base
 
 
 @contextmanager
@@ -39,6 +40,7 @@ def peers_watched() -> Iterator[None]:
     store = default.clone()
     store.set_timeout(timedelta(seconds=SILENCE))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store.set(_key(rank), _sign(0))
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(store, rank, world, done), daemon=True)
     thread.start()
@@ -49,8 +51,16 @@ def peers_watched() -> Iterator[None]:
         thread.join(timeout=EVERY + SILENCE)
 
 
+def _key(rank: int) -> str:
+    return f"san-llm/alive/{rank}"
+
+
+def _sign(beats: int) -> str:
+    return f"{beats} {os.getpid()} {place()}"
+
+
 def _watch(store: Any, rank: int, world: int, done: threading.Event) -> None:
-    mine, theirs = f"san-llm/alive/{rank}", f"san-llm/alive/{(rank + 1) % world}"
+    mine, theirs = _key(rank), _key((rank + 1) % world)
     seen, silent, beats, last = b"", 0.0, 0, time.monotonic()
     ended = False
     while not ended:
@@ -61,25 +71,25 @@ def _watch(store: Any, rank: int, world: int, done: threading.Event) -> None:
         last = began
         beats += 1
         try:
-            store.set(mine, f"done {beats}" if ended else f"{beats} {os.getpid()} {place()}")
+            store.set(mine, "done" if ended else _sign(beats))
             found = store.get(theirs) if store.check([theirs]) else b""
         except Exception:
             # Refused at once, the store is gone with its launcher, and so are we. A timeout means
             # that the process or machine that keeps it has stopped.
             if time.monotonic() - began < SILENCE / 2:
                 return
-            _give_up(0, b"")
+            _give_up(0, SILENCE, b"")
             return
-        if found != seen or not found or found.startswith(b"done"):
+        if found != seen or found == b"done":
             seen, silent = found, 0.0
-        elif silent > SILENCE:
-            _give_up((rank + 1) % world, found)
+        elif silent > (SILENCE if found else STARTING):
+            _give_up((rank + 1) % world, silent, found)
 
 
-def _give_up(lost: int, value: bytes) -> None:
+def _give_up(lost: int, silent: float, value: bytes) -> None:
     """Say which process is lost, end it if it is here, and end this one."""
     message = (
-        f"process {lost} gave no sign of life for {SILENCE:.0f} s: it is frozen, or its machine "
+        f"process {lost} gave no sign of life for {silent:.0f} s: it is frozen, or its machine "
         "is gone"
     )
     if not tell_failure(message, verdict=True):

@@ -293,14 +293,83 @@ def test_a_killed_worker_ends_the_run_and_is_named(
     process = spawn("train", long_recipe, "training.max_steps=4000", "--processes", 2)
     run = wait_for_run(here, process)
     reach(run, 4, process)
-    second = next(w for w in workers(here) if w.environ().get("RANK") == "1")
-    second.kill()
+    rank(here, 1).kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.count("error:") == 1
     assert "process 1 was ended by SIGKILL" in errors
     assert "Traceback" not in errors
     gone(long_recipe)
+
+
+@pytest.mark.slow
+def test_a_worker_with_an_error_ends_the_run_and_is_named(
+    spawn: Spawn, here: Path, long_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A real exception in one worker's training loop, at a moment of the test's choice.
+    (here / "inject").mkdir()
+    (here / "inject" / "sitecustomize.py").write_text(
+        "import signal\n"
+        "def fail(*_): raise ValueError('row 7 is broken')\n"
+        "signal.signal(signal.SIGUSR1, fail)\n"
+    )
+    path = f"{here / 'inject'}:{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path.rstrip(":"))
+    process = spawn("train", long_recipe, "training.max_steps=4000", "--processes", 2)
+    run = wait_for_run(here, process)
+    reach(run, 4, process)
+    rank(here, 1).send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("error:") == 1, errors
+    assert "error: process 1: ValueError: row 7 is broken" in errors
+    assert "Traceback" not in errors
+    gone(long_recipe)
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_ends_the_run_and_is_named(
+    spawn: Spawn, here: Path, long_recipe: Path
+) -> None:
+    process = spawn("train", long_recipe, "training.max_steps=4000", "--processes", 2)
+    run = wait_for_run(here, process)
+    reach(run, 4, process)
+    rank(here, 1).send_signal(signal.SIGSTOP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("error:") == 1, errors
+    assert "error: process 1 was frozen (SIGSTOP) for 20 s" in errors
+    gone(long_recipe)
+
+
+@pytest.mark.slow
+def test_peers_notice_a_frozen_worker_under_any_launcher(here: Path, long_recipe: Path) -> None:
+    probe = accelerate_command([], 2, None)
+    port = probe[probe.index("--main_process_port") + 1]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--master_port", port, "-m", "san_llm", "train", str(long_recipe)),
+            *("training.max_steps=4000", "--output", "run"),
+        ],
+        cwd=here,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    reach(here / "run", 4, process)
+    rank(here, 1).send_signal(signal.SIGSTOP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    first = next(line for line in errors.splitlines() if "rror" in line)
+    assert first.startswith("error: process 1 gave no sign of life for 3"), errors
+    gone(long_recipe)
+
+
+def rank(folder: Path, number: int) -> psutil.Process:
+    """Return the worker of a rank."""
+    return next(w for w in workers(folder) if w.environ().get("RANK") == str(number))
 
 
 def wait_for_run(here: Path, process: subprocess.Popen[str]) -> Path:
