@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
@@ -44,9 +46,11 @@ class Bar:
             spent = now - self._began
             left = f", about {spent / done * (self.total - done):.0f} s left" if done else ""
             tail = f", {note}" if note else ""
+            of = f"{done:,} of {self.total:,} {self.unit}"
+            if self.unit == "bytes":
+                of = f"{decimal(done)} of {decimal(self.total)}"
             stderr.print(
-                f"{self.what}: {done:,} of {self.total:,} {self.unit} after {spent:.0f} s"
-                f"{left if done < self.total else ''}{tail}"
+                f"{self.what}: {of} after {spent:.0f} s{left if done < self.total else ''}{tail}"
             )
 
     def advance(self, by: int = 1, note: str = "") -> None:
@@ -73,8 +77,7 @@ def bar(what: str, total: int, unit: str = "steps", quiet: bool = False) -> Iter
         columns = (
             TextColumn("[bold]{task.description}[/]"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
+            *((DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))),
             TimeElapsedColumn(),
             TextColumn("[dim]left[/]"),
             TimeRemainingColumn(),

@@ -7,6 +7,8 @@ written under a temporary name and renamed, so that a killed run leaves no half 
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ CONTENTS = (
     *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock"),
     *("adapter", "checkpoints", "eval", "merged"),
 )
+ASIDE = ".old"  # a folder that is being replaced, until the new one has its name
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
@@ -93,19 +96,22 @@ def refuse_files(folder: Path, overwrite: bool) -> None:
 def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``folder`` if the block ends well, else vanishes.
 
+    What a killed process left of the same folder is cleared away first.
+
     Raises:
         InputError: see :func:`refuse_files`.
     """
-    refuse_files(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    _clear_stale(folder)
+    refuse_files(folder, overwrite)
+    temporary, owned = _own_temporary(folder)
     try:
         yield temporary
         for path in (temporary, *temporary.rglob("*")):  # made private, like every temporary
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             # Moved aside, not deleted: if the rename below fails the old folder comes back.
-            aside = temporary.with_name(f"{temporary.name}.old")
+            aside = temporary.with_name(f"{temporary.name}{ASIDE}")
             folder.rename(aside)
             try:
                 temporary.rename(folder)
@@ -118,6 +124,54 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(owned)
+
+
+def _own_temporary(folder: Path) -> tuple[Path, int]:
+    """Make a temporary folder; return it and the handle whose lock says that its owner lives."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.san-llm-"))
+        owned = _locked(temporary)
+        if owned is not None and temporary.exists():
+            return temporary, owned
+        if owned is not None:  # another process took it for stale before it was locked
+            os.close(owned)
+
+
+def _locked(path: Path) -> int | None:
+    """Return a handle that locks a folder until it is closed or the process dies, or None."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # renamed by its owner
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _clear_stale(folder: Path) -> None:
+    """Remove temporary folders whose owner is dead; bring back what it had moved aside."""
+    ours = f".{glob.escape(folder.name)}.san-llm-????????"
+    asides = list(folder.parent.glob(ours + ASIDE))  # first: each had its temporary beside it
+    alive = set()
+    for temporary in folder.parent.glob(ours):
+        owned = _locked(temporary)
+        if owned is None:
+            alive.add(f"{temporary.name}{ASIDE}")
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(owned)
+    for aside in asides:
+        if aside.name in alive:
+            continue
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
 
 
 def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:

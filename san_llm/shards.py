@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -31,7 +32,8 @@ OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, 
 OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BLOCK = 2**16  # numbers worked on at once: what fits a core's cache
-PIECE = 2**22  # bytes that a thread reads, works out and writes at once
+PIECE = 2**20  # bytes that a thread reads, works out and writes at once
+SYNC = 2**28  # bytes between two orders to bring what is written to the disk
 THREADS = min(4, os.cpu_count() or 1) + 1  # one more than cores: some wait for the disk
 
 Numbers = np.ndarray[Any, Any]
@@ -68,13 +70,11 @@ def read_header(file: Path) -> list[Stored]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            head = opened.read(length) if size >= 8 and length <= min(size - 8, 10**8) else None
+            if size < 8 or length > min(size - 8, 10**8):
+                raise InputError(f"{file}: not a safetensors file, or cut short")
+            header = json.loads(opened.read(length))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    if head is None:
-        raise InputError(f"{file}: not a safetensors file, or cut short")
-    try:
-        header = json.loads(head)
     except (ValueError, RecursionError):
         raise InputError(f"{file}: not a safetensors file: its header is not JSON") from None
     tensors = []
@@ -184,29 +184,31 @@ def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Number
     """
     last = tensor.shape[0] if last is None else last
     with tensor.file.open("rb", buffering=0) as file:
-        raw = _numbers(_read(file.fileno(), tensor, first, last), tensor, last - first)
+        raw = _numbers(_read(file, tensor, first, last), tensor, last - first)
     return widen(raw, tensor.dtype)
 
 
-def _read(file: int, tensor: Stored, first: int, last: int) -> bytearray:
+def _read(file: Any, tensor: Stored, first: int, last: int) -> Numbers:
     row = tensor.size // (tensor.shape[0] if tensor.shape else 1)
-    position, data = tensor.start + first * row, bytearray((last - first) * row)
-    left = memoryview(data)
+    file.seek(tensor.start + first * row)
+    data = np.empty((last - first) * row, np.uint8)
+    left = data.data
     while left:
-        got = os.preadv(file, [left], position)
+        got = file.readinto(left)
         if not got:
             raise InputError(f"{tensor.file}: cut short while it was read")
-        left, position = left[got:], position + got
+        left = left[got:]
     return data
 
 
-def _numbers(data: bytearray, tensor: Stored, rows: int) -> Numbers:
+def _numbers(data: Numbers, tensor: Stored, rows: int) -> Numbers:
     if tensor.dtype not in SIZES:
         raise InputError(
             f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; only "
             f"{', '.join(SIZES)} can be merged"
         )
-    return np.frombuffer(data, _RAW[tensor.dtype]).reshape(rows, *tensor.shape[1:])
+    numbers: Numbers = data.view(_RAW[tensor.dtype])
+    return numbers.reshape(rows, *tensor.shape[1:])
 
 
 def row_blocks(tensor: Stored) -> Iterator[tuple[int, int]]:
@@ -237,10 +239,15 @@ class Output:
     fold: Callable[[Numbers, int, int], Numbers] | None = None
 
     @property
+    def copied(self) -> bool:
+        """Whether its bytes are those of its source."""
+        return self.fold is None and self.source is not None and self.source.dtype == self.dtype
+
+    @property
     def size(self) -> int:
         """How many bytes it takes."""
         if self.source is not None and self.source.dtype == self.dtype:
-            return self.source.size
+            return self.source.size  # of any kind of number
         return int(np.prod(self.shape)) * SIZES[self.dtype]
 
 
@@ -270,8 +277,16 @@ def write_checkpoint(
         else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     )
     sums = {}
-    for name, shard in zip(names, shards, strict=True):
-        sums[name] = _write_shard(folder / name, shard, done)
+    with ThreadPoolExecutor(1) as disk:
+        orders: list[Future[None]] = []
+
+        def sync(path: Path) -> None:
+            orders.append(disk.submit(_sync, path))
+
+        for name, shard in zip(names, shards, strict=True):
+            sums[name] = _write_shard(folder / name, shard, done, sync)
+        for order in orders:
+            order.result()
     if count > 1:
         index = {
             "metadata": {"total_size": sum(output.size for output in outputs)},
@@ -286,7 +301,17 @@ def write_checkpoint(
     return sums
 
 
-def _write_shard(path: Path, outputs: Sequence[Output], done: Callable[[int], None]) -> str:
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_shard(
+    path: Path,
+    outputs: Sequence[Output],
+    done: Callable[[int], None],
+    sync: Callable[[Path], None],
+) -> str:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for output in outputs:
@@ -306,6 +331,7 @@ def _write_shard(path: Path, outputs: Sequence[Output], done: Callable[[int], No
         position = _write(file.fileno(), header, 0)
         end = position + length
         waiting: deque[Future[Any]] = deque()
+        unsynced = 0
         for output, first, last, size in _pieces(outputs):
             waiting.append(threads.submit(write, position, output, first, last))
             position += size
@@ -313,7 +339,11 @@ def _write_shard(path: Path, outputs: Sequence[Output], done: Callable[[int], No
                 piece = waiting.popleft().result()
                 digest.update(piece)
                 done(len(piece))
-        os.fsync(file.fileno())
+                unsynced += len(piece)
+            if unsynced >= SYNC:  # the disk works while we do, not after us
+                sync(path)
+                unsynced = 0
+    sync(path)
     return digest.hexdigest()
 
 
@@ -332,32 +362,32 @@ def _pieces(outputs: Sequence[Output]) -> Iterator[tuple[Output, int, int, int]]
 
 def _write_piece(file: int, position: int, output: Output, first: int, last: int) -> Any:
     """Read rows, fold them, write them to their place in a file; return the bytes written."""
-    data: Any = None
-    if output.source is not None:
-        with output.source.file.open("rb", buffering=0) as opened:
-            data = _read(opened.fileno(), output.source, first, last)
-    if output.source is None or output.fold or output.source.dtype != output.dtype:
-        data = _folded(output, data, first, last)
+    source = output.source
+    data: Any
+    with nullcontext() if source is None else source.file.open("rb", buffering=0) as opened:
+        if source is not None and output.copied:
+            data = _read(opened, source, first, last)
+        else:
+            data = _folded(output, opened, first, last)
     _write(file, data, position)
     return data
 
 
-def _folded(output: Output, data: bytearray | None, first: int, last: int) -> Numbers:
-    shape, dtype = output.shape[1:], output.dtype
-    made = np.empty((last - first, *shape), _RAW[dtype])
-    raw = None
-    if data is not None and output.source is not None:
-        raw = _numbers(data, output.source, last - first)
-    step = max(1, BLOCK // max(1, int(np.prod(shape))))
-    for start in range(0, last - first, step):
-        stop = min(start + step, last - first)
-        if raw is None or output.source is None:
+def _folded(output: Output, opened: Any, first: int, last: int) -> Numbers:
+    """Return the bytes of some rows, worked out in blocks that fit a core's cache."""
+    source, shape = output.source, output.shape[1:]
+    made = np.empty((last - first, *shape), _RAW[output.dtype])
+    step = max(1, BLOCK // max(1, math.prod(shape)))
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        if source is None:
             rows = np.zeros((stop - start, *shape), np.float32)
         else:
-            rows = widen(raw[start:stop], output.source.dtype)
+            raw = _numbers(_read(opened, source, start, stop), source, stop - start)
+            rows = widen(raw, source.dtype)
         if output.fold is not None:
-            rows = output.fold(rows, first + start, first + stop)
-        made[start:stop] = narrow(rows, dtype)
+            rows = output.fold(rows, start, stop)
+        made[start - first : stop - first] = narrow(rows, output.dtype)
     return made.reshape(-1).view(np.uint8)
 
 

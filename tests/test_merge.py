@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from san.adapted import adapt, text
-from tiny import rows, save_tiny, tiny_model, tiny_tokenizer, write_recipe, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from tiny import rows, save_tiny, tiny_config, tiny_model, tiny_tokenizer, write_recipe, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from san_llm.errors import InputError, SanError
 from san_llm.merge import merge
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run, point_latest
+from san_llm.shards import read_header
 from san_llm.subject import find_subject
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -452,7 +454,7 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused_not_made_infinite(comman
 @pytest.mark.parametrize(
     ("how", "code", "message"),
     [
-        (lambda t: t[LORA_B].fill_(float("nan")), 1, "cannot be merged: NaNs detected"),
+        (lambda t: t[LORA_B].fill_(float("nan")), 1, "has numbers that are not finite"),
         (lambda t: t[LORA_B].fill_(1e6), 1, "it has numbers that float16 cannot hold"),
         (lambda t: t.update({LORA_B: torch.ones(7, 4)}), 1, "size mismatch for base_model."),
     ],
@@ -517,6 +519,42 @@ def test_a_full_disk_leaves_nothing(pair, method):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
     )
     refused(done, 1, "File too large")
+
+
+def test_a_merge_killed_half_way_leaves_no_model_and_the_next_one_starts_cleanly(here):
+    # 400 MB of zeros that take no room: time enough to be seen and killed while they are written.
+    config = tiny_config(vocab_size=1_600_000, num_hidden_layers=1)
+    config.save_pretrained("base")
+    config = tiny_config(num_hidden_layers=1)
+    small = LlamaForCausalLM(config)
+    adapt(LlamaForCausalLM(config)).save_pretrained("adapter")
+    shapes = {name: list(tensor.shape) for name, tensor in small.state_dict().items()}
+    shapes |= {name: [1_600_000, 32] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    table, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * int(np.prod(shape))
+        table[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(table).encode()
+    with open("base/model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    asked = [sys.executable, "-m", "san_llm", "merge", "--adapter", "adapter", "--model", "base"]
+    asked += ["--output", "out"]
+    running = subprocess.Popen(asked, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (written := list(here.glob(".out.*/*.safetensors"))) or not written[0].stat().st_size:
+        assert running.poll() is None, "it ended before it was seen writing"
+        assert time.monotonic() < deadline
+    running.kill()
+    running.wait()
+    (left,) = here.glob(".out.*")
+    assert not Path("out").exists()
+    assert os.listdir(left) == ["model.safetensors"], "no config: nothing loads it"
+    with pytest.raises(InputError, match=r"damaged|cut short|not a safetensors"):
+        read_header(left / "model.safetensors")
+    assert subprocess.run(asked, check=False, capture_output=True).returncode == 0
+    assert sorted(os.listdir()) == ["adapter", "base", "out"]
+    assert len(read_header(Path("out/model.safetensors"))) == len(shapes)
 
 
 def test_files_are_never_overwritten_without_leave(command, pair):

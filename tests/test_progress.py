@@ -73,3 +73,17 @@ def test_a_terminal_gets_a_bar_with_the_note(monkeypatch: pytest.MonkeyPatch) ->
     shown = written.getvalue()
     assert "loss 1.234" in shown
     assert "4/4" in shown
+
+
+def test_bytes_are_shown_in_their_large_units(
+    screen: io.StringIO, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress.bar("Merging", 16_000_000_000, "bytes") as bar:
+        clock[0] += 20
+        bar.to(4_000_000_000)
+    assert screen.getvalue() == "Merging: 4.0 GB of 16.0 GB after 20 s, about 60 s left\n"
+    terminal = Console(file=(written := io.StringIO()), force_terminal=True, width=160)
+    monkeypatch.setattr(progress, "stderr", terminal)
+    with progress.bar("Merging", 16_000_000_000, "bytes") as bar:
+        bar.to(4_000_000_000)
+    assert "4.0/16.0 GB" in written.getvalue()

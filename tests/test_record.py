@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 from datetime import datetime
@@ -241,3 +242,39 @@ def test_the_manifest_says_which_commit_ran_and_whether_it_was_changed(here: Pat
     assert record.manifest(seed=3)["seed"] == 3
     (here / "new").write_text("new")
     assert record.manifest()["git"] == {**state, "dirty": True}
+
+
+def test_what_a_dead_process_left_is_cleared_away_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "a[b]"
+    other = tmp_path / ".a[b].settings"  # not ours
+    dead = tmp_path / ".a[b].san-llm-deadbeef"
+    for folder in (other, dead):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    with record.whole_folder(target, overwrite=False) as first:
+        assert names(tmp_path) == sorted([first.name, other.name])
+        with record.whole_folder(target, overwrite=False) as second:
+            assert first.is_dir()
+            (second / "new").write_text("new")
+        assert first.is_dir()
+        shutil.rmtree(target)
+    assert names(tmp_path) == [other.name, target.name]
+
+
+def test_a_folder_that_a_dead_process_moved_aside_comes_back(tmp_path: Path) -> None:
+    aside, half = tmp_path / ".t.san-llm-deadbeef.old", tmp_path / ".t.san-llm-deadbeef"
+    for folder in (aside, half):
+        folder.mkdir()
+        (folder / folder.suffix).write_text("mine")
+    with (
+        pytest.raises(InputError, match="t: has files in it"),
+        record.whole_folder(tmp_path / "t", overwrite=False),
+    ):
+        pytest.fail("the block must not be entered")
+    assert names(tmp_path) == ["t"]
+    assert names(tmp_path / "t") == [".old"]
+    aside.mkdir()  # killed after the new folder had its name
+    with record.whole_folder(tmp_path / "t", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path) == ["t"]
+    assert names(tmp_path / "t") == ["new"]
