@@ -17,43 +17,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from san_llm.data.encode import IGNORE
+from san_llm.packed_attention import with_mask
 
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in fp32
 
 
-def token_losses(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the summed cross entropy of a batch's supervised tokens, in fp32.
+def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the summed cross entropy of a batch's supervised tokens, in fp32 or wider.
 
     Args:
         model: A causal LM of transformers; adapted, or wrapped for several processes, or not.
-        inputs: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens); label -100
-            is not learned.
+        inputs: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens), where label
+            -100 is not learned; or a packed batch of ``data.pack.Pack``.
     """
     bare = model.module if hasattr(model, "module") else model
-    with _head_gives_loss(bare.get_output_embeddings(), inputs["labels"], bare.config):
-        loss: Tensor = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-        ).logits
+    if "layout" in inputs:
+        layout = with_mask(inputs["layout"], inputs["position_ids"][0])
+        # A mask of four dimensions is handed through as it is; attention takes the layout's.
+        how = {
+            "position_ids": inputs["position_ids"],
+            "attention_mask": layout["mask"],
+            "layout": layout,
+        }
+        sources, targets = inputs["sources"], inputs["labels"]
+    else:
+        how = {"attention_mask": inputs["attention_mask"]}
+        following = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        sources = (following != IGNORE).nonzero()[:, 0]
+        targets = following[sources]
+    with _head_gives_loss(bare.get_output_embeddings(), sources, targets, bare.config):
+        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **how).logits
     return loss
 
 
-@contextmanager
-def _head_gives_loss(head: Any, labels: Tensor, config: Any) -> Iterator[None]:
-    """Let the output head return the loss of ``labels`` (batch, tokens) instead of logits.
+def learned_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Return how many tokens of a batch ``token_losses`` adds up, as a number of shape ()."""
+    labels: Tensor = inputs["labels"] if "layout" in inputs else inputs["labels"][:, 1:]
+    return (labels != IGNORE).sum()
 
-    It happens inside the model's own forward, so wrappers that gather weights or hook outputs see
-    nothing unusual. Where the config has the model cap its logits (Gemma 2), the head does that as
-    well: the model would cap the loss.
+
+@contextmanager
+def _head_gives_loss(head: Any, sources: Tensor, targets: Tensor, config: Any) -> Iterator[None]:
+    """Let the output head return the loss of ``targets`` (n,) instead of logits.
+
+    Target i is predicted from token ``sources[i]`` of all the batch's tokens. It happens inside
+    the model's own forward, so wrappers that gather weights or hook outputs see nothing unusual.
+    Where the config has the model cap its logits (Gemma 2), the head does that as well: the model
+    would cap the loss.
     """
     plain = head.forward
     cap = getattr(config, "final_logit_softcapping", None)
 
     def loss(hidden: Tensor) -> Tensor:
-        targets = labels[:, 1:]
-        learned = targets != IGNORE
-        chosen, targets = hidden[:, :-1][learned], targets[learned]  # (n, hidden), (n,)
+        chosen = hidden.flatten(0, -2).index_select(0, sources)  # (n, hidden)
         if type(head) is nn.Linear and not head.weight.requires_grad:
             out: Tensor = _HeadLoss.apply(chosen, head.weight, head.bias, targets, cap)
             return out
@@ -91,13 +107,14 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         cap: float | None,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, len(hidden), step):
             part, right = hidden[start : start + step], targets[start : start + step, None]
-            logits = F.linear(part, weight, bias).float()  # (step, vocabulary)
+            logits = F.linear(part, weight, bias).to(wide)  # (step, vocabulary)
             if cap is not None:
                 slope = 1 - logits.div_(cap).tanh_().square()
                 logits.mul_(cap)

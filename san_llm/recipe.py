@@ -169,7 +169,7 @@ class Data(_Section):
     loss: Literal["response", "all"] = Field(description="which tokens are learned")
     cutoff: int = Field(default=256, ge=8, le=2**24, description="tokens a row may have")
     limit: int | None = Field(default=None, ge=1, le=MOST, description="use the first rows only")
-    workers: int = Field(default=4, ge=1, le=1024, description="processes that tokenize")
+    workers: int = Field(default=4, ge=1, le=1024, description="more than 1 tokenizes on threads")
 
     @field_validator("held_out")
     @classmethod
@@ -214,6 +214,11 @@ class Training(_Section):
     )
     bad_batches: Literal["stop", "skip"] = Field(
         default="stop", description="what a loss that is not finite, or explodes, does"
+    )
+    packing: bool = Field(
+        default=True,
+        description="rows without padding, what they begin alike encoded once; never changes a "
+        "result",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations twice, to keep fewer"

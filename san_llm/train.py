@@ -38,14 +38,16 @@ from transformers.trainer_utils import set_seed
 from san_llm.callbacks import SLOW, BadBatches, Checkpoints, Log, StopOnSignal
 from san_llm.checkpoint import checkpoint_of, damage, last_checkpoint, remove_old, whole_checkpoint
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
+from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.errors import InputError, SanError
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_failure, tell_stopped
 from san_llm.locate import base_folder
 from san_llm.lock import sole_writer
-from san_llm.loss import token_losses
+from san_llm.loss import learned_tokens, token_losses
 from san_llm.model import add_adapter, load_base, load_tokenizer, trainable_parameters
+from san_llm.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.processes import agree, is_first, rank, world_size
 from san_llm.progress import bar, stderr
 from san_llm.recipe import Recipe
@@ -303,7 +305,7 @@ class SanTrainer(Trainer):
                 batch = self.data_collator([rows[i] for i in mine[start : start + size]])
                 batch = self._prepare_inputs(batch)
                 total[0] += token_losses(model, batch).double()
-                total[1] += (batch["labels"][:, 1:] != -100).sum()
+                total[1] += learned_tokens(batch)
         total = self.accelerator.reduce(total, reduction="sum")
         model.train()
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
@@ -484,6 +486,10 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     set_seed(recipe.training.seed)
     base = load_base(recipe.base)
     model = add_adapter(base, recipe.method)
+    collator: Pack | Pad = Pad(pad_id(tokenizer))
+    if recipe.training.packing and can_pack(base):
+        use_packed_attention(base)
+        collator = Pack(share=not has_dropout(model))
     trained = trainable_parameters(model)
     resume = None
     if is_first():
@@ -524,7 +530,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 args=arguments,
                 train_dataset=Rows(encoded),
                 eval_dataset=None if held_out is None else Rows(held_out),
-                data_collator=Pad(pad_id(tokenizer)),
+                data_collator=collator,
                 callbacks=[
                     Log(run / "log.jsonl", progress),
                     Checkpoints(held_out is not None, recipe.training.save_minutes * 60, stop),

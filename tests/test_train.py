@@ -159,6 +159,16 @@ def test_gradient_checkpointing_changes_nothing(here: Path, recipe: Path) -> Non
     assert apart(here / "with", here / "without") < 1e-6
 
 
+@pytest.mark.parametrize("loss", ["response", "all"])
+def test_packing_changes_nothing(here: Path, recipe: Path, loss: str) -> None:
+    how = (f"data.loss={loss}", "training.micro_batch_size=4")
+    packed = start(recipe, here / "packed", *how)
+    padded = start(recipe, here / "padded", *how, "training.packing=false")
+    assert moved(here / "packed") > 0.01
+    assert apart(here / "packed", here / "padded") < 1e-6
+    assert packed.held_out_loss == pytest.approx(padded.held_out_loss, rel=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
 def test_the_logged_learning_rate_follows_the_schedule(
     here: Path, recipe: Path, schedule: str

@@ -1,0 +1,100 @@
+"""Attention of packed rows: each token sees the tokens of its own row that stand before it.
+
+It takes the place of transformers' SDPA attention, which it calls with the rows side by side; all
+else in the model works on single tokens and needs to know nothing of rows.
+https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from san_llm.san.graph import FAMILIES
+
+NAME = "sdpa_packed"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: dict[str, Tensor] | None = None,
+    **how: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention output (1, N, heads, head_dim) of N packed tokens.
+
+    Args:
+        module: The attention module.
+        query: (1, heads, N, head_dim), rotated; key and value likewise with their own heads.
+        key: See query.
+        value: See query.
+        attention_mask: Not used with a layout.
+        layout: As ``data.pack.Pack`` makes it, with ``positions`` of the tokens (N,); without one
+            this is SDPA attention.
+        **how: What the model tells every attention function.
+    """
+    if layout is None:
+        out: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **how
+        )
+        return out
+    keys, queries = layout["keys"], layout["queries"]
+    mask = layout["mask"]
+    window = how.get("sliding_window")
+    if window is not None and window < keys.shape[1]:
+        mask = mask & ~_before(layout["positions"][queries] - window + 1, keys.shape[1])
+    rows, _ = sdpa_attention_forward(
+        module,
+        _side_by_side(query, queries),
+        _side_by_side(key, keys),
+        _side_by_side(value, keys),
+        mask,
+        **how,
+    )
+    return rows.flatten(0, 1).index_select(0, layout["slots"]).unsqueeze(0), None
+
+
+def with_mask(layout: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Return a layout with the token positions (N,) and the causal mask (R, 1, queries, keys)."""
+    keys, queries = layout["keys"], layout["queries"]
+    causal = _before(positions[queries] + 1, keys.shape[1])
+    return {**layout, "positions": positions, "mask": causal}
+
+
+def _before(ends: Tensor, width: int) -> Tensor:
+    """Return which of ``width`` positions come before each end: (R, q) -> (R, 1, q, width)."""
+    return torch.lt(torch.arange(width, device=ends.device), ends[:, None, :, None])
+
+
+def _side_by_side(heads: Tensor, index: Tensor) -> Tensor:
+    """Return rows (R, heads, length, head_dim) of packed heads (1, heads, N, head_dim)."""
+    tokens = heads[0].transpose(0, 1)
+    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
+def can_pack(model: Any) -> bool:
+    """Whether a model's blocks can take packed rows: a family of the table, with SDPA attention."""
+    config = model.config
+    return config.model_type in FAMILIES and config._attn_implementation in ("sdpa", NAME)
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a model in training draws at random what it drops, each row for itself."""
+    return bool(getattr(model.config, "attention_dropout", 0)) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let a model's attention take packed rows; without a layout it stays what it was."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
