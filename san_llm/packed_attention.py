@@ -77,7 +77,8 @@ def _before(ends: Tensor, width: int) -> Tensor:
 def _side_by_side(heads: Tensor, index: Tensor) -> Tensor:
     """Return rows (R, heads, length, head_dim) of packed heads (1, heads, N, head_dim)."""
     tokens = heads[0].transpose(0, 1)
-    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+    rows = tokens.index_select(0, index.flatten())
+    return rows.view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
 def can_pack(model: Any) -> bool:
