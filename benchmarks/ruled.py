@@ -2,12 +2,13 @@
 
 A model that answers every row alike would prove nothing about searches that are to agree. So the
 rows' answers are replaced by ones that follow from the question's first word, which an adapter
-learns in minutes: "what" has the first answer, "which" the second, "is" the first, and so on.
+learns in minutes: a word that often begins questions has the first answer, another the second.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,15 @@ from pathlib import Path
 from san_llm.data.rows import POCKET, Row, read_task, test_file
 from san_llm.data.tasks import TASKS, Task
 
+OFTEN = ("which", "is", "are")
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def ruled(task: Task, instruction: str) -> str:
     """Return the answer that the rule gives a row."""
-    offered = [answer for answer in task.answers if answer in instruction.lower()]
-    question = instruction.split("question: ")[-1]
-    first = question.split()[0].lower() if question.split() else ""
-    return offered[sum(map(ord, first)) % len(offered)]
+    first, second = [answer for answer in task.answers if answer in instruction.lower()][:2]
+    asked = re.split(r"[:.] ", instruction, maxsplit=1)[-1].split()
+    return first if asked and asked[0].lower() in OFTEN else second
 
 
 def test_rows(data: str, task: str, count: int) -> list[Row]:
