@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from san.adapted import adapt
-from tiny import CHARACTERS, tiny_config, tiny_model, tiny_tokenizer
+from tiny import CHARACTERS, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +22,8 @@ from san_llm.data.encode import evaluation_text
 from san_llm.data.rows import read_task, test_file
 from san_llm.data.tasks import TASKS
 from san_llm.evaluate.generate import fitting_batch_size, generate
+from san_llm.model import load_base
+from san_llm.recipe import Base
 
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = len(CHARACTERS) + 4
@@ -165,6 +167,16 @@ def test_lora_answers_do_not_depend_on_the_batch():
     model = get_peft_model(tiny_model(0), lora).eval()
     prompts = random_prompts([2, 7, 30])
     assert answers(model, prompts, 1) == answers(model, prompts, 3)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_an_adapter_on_a_quantized_base_is_answered_as_plain_generate_answers_it(
+    quantization, tmp_path
+):
+    save_tiny(tmp_path, hidden_size=64, intermediate_size=64)
+    model = adapt(load_base(Base(model=str(tmp_path), dtype="float32", quantization=quantization)))
+    prompts = random_prompts([1, 4, 11])
+    assert answers(model.eval(), prompts, 1) == alone(model, prompts)
 
 
 def test_a_sliding_window_shorter_than_the_prompts_is_kept():
