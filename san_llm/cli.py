@@ -64,7 +64,7 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", callback=lambda: _quiet_libraries())
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]

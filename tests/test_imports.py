@@ -17,7 +17,11 @@ LIGHT = [
     "__main__",
     "checkpoint",
     "cli",
+    "data.build",
+    "data.commands",
     "data.prompts",
+    "data.raw",
+    "data.render",
     "data.rows",
     "data.tasks",
     "diff",
@@ -61,6 +65,7 @@ ORDER = [
     {"diff"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
+COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 
 

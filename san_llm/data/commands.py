@@ -80,3 +80,74 @@ def build(
     table.add_row(f"[bold]{MIX}[/]", f"{built.mix:,}", f"{published:,}", "", "")
     stdout.print(table)
     stdout.print(built.output, markup=False)
+
+
+@data_app.command(
+    epilog="""Examples:
+
+    san-llm data inspect llama7b_commonsense
+
+    san-llm data inspect mine.yaml data.cutoff=512
+
+    san-llm data inspect rows.jsonl base.model=models/llama3 data.prompt=chat"""
+)
+def inspect(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE",
+            help="A recipe, or a .json or .jsonl file, which is read as the recipe smollm2_demo "
+            "would.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Override any key.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model will see of training rows: lengths, cuts, doubles, answers, overlap."""
+    from itertools import chain, islice
+
+    from san_llm.data.rows import read_task, stream_rows, test_file, training_files
+    from san_llm.data.tasks import find_tasks
+    from san_llm.progress import stderr
+    from san_llm.recipe import find_recipe, load_recipe
+
+    changes = list(overrides or [])
+    is_file = Path(what).suffix.lower() in (".json", ".jsonl")
+    if is_file:
+        changes.insert(0, f"data.train={json.dumps(what)}")
+    recipe = load_recipe(find_recipe("smollm2_demo" if is_file else what), changes)
+    files = training_files(recipe.data.train)
+    for file in files:
+        next(iter(stream_rows(file)))  # a file that is not there is found before torch is loaded
+    tests = {}
+    for task in find_tasks(recipe.evaluation.tasks):
+        try:
+            tests[task.name] = read_task(test_file(recipe.evaluation.data, task), task)
+        except InputError as error:
+            stderr.print(f"not compared with test rows: {error}", markup=False)
+
+    from san_llm.data.inspect import inspect as start
+    from san_llm.data.inspect import report
+    from san_llm.model import load_tokenizer
+
+    data = recipe.data
+    rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
+    about = {
+        "files": ", ".join(map(str, files)),
+        "tokenizer": recipe.base.model,
+        "prompt": data.prompt,
+        "loss": data.loss,
+        "cutoff": data.cutoff,
+        "test rows": recipe.evaluation.data,
+    }
+    tokenizer = load_tokenizer(recipe.base)
+    how = (data.prompt, data.loss, data.cutoff, data.workers)
+    found = start(rows, tests, tokenizer, *how, about)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    for part in report(found, colour=stdout.is_terminal):
+        stdout.print(part)
+        stdout.print()

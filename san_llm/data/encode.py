@@ -12,10 +12,11 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -121,7 +122,7 @@ def encode_rows(
 
 
 def label_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerFast,
     style: PromptStyle,
     loss: str,
@@ -144,17 +145,19 @@ def label_rows(
         # A chat template writes its special tokens itself.
         return written, backend.encode_batch(texts, add_special_tokens=style != "chat")
 
-    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    left = iter(rows)
     # The tokenizer works on the next chunk while this one is labelled: it leaves Python free.
     with _threads(workers), ThreadPoolExecutor(1) as ahead:
-        pending = [ahead.submit(encode, chunk) for chunk in chunks[:1]]
-        for number, chunk in enumerate(chunks):
-            written, encodings = pending.pop().result()
-            if number + 1 < len(chunks):
-                pending.append(ahead.submit(encode, chunks[number + 1]))
+        chunk = list(islice(left, CHUNK))
+        pending = ahead.submit(encode, chunk)
+        while chunk:
+            following = list(islice(left, CHUNK))
+            written, encodings = pending.result()
+            pending = ahead.submit(encode, following)
             for row, (text, spans), encoding in zip(chunk, written, encodings, strict=True):
                 tokens, learned = _mark(row, text, spans, encoding, eos)
                 yield _cut(tokens, learned, loss, cutoff)
+            chunk = following
 
 
 def evaluation_text(

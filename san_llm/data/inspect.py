@@ -1,0 +1,344 @@
+"""What a model will see of training rows: lengths, cuts, doubles, answers, overlap with test rows.
+
+Rows stream through once. Of each only two hashes of 64 bits are kept, 16 bytes a row, so that ten
+million fit into a gigabyte; two different rows of these share a hash once in some 300,000 times.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, tee
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from san_llm.data.encode import IGNORE, check_tokenizer, label_rows
+from san_llm.data.prompts import PromptStyle
+from san_llm.data.render import LEADS
+from san_llm.data.rows import Row
+from san_llm.data.tasks import TASKS
+from san_llm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+GRAM = 13  # words in a row that two texts share: the measure of GPT-3 (Brown et al. 2020, app. C)
+FEW = 5  # places that are named of those where something is wrong
+BARS = 12  # of the histogram
+MOST_ANSWERS = 20  # different answers beyond which a balance says nothing
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of one task's test rows is in the training rows.
+
+    Attributes:
+        test_rows: Rows of the test file.
+        exact: Test rows whose instruction and input are those of a training row.
+        grams: Test rows that share 13 words in a row with a training row, the task's own words
+            before the question and the answer format left out.
+    """
+
+    test_rows: int
+    exact: int
+    grams: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found; counts are of rows unless they are named otherwise.
+
+    Attributes:
+        about: Files, tokenizer and settings.
+        rows: All of them.
+        lengths: Tokens a row before the cutoff: mean, and at the shares that the keys name.
+        histogram: Rows with ``from`` to ``to`` tokens.
+        cut: Lost the end of their response to the cutoff, or its end token alone.
+        dropped: Have a prompt that leaves no room for a response.
+        cut_at: Where the first of these stand.
+        dropped_at: Where the first of these stand.
+        tokens: Tokens that are trained on, of rows that are kept.
+        supervised: Tokens that are learned.
+        duplicates: Rows that are the same as one before.
+        disputed: Rows with the question of one before and another response.
+        answers: Each task's answers and how often they are right.
+        overlap: For each task with test rows.
+        example: The first row's text, in pieces, and whether each is learned.
+    """
+
+    about: dict[str, Any]
+    rows: int
+    lengths: dict[str, float]
+    histogram: list[dict[str, int]]
+    cut: int
+    dropped: int
+    cut_at: list[str]
+    dropped_at: list[str]
+    tokens: int
+    supervised: int
+    duplicates: int
+    disputed: int
+    answers: dict[str, dict[str, int]]
+    overlap: dict[str, Overlap]
+    example: list[tuple[str, bool]]
+
+
+@dataclass
+class _Tests:
+    """Hashes of the test rows, to look training rows up in."""
+
+    tasks: list[str] = field(default_factory=list)  # of each test row
+    questions: dict[int, list[int]] = field(default_factory=dict)
+
+    def fill(self, tests: Mapping[str, Sequence[Row]]) -> None:
+        hashes, owners = array("q"), array("i")
+        for task, rows in tests.items():
+            for row in rows:
+                number = len(self.tasks)
+                self.tasks.append(task)
+                self.questions.setdefault(hash((row.instruction, row.context)), []).append(number)
+                grams = set(_grams(row))
+                hashes.extend(grams)
+                owners.extend([number] * len(grams))
+        order = np.argsort(np.asarray(hashes), kind="stable")
+        self.grams, self.owners = np.asarray(hashes)[order], np.asarray(owners)[order]
+        self.exact = np.zeros(len(self.tasks), dtype=bool)
+        self.shared = np.zeros(len(self.tasks), dtype=bool)
+
+    def look_up(self, row: Row) -> None:
+        for number in self.questions.get(hash((row.instruction, row.context)), ()):
+            self.exact[number] = True
+        grams = np.fromiter(_grams(row), dtype=np.int64)
+        if not len(self.grams):
+            return
+        first = np.searchsorted(self.grams, grams)
+        found = self.grams[np.minimum(first, len(self.grams) - 1)] == grams
+        for gram, start in zip(grams[found], first[found], strict=True):
+            end = np.searchsorted(self.grams, gram, side="right")
+            self.shared[self.owners[start:end]] = True
+
+    def result(self) -> dict[str, Overlap]:
+        count, exact, shared = Counter(self.tasks), Counter[str](), Counter[str]()
+        for task, is_exact, is_shared in zip(self.tasks, self.exact, self.shared, strict=True):
+            exact[task] += bool(is_exact)
+            shared[task] += bool(is_shared)
+        return {task: Overlap(count[task], exact[task], shared[task]) for task in count}
+
+
+def inspect(
+    rows: Iterable[Row],
+    tests: Mapping[str, Sequence[Row]],
+    tokenizer: PreTrainedTokenizerFast,
+    style: PromptStyle,
+    loss: str,
+    cutoff: int,
+    workers: int,
+    about: dict[str, Any],
+) -> Inspection:
+    """Look at rows as :func:`san_llm.data.encode.encode_rows` would encode them.
+
+    Args:
+        rows: Read once.
+        tests: Test rows of each task, which should not be among them.
+        tokenizer: As there, like ``style``, ``loss``, ``cutoff`` and ``workers``.
+        style: The prompt style.
+        loss: ``response`` or ``all``.
+        cutoff: Tokens kept of a row.
+        workers: More than 1 tokenizes on several threads.
+        about: What the result says of itself.
+
+    Raises:
+        InputError: as there, for the first row that is wrong.
+    """
+    check_tokenizer(tokenizer, style)
+    looked_up = _Tests()
+    looked_up.fill(tests)
+    lengths: Counter[int] = Counter()
+    fates: Counter[str] = Counter()
+    places: dict[str, list[str]] = {"cut": [], "dropped": []}
+    tokens = supervised = 0
+    answers: dict[str, Counter[str]] = {}
+    whole, questions = array("q"), array("q")
+    example: list[tuple[str, bool]] = []
+    for_labels, for_hashes = tee(rows)
+    labelled = label_rows(for_labels, tokenizer, style, loss, cutoff, workers)
+    for row, seen in zip(for_hashes, labelled, strict=True):
+        example = example or _pieces(tokenizer, seen.tokens, seen.labels)
+        lengths[seen.length] += 1
+        fates[seen.fate] += 1
+        if seen.fate != "whole" and len(places[seen.fate]) < FEW:
+            places[seen.fate].append(row.where)
+        if seen.fate != "dropped":
+            tokens += len(seen.tokens)
+            supervised += seen.supervised
+        # Of a conversation the last turn is the response.
+        questions.append(hash((row.instruction, row.context, row.messages[:-1])))
+        whole.append(hash((row.instruction, row.context, row.output, row.messages)))
+        if row.answer:
+            counter = answers.setdefault(_group(row), Counter())
+            if row.answer in counter or len(counter) <= MOST_ANSWERS:
+                counter[row.answer] += 1
+        if tests:
+            looked_up.look_up(row)
+    if not whole:
+        raise InputError("no rows to look at")
+    different = _different(whole)
+    return Inspection(
+        about=about,
+        rows=len(whole),
+        lengths=_shares(lengths),
+        histogram=_histogram(lengths),
+        cut=fates["cut"],
+        dropped=fates["dropped"],
+        cut_at=places["cut"],
+        dropped_at=places["dropped"],
+        tokens=tokens,
+        supervised=supervised,
+        duplicates=len(whole) - different,
+        disputed=different - _different(questions),
+        answers={
+            name: dict(sorted(counter.items()))
+            for name, counter in sorted(answers.items())
+            if len(counter) <= MOST_ANSWERS
+        },
+        overlap=looked_up.result() if tests else {},
+        example=example,
+    )
+
+
+def _different(hashes: array[int]) -> int:
+    values = np.asarray(hashes)
+    values.sort()  # in place: no copy of 80 MB
+    return int(np.count_nonzero(values[1:] != values[:-1])) + 1
+
+
+def _grams(row: Row) -> Iterator[int]:
+    """Give the hashes of 13 words in a row, of what is the row's own."""
+    text = row.instruction
+    for lead in set(LEADS.values()):
+        text = text.removeprefix(lead)
+    text = text.rpartition("Answer format: ")[0] or text
+    text = " ".join([text, row.context, *(content for _, content in row.messages)])
+    words = re.findall(r"\w+", text.lower())
+    return map(hash, zip(*(words[start:] for start in range(GRAM)), strict=False))
+
+
+def _group(row: Row) -> str:
+    """Return the task of a row, by its text alone: the tasks of one text are named together."""
+    lead = next((lead for lead in LEADS.values() if row.instruction.startswith(lead)), None)
+    tasks = [name for name, known in LEADS.items() if known == lead]
+    if len(tasks) > 1:
+        choices = row.instruction.rpartition("Answer format: ")[2].count("/") + 1
+        tasks = [name for name in tasks if (name == "social_i_qa") == (choices == 3)]
+    return ", ".join(tasks) or "other"
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerFast, tokens: list[int], labels: list[int]
+) -> list[tuple[str, bool]]:
+    pairs = zip(tokens, (label != IGNORE for label in labels), strict=True)
+    return [
+        (tokenizer.decode([token for token, _ in run]), learned)
+        for learned, run in groupby(pairs, key=lambda pair: pair[1])
+    ]
+
+
+def _shares(lengths: Counter[int]) -> dict[str, float]:
+    values = np.array(sorted(lengths))
+    ends = np.cumsum([lengths[value] for value in values.tolist()])
+    shares = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "max": 1.0}
+    found = {
+        name: int(values[np.searchsorted(ends, share * ends[-1])]) for name, share in shares.items()
+    }
+    mean = sum(value * count for value, count in lengths.items()) / int(ends[-1])
+    return found | {"mean": round(mean, 2)}
+
+
+def _histogram(lengths: Counter[int]) -> list[dict[str, int]]:
+    low, high = min(lengths), max(lengths)
+    # The longest hundredth shares the last bar, however long one row is.
+    usual = int(_shares(lengths)["99 %"])
+    width = max(1, -(-(usual - low + 1) // (BARS - 1)))
+    bars = Counter[int]()
+    for value, count in lengths.items():
+        bars[min((value - low) // width, BARS - 1)] += count
+    last = max(bars)
+    return [
+        {
+            "from": low + number * width,
+            "to": high if number == last else low + (number + 1) * width - 1,
+            "rows": bars[number],
+        }
+        for number in range(last + 1)
+    ]
+
+
+def report(found: Inspection, colour: bool) -> Iterator[Table | Text]:
+    """Give what was found as tables, and the example with its learned part marked."""
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold")
+    per_cent = 100 * found.supervised / found.tokens if found.tokens else 0
+    lengths = ", ".join(f"{name} {value:,}" for name, value in found.lengths.items())
+    for name, value in found.about.items():
+        facts.add_row(name, Text(str(value)))
+    facts.add_row("rows", f"{found.rows:,}")
+    facts.add_row("tokens a row", lengths)
+    facts.add_row("learned", f"{found.supervised:,} of {found.tokens:,} tokens ({per_cent:.1f} %)")
+    files = found.about["files"]
+    why = "the cutoff takes their response's end"
+    facts.add_row("cut", _counted(found.cut, why, found.cut_at, files))
+    why = "their prompt fills the cutoff, nothing of the response is left"
+    facts.add_row("dropped", _counted(found.dropped, why, found.dropped_at, files))
+    facts.add_row("duplicates", f"{found.duplicates:,}")
+    facts.add_row(
+        "disputed", f"{found.disputed:,} with the question of another, answered otherwise"
+    )
+    yield facts
+
+    bars = Table(box=None, pad_edge=False)
+    for column in ("tokens", "rows", ""):
+        bars.add_column(column, justify="right" if column else "left")
+    most = max(bar["rows"] for bar in found.histogram)
+    for bar in found.histogram:
+        drawn = "█" * round(40 * bar["rows"] / most) or ("▏" if bar["rows"] else "")
+        bars.add_row(f"{bar['from']:,} - {bar['to']:,}", f"{bar['rows']:,}", drawn)
+    yield bars
+
+    if found.answers:
+        balance = Table(box=None, pad_edge=False)
+        for column in ("answers", "rows", "most frequent", "share of each"):
+            balance.add_column(column, justify="left" if column[0] in "as" else "right")
+        for task, counts in found.answers.items():
+            total = sum(counts.values())
+            shares = ", ".join(f"{name} {100 * n / total:.1f}" for name, n in counts.items())
+            frequent = f"{100 * max(counts.values()) / total:.1f} %"
+            balance.add_row(task, f"{total:,}", frequent, Text(shares))
+        yield balance
+
+    if found.overlap:
+        overlap = Table(box=None, pad_edge=False)
+        for column in ("test rows in training", "test rows", "exact", f"{GRAM} words alike"):
+            overlap.add_column(column, justify="left" if column[-1] == "g" else "right")
+        for task in (name for name in TASKS if name in found.overlap):
+            one = found.overlap[task]
+            overlap.add_row(task, f"{one.test_rows:,}", f"{one.exact:,}", f"{one.grams:,}")
+        yield overlap
+
+    text = Text(f"The first row; what is learned is {'green' if colour else 'between » and «'}:\n")
+    for piece, learned in found.example:
+        marked = piece if colour or not learned else f"»{piece}«"
+        text.append(marked, style="bold green" if learned else "dim")
+    yield text
+
+
+def _counted(count: int, why: str, places: list[str], files: str) -> Text:
+    if not count:
+        return Text("0")
+    named = ", ".join(place.removeprefix(f"{files}: ") for place in places)  # of one file: rows
+    return Text(f"{count:,}: {why}: {named}{', ...' if count > len(places) else ''}")
