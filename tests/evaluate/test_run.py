@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -363,6 +364,124 @@ def test_an_adapter_trained_over_4_bits_is_evaluated_over_4_bits(command, here, 
     for model in (PeftModel.from_pretrained(quantized, run / "adapter").eval(), load(base)):
         expected.append(texts(model, tokenizer, questions))
     assert found[0] == found[1] == expected[0] != expected[1]
+
+
+# --- sizes and edges ---
+
+
+def test_a_file_with_nearly_all_published_rows_is_refused_and_a_small_one_is_noted(here, command):
+    obqa = {"instruction": "a", "output": f"{TASK} answer1", "answer": "answer1"}
+    file = write_rows(here / "d" / "openbookqa" / "test.json", [obqa] * 499)
+    with pytest.raises(InputError) as caught:
+        read_questions([TASKS["openbookqa"]], "d", None)
+    assert str(caught.value) == (
+        f"{file.relative_to(here)}: 499 rows, but the published test set has 500: a part of it is "
+        "missing or too much; --limit 499 takes them as they are"
+    )
+    assert read_questions([TASKS["openbookqa"]], "d", 499).notes == ()
+    write_rows(file, [obqa] * 500)
+    assert read_questions([TASKS["openbookqa"]], "d", None).notes == ()
+    write_rows(file, [obqa] * 501)
+    with pytest.raises(InputError, match="501 rows, but"):
+        read_questions([TASKS["openbookqa"]], "d", None)
+    write_rows(file, [obqa] * 40)
+    assert read_questions([TASKS["openbookqa"]], "d", None).notes == (
+        "openbookqa: 40 rows, not the 500 of the published set",
+    )
+
+
+def test_outputs_without_an_answer_are_counted_and_shown(command, here, data, tiny_base):
+    asked = ("eval", "--model", tiny_base, "--data", data, "--tasks", "boolq", "--output", "out")
+    done = command(*asked)
+    first = lines_of(here / "out")[0]["output"]
+    assert "no answer in 5 of 5 outputs, which are wrong:\n" in done.stdout
+    assert f"  boolq row 0: {first!r}\n" in done.stdout
+    assert "note: boolq: 5 rows, not the 3,270 of the published set" in done.stdout
+    stored = json.loads((here / "out" / "results.json").read_text())
+    assert [example["row"] for example in stored["unparseable_examples"]] == [0, 1, 2]
+    assert stored["unparseable_examples"][0]["output"] == first
+    assert [task["correct"] for task in stored["tasks"]] == [0]
+
+
+def test_by_likelihood_every_row_has_an_answer_and_its_scores(command, here, data, tiny_base):
+    asked = ("eval", "--model", tiny_base, "--data", data, "--tasks", "piqa", "--output", "out")
+    done = command(*asked, "--protocol", "loglik")
+    assert done.returncode == 0, done.stderr
+    for line in lines_of(here / "out"):
+        texts = [f"{TASK} solution1", f"{TASK} solution2"]
+        assert [choice["text"] for choice in line["choices"]] == texts
+        best = max(line["choices"], key=lambda choice: choice["logprob"])
+        assert (line["output"], line["parsed"]) == (best["text"], best["answer"])
+        assert line["correct"] == (line["parsed"] == line["answer"])
+    (score,) = json.loads((here / "out" / "results.json").read_text())["tasks"]
+    assert score["accuracy"] == score["accuracy_norm"]  # both texts have the same length
+    assert "acc_norm" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "model", "message"),
+    [
+        ({"boolq/test.json": "[]"}, {}, "data/boolq/test.json: no rows in it"),
+        ({"boolq/test.json": "[{]"}, {}, "data/boolq/test.json:1: not valid JSON: "),
+        ({"boolq/train.json": "[]"}, {}, "data/boolq/test.json: no such file; data has no <task>"),
+        (
+            {"boolq/test.json": json.dumps([rows(1)[0] | {"instruction": "x" * 100_000}])},
+            {},
+            "data/boolq/test.json: row 1: its prompt has 100,",
+        ),
+        (
+            {"boolq/test.json": json.dumps(rows(2))},
+            {"eos_token": None, "pad_token": None},
+            "base: its tokenizer has no token to pad with",
+        ),
+        (
+            {"boolq/test.json": json.dumps(rows(2)), "template": "{{ raise_exception('no') }}"},
+            {},
+            "data/boolq/test.json: row 1: the chat template of ",
+        ),
+    ],
+    ids=["no rows", "no json", "no test.json", "100k characters", "no pad or eos", "template"],
+)
+def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(
+    command, here, tiny_base, files, model, message
+):
+    shutil.copytree(tiny_base, here / "base")
+    if model:
+        path = here / "base" / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **model}))
+    for name, text in files.items():
+        path = here / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    style = "alpaca"
+    if "template" in files:
+        style = "chat"
+        (here / "base" / "chat_template.jinja").write_text(files["template"])
+    done = command(
+        *("eval", "--model", "base", "--data", "data", "--tasks", "boolq"),
+        *("--prompt", style, "--output", "out"),
+    )
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(here)) == ["base", "data"]
+
+
+def test_without_the_package_lm_eval_is_told_how_to_get_it(cli, here, data, tiny_base):
+    # An import hook stands for an environment without it.
+    (here / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'lm_eval' else find(name, *a)\n"
+    )
+    asked = ("eval", "--model", tiny_base, "--data", data, "--tasks", "boolq", "--output", "out")
+    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    done = cli(*asked, "--protocol", "lm-eval", PYTHONPATH=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: --protocol lm-eval needs the package lm_eval: pip install 'san-llm[lm-eval]'\n"
+    )
 
 
 def test_the_pocket_set_is_found_without_a_folder():
