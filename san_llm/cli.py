@@ -480,7 +480,9 @@ def compare(
 
     san-llm merge --quantized keep --output llama-mine-4bit
 
-    san-llm merge --shard-size 2GB --gguf q8_0 --overwrite"""
+    san-llm merge --shard-size 2GB --gguf q8_0 --overwrite
+
+    san-llm merge --push owner/llama-mine --private"""
 )
 def merge(
     adapter: Annotated[
@@ -508,6 +510,12 @@ def merge(
         str | None,
         typer.Option(metavar="f16|bf16|q8_0", help="Also write model.gguf, for llama.cpp."),
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="HUB_ID", help="Upload the folder to the hub, too.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: make a new repository private.")
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -535,6 +543,8 @@ def merge(
             raise InputError(
                 f"{option}: {found!r} is not one of {', '.join(known)}{did_you_mean(found, known)}"
             )
+    if private and push is None:
+        raise InputError("--private: says how to --push, which is not asked for")
     shard_bytes = parse_size(shard_size)
     subject = find_subject(model, adapter or adapter_of(last_run()))
     if output is None:
@@ -542,7 +552,9 @@ def merge(
             raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
         output = subject.run / "merged"
     refuse_files(output, overwrite)
-    result = start(subject, output, dtype, overwrite, verify, shard_bytes, quantized, gguf)
+    result = start(
+        *(subject, output, dtype, overwrite, verify, shard_bytes, quantized, gguf, push, private)
+    )
     note = full_precision_note(result)
     if note:
         stderr.print(note, markup=False)
@@ -556,6 +568,8 @@ def merge(
     ]
     if result.gguf is not None:
         rows.append(("gguf", f"{result.gguf} ({gguf})"))
+    if result.pushed is not None:
+        rows.append(("pushed", result.pushed))
     if result.verified is not None:
         check = result.verified
         rows += [

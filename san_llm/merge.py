@@ -25,6 +25,7 @@ from san_llm.errors import InputError, SanError
 from san_llm.gguf_export import check_exportable, export_gguf
 from san_llm.locate import base_folder, locate, stored_bits, trained_bits
 from san_llm.progress import bar
+from san_llm.push import check_push, push
 from san_llm.recipe import Base, Recipe
 from san_llm.record import manifest, read_json, whole_folder, write_json, write_text
 from san_llm.san.graph import check_family
@@ -59,6 +60,7 @@ class MergeResult:
         quantized: How its quantization was merged over, ``dequantize`` or ``keep``; None: the base
             is the full-precision one.
         gguf: The ``.gguf`` file that was written too, or None.
+        pushed: Where it is on the hub, or None.
         verified: How it compares with base + adapter, or None if that was not asked.
     """
 
@@ -70,6 +72,7 @@ class MergeResult:
     trained_over: str | None
     quantized: str | None = None
     gguf: str | None = None
+    pushed: str | None = None
     verified: VerifyResult | None = None
 
 
@@ -82,6 +85,8 @@ def merge(
     shard_size: int = SHARD_SIZE,
     quantized: str | None = None,
     gguf: str | None = None,
+    push_to: str | None = None,
+    private: bool = False,
 ) -> MergeResult:
     """Merge an adapter into its base and save a stock checkpoint.
 
@@ -96,14 +101,19 @@ def merge(
         quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
             that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
         gguf: Write ``model.gguf`` beside the checkpoint, as ``f16``, ``bf16`` or ``q8_0``.
+        push_to: The hub id to upload the folder to, when it is whole.
+        private: Whether a repository that is made for it is seen by its owner alone.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
-        SanError: when merged numbers are not finite.
+        SanError: when merged numbers are not finite, or the hub does not take the folder, which
+            stays then.
     """
     base, adapter = subject.base, subject.adapter
     if adapter is None:
         raise InputError("there is no adapter to merge")
+    if push_to is not None:
+        check_push(push_to)
     options = read_json(adapter / "adapter_config.json")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise InputError(f"{adapter}: not an adapter: no adapter_model.safetensors in it")
@@ -203,6 +213,8 @@ def merge(
                 other = _as_trained(base, other, None)
             check = verify(folder, adapter, base, target, quantized, other)
             result = replace(result, verified=check)
+    if push_to is not None:
+        result = replace(result, pushed=push(output, push_to, private))
     return result
 
 

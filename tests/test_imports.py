@@ -43,6 +43,7 @@ LIGHT = [
     "merge",
     "processes",
     "progress",
+    "push",
     "recipe",
     "record",
     "san.carriers",
@@ -55,7 +56,7 @@ LIGHT = [
 # What a module may import of the package, as far down as it may look.
 ORDER = [
     {"errors", "progress", "san.carriers", "evaluate.published"},
-    {"data.prompts", "data.tasks", "san.graph", "lock"},
+    {"data.prompts", "data.tasks", "san.graph", "lock", "push"},
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "evaluate.score", "streamed", "fold_columns", "weight_check"},
     {"subject", "launch", "evaluate.report", "download", "gguf_export", "checkpoint"},

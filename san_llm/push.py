@@ -1,0 +1,65 @@
+"""A merged checkpoint, its card and manifest included, to a repository on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from san_llm.errors import InputError, SanError
+
+
+def check_push(name: str) -> None:
+    """Refuse what cannot be pushed to, before anything is merged.
+
+    Args:
+        name: The hub id.
+
+    Raises:
+        InputError: when it is no hub id, or nobody is signed in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+        wrong = "/" not in name
+    except HFValidationError:
+        wrong = True
+    if wrong:
+        raise InputError(f"--push: {name!r} is not a hub id; expected something like owner/name")
+    if get_token() is None:
+        raise InputError("--push: nobody is signed in to the hub: `hf auth login` or HF_TOKEN")
+
+
+def push(folder: Path, name: str, private: bool = False) -> str:
+    """Upload a folder as a model repository, made if it is not there; return its address.
+
+    Args:
+        folder: A merged checkpoint.
+        name: The hub id.
+        private: Whether only its owner sees a repository that is made for it.
+
+    Raises:
+        SanError: when the hub cannot be reached or does not let the user; the folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    hub = HfApi(library_name="san-llm")
+    try:
+        hub.create_repo(name, private=private or None, exist_ok=True)  # None: as the owner's are
+        about = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model")
+    except OfflineModeIsEnabled:
+        why = "the hub is switched off (HF_HUB_OFFLINE)"
+    except HfHubHTTPError as error:
+        answered = error.response.status_code if error.response is not None else None
+        told = error.server_message or str(error).splitlines()[0]
+        why = "not open to you" if answered in (401, 403) else told
+    except Exception as error:  # of several HTTP libraries, by the hub client's version
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first.rstrip(".")
+    else:
+        return str(about.repo_url)
+    raise SanError(
+        f"{name}: not pushed: {why}; the model is in {folder}, `hf upload {name} {folder}` sends it"
+    )
