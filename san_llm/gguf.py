@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 import torch
 
 from san_llm.errors import InputError
-from san_llm.record import whole_folder
+from san_llm.record import refuse_link, whole_folder
 from san_llm.san.graph import check_family
 
 
@@ -30,19 +31,22 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
 
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            head = file.read(24)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if magic != b"GGUF":
+    if head[:4] != b"GGUF":
         raise InputError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
+    # Behind the version stand the numbers of tensors and of keys, which readers count up to.
+    if len(head) < 24 or max(struct.unpack("<QQ", head[8:])) > 2**20:
+        raise InputError(f"{path}: cannot be read as a model: its header is cut short or damaged")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         read_config = AutoConfig.from_pretrained(**where)
         check_family(read_config.model_type)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a broken file breaks its readers in many ways
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: cannot be read as a model: {first}") from error
@@ -68,5 +72,6 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
         clean.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for licence in path.parent.glob("LICENSE*"):
+            refuse_link(licence)
             shutil.copy(licence, temporary)
     return folder

@@ -27,7 +27,7 @@ from san_llm.locate import base_folder, locate, stored_bits, trained_bits
 from san_llm.progress import bar
 from san_llm.push import check_push, push
 from san_llm.recipe import Base, Recipe
-from san_llm.record import manifest, read_json, whole_folder, write_json, write_text
+from san_llm.record import manifest, read_json, refuse_link, whole_folder, write_json, write_text
 from san_llm.san.graph import check_family
 from san_llm.shards import DTYPES, Numbers, Output, read_checkpoint, read_rows, write_checkpoint
 from san_llm.streamed import Folded
@@ -300,6 +300,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not (folder / file.name).exists():
+                refuse_link(file)
                 shutil.copyfile(file, folder / file.name)
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def _read(what: str, name: str, load: Any, **how: Any) -> Any:
     """Load from a folder or the hub, turning what went wrong into one line."""
     try:
@@ -39,6 +42,10 @@ def _read(what: str, name: str, load: Any, **how: Any) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # torch's first line on weights that do not fit says nothing: the second says which.
         first = lines[1] if len(lines) > 1 and lines[0].endswith(":") else "".join(lines[:1])
+        if isinstance(error, RecursionError):
+            raise InputError(f"{name}: its {what} cannot be loaded: nested too deeply") from error
+        if isinstance(error, KeyError):
+            first = f"the key {first} is missing"
         # A library that trips over a file's content says so with any of Python's errors.
         failed = isinstance(error, (RuntimeError, MemoryError, ImportError))
         kind = SanError if failed else InputError
@@ -58,6 +65,7 @@ def load_config(base: Base) -> Any:
     from transformers import AutoConfig
 
     folder = base_folder(base)
+    read_json(folder / "config.json")  # whose messages are plainer
     config = _read(
         "config",
         str(folder),
@@ -104,9 +112,13 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
+    folder = base_folder(base)
+    read_json(folder / "config.json")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise InputError(f"{folder}: no tokenizer in it: none of {', '.join(TOKENIZERS)}")
     tokenizer: PreTrainedTokenizerFast = _read(
         "tokenizer",
-        str(base_folder(base)),
+        str(folder),
         AutoTokenizer.from_pretrained,
         trust_remote_code=base.trust_remote_code,
     )
@@ -163,7 +175,15 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
     if "device_map" not in how and dtype is None:
         model.to(device())
     model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not _is_finite(parameter):
+            raise InputError(f"{base.model}: {name} has numbers that are not finite")
     return model
+
+
+def _is_finite(numbers: torch.Tensor) -> bool:
+    # Smallest and largest: a NaN is both, and no mask of the weight's size is made.
+    return not numbers.numel() or bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
 
 
 def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
@@ -248,7 +268,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         if f".{adapted.base_model.prefix}" in name:
             raise InputError(f"{adapter}: {name} belongs to nothing in this base")
     for name, numbers in tensors.items():
-        if not torch.isfinite(numbers).all():
+        if not _is_finite(numbers):
             raise SanError(f"{adapter}: {name} has numbers that are not finite")
     return adapted.eval()
 

@@ -34,6 +34,7 @@ CONTENTS = (
     *("adapter", "checkpoints", "eval", "merged"),
 )
 ASIDE = ".old"  # a folder that is being replaced, until the new one has its name
+LARGEST_JSON = 2**26  # bytes; the index of the largest model known has a hundredth of that
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
@@ -70,14 +71,30 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: when the file is missing, not JSON or not an object.
     """
     try:
+        if path.stat().st_size > LARGEST_JSON or not path.is_file():
+            raise InputError(f"{path}: not a file of a model's or adapter's settings")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not valid JSON") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
+
+
+def refuse_link(file: Path) -> None:
+    """Refuse to pass on a model's file that is a link to somewhere else, a key of the user's, say.
+
+    Raises:
+        InputError: when it leads out of the model's folder, and not into the hub's cache.
+    """
+    inside, found = file.parent.resolve(), file.resolve()
+    blobs = inside.parent.parent / "blobs"  # what the snapshots of the hub's cache link to
+    if not (found.is_relative_to(inside) or found.is_relative_to(blobs)):
+        raise InputError(f"{file}: a symbolic link out of the folder; put the file itself there")
 
 
 def refuse_files(folder: Path, overwrite: bool) -> None:
