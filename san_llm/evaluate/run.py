@@ -359,11 +359,11 @@ def identity(
 ) -> dict[str, Any]:
     """Return all that the answers depend on, by content: what makes it the same evaluation.
 
-    The batch size is not among it: an answer does not depend on it in fp32, nor with ``strict``.
+    The batch size is among it where an answer may depend on it: not in fp32, nor with ``strict``.
     """
     base = subject.base
     by_lm_eval = settings.protocol == "lm-eval"
-    exact = base.dtype == "float32" or settings.strict
+    exact = (base.dtype == "float32" and base.quantization != "8bit") or settings.strict
     how: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
     if settings.protocol == "generate":
         how |= {"beams": BEAMS, "new_tokens": NEW_TOKENS, "answers_only": settings.answers_only}
