@@ -39,6 +39,7 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
     # Behind the version stand the numbers of tensors and of keys, which readers count up to.
     if len(head) < 24 or max(struct.unpack("<QQ", head[8:])) > 2**20:
         raise InputError(f"{path}: cannot be read as a model: its header is cut short or damaged")
+    _check_rope(path)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         read_config = AutoConfig.from_pretrained(**where)
@@ -75,3 +76,19 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
             refuse_link(licence)
             shutil.copy(licence, temporary)
     return folder
+
+
+def _check_rope(path: Path) -> None:
+    """Refuse scaled rotary frequencies, which transformers passes over without a word."""
+    from gguf import GGUFReader
+
+    try:
+        names = {tensor.name for tensor in GGUFReader(path).tensors}
+    except Exception as error:  # a broken file breaks its readers in many ways
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as a model: {first}") from error
+    if "rope_freqs.weight" in names:
+        raise InputError(
+            f"{path}: its rotary frequencies are scaled, which transformers does not read from "
+            "GGUF: use the model's safetensors"
+        )

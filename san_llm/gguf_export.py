@@ -41,11 +41,46 @@ def check_exportable(folder: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"--gguf: only the llama family is written, this is {family}")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise InputError("--gguf: a model with biases is not written: readers pass over them")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
+    kind = _rope(config)[0]
+    if kind not in ("default", "llama3"):
         raise InputError(f"--gguf: rotary scaling of the type {kind!r} is not written")
     _tokenizer(folder)
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the kind of rotary scaling and its numbers."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type") or "default", rope
+
+
+def rope_factors(config: Mapping[str, Any]) -> Numbers | None:
+    """Return what each rotary frequency is divided by, (head_dim / 2,), or None for 1.
+
+    As llama.cpp's own converter works it out for Llama 3.1 (LlamaModel.generate_extra_tensors of
+    convert_hf_to_gguf.py): long waves are slowed down by a factor, short ones are kept, and those
+    between go from one to the other.
+    """
+    kind, rope = _rope(config)
+    if kind == "default":
+        return None
+    known = rope.get("original_max_position_embeddings")
+    known = known or config.get("original_max_position_embeddings") or 8192
+    factor, low, high = (
+        float(rope.get(key, usual))
+        for key, usual in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
+    )
+    channels = np.arange(0, _head_dim(config), 2) / _head_dim(config)
+    wavelength = 2 * np.pi * _rope_base(config) ** channels
+    smooth = np.clip((known / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    return float(_rope(config)[1].get("rope_theta") or config.get("rope_theta") or 10_000.0)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
@@ -92,6 +127,9 @@ def export_gguf(folder: Path, kind: str) -> Path:
         writer.add_quantization_version(2)  # of ggml's block formats
     _add_shape(writer, config)
     _add_tokenizer(writer, folder, config)
+    factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     tensors = read_checkpoint(folder)
     with bar("Writing GGUF", len(tensors), "tensors") as progress:
         for tensor in tensors:
@@ -128,8 +166,7 @@ def _as_llama_cpp(tensor: Stored, config: Mapping[str, Any]) -> Numbers:
 
 def _add_shape(writer: Any, config: Mapping[str, Any]) -> None:
     heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or {}
+    head_dim = _head_dim(config)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -139,7 +176,7 @@ def _add_shape(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0))
+    writer.add_rope_freq_base(_rope_base(config))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_vocab_size(config["vocab_size"])
 

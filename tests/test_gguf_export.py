@@ -18,6 +18,7 @@ from san_llm.gguf import convert_gguf
 from san_llm.merge import merge
 from san_llm.subject import find_subject
 
+FP32 = torch.float32
 # Of the largest logit: half a step of each format, through two blocks.
 BOUNDS = {"f16": 5e-3, "bf16": 4e-2, "q8_0": 1e-1}
 
@@ -57,6 +58,48 @@ def test_transformers_reads_the_same_model_back(here, kind, changes):
         assert read(words)["input_ids"] == own(words)["input_ids"]
         assert read.decode(read(words)["input_ids"]) == own.decode(own(words)["input_ids"])
     assert (read.eos_token_id, read.bos_token_id) == (own.eos_token_id, own.bos_token_id)
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+def test_the_rotary_scaling_of_llama_3_is_written_as_llama_cpp_does(here, heads):
+    head_dim = 64 // heads
+    subject = make(here, num_attention_heads=heads, num_key_value_heads=1)
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    merge(subject, Path("out"), "float32", gguf="f16")
+    stored = {t.name: t.data for t in GGUFReader("out/model.gguf").tensors}
+    factors = torch.from_numpy(stored["rope_freqs.weight"].copy())
+    plain = 1 / 500_000.0 ** (torch.arange(0, head_dim, 2) / head_dim)
+    expected = AutoModelForCausalLM.from_pretrained("out").eval()
+    frequencies = expected.model.rotary_emb.inv_freq
+    assert torch.allclose(plain / factors, frequencies, rtol=1e-6)
+    assert factors.min() == 1
+    assert factors.max() == 8
+    assert len(factors.unique()) > 2
+    # What llama.cpp computes: the file's own base frequency, divided by those factors.
+    Path("alone").mkdir()
+    os.rename("out/model.gguf", "alone/model.gguf")
+    read = AutoModelForCausalLM.from_pretrained("alone", gguf_file="model.gguf", dtype=FP32).eval()
+    unscaled = read.model.rotary_emb.inv_freq
+    tokens = text() % len(VOCABULARY)
+    with torch.no_grad():
+        wanted = expected(tokens).logits
+        without = read(tokens).logits
+        unscaled /= factors
+        found = read(tokens).logits
+    size = wanted.abs().max()
+    assert (found - wanted).abs().max() < BOUNDS["f16"] * size
+    assert (without - wanted).abs().max() > BOUNDS["f16"] * size, "the scaling matters"
+    with pytest.raises(InputError, match="its rotary frequencies are scaled, which transformers"):
+        convert_gguf(Path("alone/model.gguf"), Path("again"))
 
 
 def test_matrices_are_stored_as_asked_and_vectors_in_fp32(here):
@@ -116,9 +159,9 @@ def test_what_cannot_be_written_is_refused_before_the_merge(here):
     os.unlink("words/tokenizer.json")
     refused(words, r"tokenizer.json: cannot be read")
     config = json.loads(Path("base/config.json").read_text())
-    scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
     changed = config | {"rope_parameters": scaled}
     Path("base/config.json").write_text(json.dumps(changed))
-    refused(subject, "rotary scaling of the type 'llama3' is not written")
+    refused(subject, "rotary scaling of the type 'yarn' is not written")
     Path("base/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
     refused(subject, "a model with biases is not written")
