@@ -57,9 +57,9 @@ class Log(TrainerCallback):
 
 
 def _line(entry: dict[str, float]) -> str:
-    # JSON has no nan: what is not finite is written as null.
-    finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
-    return json.dumps({"step": finite.pop("step"), **finite}) + "\n"
+    # JSON has no nan: what is not finite is written as null. Sorted as a checkpoint's copy is.
+    values = {key: entry[key] if math.isfinite(entry[key]) else None for key in sorted(entry)}
+    return json.dumps({"step": values.pop("step"), **values}) + "\n"
 
 
 class Checkpoints(TrainerCallback):

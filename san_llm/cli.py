@@ -29,7 +29,7 @@ from rich.table import Table
 
 from san_llm import __version__
 from san_llm.data.commands import data_app
-from san_llm.errors import STOPPED, InputError, SanError, Stopped, did_you_mean, masked, plain
+from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -253,7 +253,10 @@ def train(
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
     """Before the first step, and after the last, there is nothing to save that is not saved."""
-    raise Stopped("stopped by SIGTERM; `san-llm train --resume` goes on")
+    from san_llm.progress import stderr
+
+    stderr.print("stopped by SIGTERM; `san-llm train --resume` goes on")
+    sys.exit(STOPPED["SIGTERM"])
 
 
 def _train_table(result: dict[str, Any]) -> Table:

@@ -20,15 +20,9 @@ class InputError(SanError, ValueError):
     exit_code = 2
 
 
-class Stopped(SanError):  # noqa: N818 (nothing went wrong)
-    """A training that SIGTERM ended before it had a step to save; it can start, or go on, again."""
-
-    exit_code = 75
-
-
 # What a training that was asked to stop, and has saved, ends with. 75 is sysexits.h's EX_TEMPFAIL:
 # try again. A shell shows 143 for a process that SIGTERM has killed, so that would say too little.
-STOPPED = {"SIGINT": 130, "SIGTERM": Stopped.exit_code}
+STOPPED = {"SIGINT": 130, "SIGTERM": 75}
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

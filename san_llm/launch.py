@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 import psutil
 import yaml
 
-from san_llm.errors import STOPPED, InputError, SanError, Stopped
+from san_llm.errors import STOPPED, InputError, SanError
+from san_llm.progress import stderr
 
 NOTES = "SAN_LLM_NOTES"  # the environment's name for the folder of notes
 _VERDICT, _FAILURE, _READY, _STOPPED = "verdict", "failure", "ready", "stopped"
@@ -119,7 +120,6 @@ def run_launched(command: list[str]) -> int:
 
     Raises:
         SanError: when a worker failed, with its message.
-        Stopped: when SIGTERM came before there was a step to end.
         KeyboardInterrupt: when Ctrl-C ended the workers at once.
     """
     ended = 0
@@ -151,7 +151,8 @@ def run_launched(command: list[str]) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if ended == signal.SIGTERM:
-            raise Stopped("stopped before the first step")
+            stderr.print("stopped before the first step; `san-llm train --resume` goes on")
+            return STOPPED["SIGTERM"]
         if ended:
             raise KeyboardInterrupt
         for failure in (Path(folder, _VERDICT), Path(folder, _FAILURE)):

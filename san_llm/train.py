@@ -247,10 +247,13 @@ class SanTrainer(Trainer):
             if self.args.should_save:
                 remove_old(folder, self._recipe.training.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in first:
-                raise
-            why = (isinstance(error, OSError) and error.strerror) or first
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, OSError):
+                why = error.strerror or why
+            elif isinstance(error, RuntimeError):
+                if "inline_container" not in why and "PytorchStreamWriter" not in why:
+                    raise  # not of torch's writer, which says only at which byte it failed
+                why = "the disk is full, or the file is over a limit"
             free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
             raise SanError(
                 f"{checkpoint_of(folder, state.global_step)}: cannot be written: {why} "

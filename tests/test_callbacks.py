@@ -51,10 +51,10 @@ def test_the_log_is_that_of_the_checkpoint_neither_more_nor_less(
         log.on_log(arguments, state(3), TrainerControl(), {"loss": float("inf"), "grad_norm": 2.0})
         log.on_log(arguments, state(9), TrainerControl(), {"train_runtime": 1.0})
     assert path.read_text().splitlines() == [
-        '{"step": 1, "loss": 1.5, "epoch": 0.5}',
-        '{"step": 2, "loss": 1.25, "epoch": 1.0}',
+        '{"step": 1, "epoch": 0.5, "loss": 1.5}',
+        '{"step": 2, "epoch": 1.0, "loss": 1.25}',
         '{"step": 2, "eval_loss": null}',
-        '{"step": 3, "loss": null, "grad_norm": 2.0}',
+        '{"step": 3, "grad_norm": 2.0, "loss": null}',
     ]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2, 3]
     assert (progress.total, progress.done) == (9, 3)
