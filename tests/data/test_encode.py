@@ -12,10 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import rows as boolq_rows
 from tiny import tiny_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from san_llm.data.encode import IGNORE, Pad, Rows, encode_rows, evaluation_text, pad_id
+from san_llm.data.encode import (
+    IGNORE,
+    Pad,
+    Rows,
+    encode_rows,
+    evaluation_text,
+    label_rows,
+    pad_id,
+)
 from san_llm.data.prompts import evaluation_prompt, training_prompt
 from san_llm.data.rows import Row, read_rows
 from san_llm.errors import InputError, SanError
@@ -232,6 +248,8 @@ def test_a_conversation_cut_after_its_first_response_is_kept_and_counted(tokeniz
         (None, (("assistant", "Hello"), ("user", "Hi")), "begins with the assistant's message"),
         ("{{ raise_exception('roles must alternate') }}", CHAT.messages, "roles must alternate"),
         ("{{ nothing.here }}", CHAT.messages, "refuses it: 'nothing' is undefined"),
+        ("{{ 1 // 0 }}", CHAT.messages, "refuses it: "),
+        ("{% for m in messages %}", CHAT.messages, "refuses it: "),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
             CHAT.messages,
@@ -262,21 +280,110 @@ def test_a_conversation_in_a_text_style_is_refused_with_file_and_row(tokenizer, 
 
 
 @pytest.mark.slow
-def test_a_mistake_is_named_also_when_several_processes_tokenize(tokenizer, tmp_path):
+def test_a_mistake_is_named_also_when_several_threads_tokenize(tokenizer, tmp_path):
     path = tmp_path / "many.json"
     turns = [{"role": role, "content": content} for role, content in CHAT.messages]
-    path.write_text(json.dumps([*boolq_rows(2100), {"messages": turns}]))
-    with pytest.raises(InputError, match=r"many\.json: row 2101: a conversation cannot be"):
+    path.write_text(json.dumps([*boolq_rows(4200), {"messages": turns}]))
+    with pytest.raises(InputError, match=r"many\.json: row 4201: a conversation cannot be"):
         encode_rows(read_rows(path), tokenizer, "alpaca", "response", 1000, workers=2)
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_tokens_of_one(tokenizer):
-    rows = [replace(ROW, instruction=f"Is {n} it?") for n in range(2100)]
-    one_process = encode_rows(rows, tokenizer, "alpaca", "response", 1000, workers=1)
-    kept = one_process.rows[:]
+def test_several_threads_give_the_tokens_of_one(tokenizer):
+    rows = [replace(ROW, instruction=f"Is {n} it?") for n in range(4200)]
+    one_thread = encode_rows(rows, tokenizer, "alpaca", "response", 1000, workers=1)
+    kept = one_thread.rows[:]
     os.environ["SAN_LLM_CACHE"] += "-2"  # restored by the fixture of every test
     assert encode_rows(rows, tokenizer, "alpaca", "response", 1000, workers=2).rows[:] == kept
+
+
+# --- the batched way beside a plain one ---
+
+
+def plainly(row, tokenizer, style, cutoff):
+    """Return tokens, labels and fate of a row, token by token, as the offsets tell them."""
+    prompt = training_prompt(style, row.instruction, row.context)
+    encoding = tokenizer(prompt + row.output, return_offsets_mapping=True)
+    tokens, eos = encoding["input_ids"], tokenizer.eos_token_id
+    learned = [end > start and end > len(prompt) for start, end in encoding["offset_mapping"]]
+    last = max(place for place, on in enumerate(learned) if on)
+    if tokens[last] != eos:
+        if eos not in tokens[last + 1 :]:
+            tokens, learned = [*tokens, eos], [*learned, True]
+        else:
+            learned[tokens.index(eos, last + 1)] = True
+    kept = sum(learned[:cutoff])
+    fate = "whole" if kept == sum(learned) else "cut" if kept else "dropped"
+    labels = [t if on else IGNORE for t, on in zip(tokens, learned, strict=True)]
+    return tokens[:cutoff], labels[:cutoff], fate
+
+
+def with_special_tokens(template: str) -> PreTrainedTokenizerFast:
+    """Return the character tokenizer, with tokens before and behind as LLaMA's and T5's have."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", EOS)]
+    )
+    return tokenizer
+
+
+SPECIAL = {
+    "none": tiny_tokenizer(),
+    "before": with_special_tokens("<s> $A"),
+    "around": with_special_tokens("<s> $A </s>"),
+    "words": word_tokenizer(),
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    texts=st.lists(st.tuples(st.text(max_size=9), st.text(min_size=1, max_size=9)), min_size=1),
+    kind=st.sampled_from(sorted(SPECIAL)),
+    style=st.sampled_from(STYLES),
+    cutoff=st.integers(8, 260),
+)
+def test_rows_in_batches_are_the_rows_one_by_one(texts, kind, style, cutoff):
+    rows = [Row(instruction, "", output) for instruction, output in texts]
+    for row, got in zip(
+        rows, label_rows(rows, SPECIAL[kind], style, "response", cutoff), strict=True
+    ):
+        expected = plainly(row, SPECIAL[kind], style, cutoff)
+        assert (got.tokens, got.labels, got.fate) == expected
+        assert got.supervised == len(learned(got.labels))
+
+
+@pytest.mark.slow
+def test_real_tokens_in_batches_are_those_one_by_one(real):
+    rows = [
+        *read_rows(ROOT / "san_llm" / "data" / "pocket" / "train.json", limit=60),
+        *(replace(ROW, output=output) for output in RESPONSES),
+    ]
+    for style in STYLES:
+        for row, got in zip(rows, label_rows(rows, real, style, "response", 90), strict=True):
+            assert (got.tokens, got.labels, got.fate) == plainly(row, real, style, 90)
+
+
+def test_a_tokenizer_file_that_asks_for_a_cutoff_or_padding_changes_nothing(tokenizer):
+    rows = [ROW, replace(ROW, output="no")]
+    expected = list(label_rows(rows, tokenizer, "alpaca", "response", 1000))
+    eager = tiny_tokenizer()
+    eager.backend_tokenizer.enable_truncation(16)
+    eager.backend_tokenizer.enable_padding(length=400)
+    assert list(label_rows(rows, eager, "alpaca", "response", 1000)) == expected
+
+
+def test_an_instruction_of_100_000_characters_is_dropped_and_counted(tokenizer):
+    huge = replace(ROW, instruction="x" * 100_000, where="rows.json: row 2")
+    encoded = encode_rows([ROW, huge], tokenizer, "alpaca", "response", 256)
+    assert (len(encoded.rows), encoded.dropped, encoded.cut) == (1, 1, 0)
+    with pytest.raises(InputError, match=r"cuts away the response of all 1 rows, from rows\.json"):
+        encode_rows([huge], tokenizer, "alpaca", "response", 256)
+
+
+def test_lengths_are_those_of_the_rows(tokenizer):
+    rows = [replace(ROW, output="a" * length) for length in (3, 1, 2)]
+    data = Rows(encode_rows(rows, tokenizer, "alpaca", "response", 1000))
+    assert data.lengths == [len(data[place]["input_ids"]) for place in range(3)]
 
 
 # --- tokenizers that cannot serve ---

@@ -1,0 +1,226 @@
+"""What is said of training rows: each number beside a plain count of the same."""
+
+import gc
+import json
+import re
+import weakref
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import rows as boolq_rows
+from tiny import tiny_tokenizer, write_recipe, write_rows
+
+from san_llm.data.encode import IGNORE, label_rows
+from san_llm.data.inspect import GRAM, Inspection, inspect, report
+from san_llm.data.render import LEADS
+from san_llm.data.rows import POCKET, Row, read_rows
+from san_llm.errors import InputError
+
+SETTINGS = ("alpaca", "response")
+
+
+def look(rows, tests=None, cutoff=1000) -> Inspection:
+    how = (tiny_tokenizer(), *SETTINGS, cutoff, 1)
+    return inspect(iter(rows), tests or {}, *how, about={"files": "a.json"})
+
+
+def plain_lengths(rows) -> list[int]:
+    return [seen.length for seen in label_rows(rows, tiny_tokenizer(), *SETTINGS, 10**6)]
+
+
+ROWS = [
+    Row(f"Is {number} {'x' * number}?", "", "yes" if number % 2 else "no", where=f"row {number}")
+    for number in range(1, 41)
+]
+
+
+def test_lengths_and_their_histogram_count_every_row():
+    lengths = sorted(plain_lengths(ROWS))
+    found = look(ROWS)
+    assert found.rows == 40
+    assert (found.lengths["min"], found.lengths["max"]) == (lengths[0], lengths[-1])
+    assert found.lengths["median"] == lengths[19]
+    assert found.lengths["mean"] == pytest.approx(sum(lengths) / 40, abs=0.01)
+    assert sum(bar["rows"] for bar in found.histogram) == 40
+    for bar in found.histogram:
+        assert bar["rows"] == sum(bar["from"] <= length <= bar["to"] for length in lengths)
+    assert found.histogram[-1]["to"] == lengths[-1]
+
+
+def test_one_very_long_row_leaves_the_histogram_readable():
+    found = look([*ROWS * 5, Row("x" * 100_000, "", "yes")])
+    assert found.lengths["max"] > 100_000
+    assert len(found.histogram) > 5
+    assert found.histogram[-1]["rows"] <= 6  # the long one, and what stands at the 99th hundredth
+
+
+def test_the_cutoff_is_counted_as_training_counts_it():
+    cutoff = sorted(plain_lengths(ROWS))[20]
+    found = look(ROWS, cutoff=cutoff)
+    seen = list(label_rows(ROWS, tiny_tokenizer(), *SETTINGS, cutoff))
+    fates = Counter(one.fate for one in seen)
+    kept = [one for one in seen if one.fate != "dropped"]
+    assert fates["cut"] > 0
+    assert fates["dropped"] > 0
+    assert (found.cut, found.dropped) == (fates["cut"], fates["dropped"])
+    assert found.tokens == sum(len(one.tokens) for one in kept)
+    assert found.supervised == sum(sum(label != IGNORE for label in one.labels) for one in kept)
+    dropped = [row.where for row, one in zip(ROWS, seen, strict=True) if one.fate == "dropped"]
+    assert found.dropped_at == dropped[:5]
+
+
+def test_doubles_and_other_responses_to_one_question_are_counted():
+    one, other = ROWS[0], ROWS[1]
+    again = Row(one.instruction, "", "something else")
+    chat = Row(messages=(("user", "Hi"), ("assistant", "Hello")))
+    reply = Row(messages=(("user", "Hi"), ("assistant", "Good day")))
+    found = look([one, other, one, one, again, Row(one.instruction, "Look.", one.output)])
+    assert (found.duplicates, found.disputed) == (2, 1)
+    how = (tiny_tokenizer(), "chat", "response", 1000, 1)
+    found = inspect([chat, reply, chat], {}, *how, about={})
+    assert (found.duplicates, found.disputed) == (1, 1)
+
+
+def test_answers_are_balanced_task_by_task():
+    rows = read_rows(POCKET / "train.json")
+    found = look(rows)
+    assert set(found.answers) == {
+        *("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande"),
+        "ARC-Easy, ARC-Challenge, openbookqa",
+    }
+    for task in ("boolq", "hellaswag", "winogrande"):
+        mine = [row for row in rows if row.instruction.startswith(LEADS[task])]
+        assert found.answers[task] == Counter(row.answer for row in mine)
+    assert sum(sum(counts.values()) for counts in found.answers.values()) == len(rows)
+
+
+def test_free_answers_have_no_balance():
+    rows = [Row(f"Sum {number}", "", "x", str(number)) for number in range(100)]
+    assert look(rows).answers == {}
+    assert look(rows[:5]).answers == {"other": {str(number): 1 for number in range(5)}}
+
+
+def shares_words(one: str, other: str) -> bool:
+    first, second = (re.findall(r"\w+", text.lower()) for text in (one, other))
+    runs = {tuple(second[n : n + GRAM]) for n in range(len(second) - GRAM + 1)}
+    return any(tuple(first[n : n + GRAM]) in runs for n in range(len(first) - GRAM + 1))
+
+
+WORDS = st.lists(st.sampled_from(["a", "b"]), min_size=8, max_size=24).map(" ".join)
+
+
+@settings(deadline=None, max_examples=50)
+@given(training=st.lists(WORDS, min_size=1, max_size=4), tests=st.lists(WORDS, min_size=1))
+def test_overlap_is_that_of_every_pair_compared(training, tests):
+    found = look(
+        [
+            Row(f"{LEADS['boolq']}{text}?\n\nAnswer format: true/false", "", "x")
+            for text in training
+        ],
+        {"boolq": [Row(text, "", "x") for text in tests]},
+    ).overlap["boolq"]
+    assert found.test_rows == len(tests)
+    assert found.exact == 0  # the instructions around the words differ
+    assert found.grams == sum(
+        any(shares_words(text, other) for other in training) for text in tests
+    )
+
+
+def test_the_same_question_is_an_exact_overlap_and_the_tasks_own_words_are_none():
+    pocket = read_rows(POCKET / "winogrande" / "test.json")
+    found = look(pocket[:5], {"winogrande": pocket}).overlap["winogrande"]
+    assert (found.test_rows, found.exact) == (60, 5)
+    lead = LEADS["winogrande"]  # 14 words
+    tail = "\n\nOption1: {0} Option2: {1} Answer format: option1/option2"
+    rows = [Row(f"{lead}{a} _ {b}.{tail.format(a, b)}", "", "x") for a, b in ("cd", "ef")]
+    found = look(rows[:1], {"winogrande": rows[1:]}).overlap["winogrande"]
+    assert (found.exact, found.grams) == (0, 0)
+
+
+def test_the_example_is_the_first_rows_text_with_its_response_marked():
+    found = look(ROWS)
+    assert "".join(text for text, _ in found.example).endswith("### Response:\nyes</s>")
+    assert [text for text, learned in found.example if learned] == ["yes</s>"]
+    *_, plain = report(found, colour=False)
+    assert plain.plain.endswith("### Response:\n»yes</s>«")
+    *_, coloured = report(found, colour=True)
+    assert coloured.plain.endswith("### Response:\nyes</s>")
+    green = [coloured.plain[s.start : s.end] for s in coloured.spans if "green" in str(s.style)]
+    assert green == ["yes</s>"]
+
+
+def test_rows_are_looked_at_one_by_one_and_never_all_held(monkeypatch):
+    monkeypatch.setattr("san_llm.data.encode.CHUNK", 50)
+    alive: weakref.WeakSet[Row] = weakref.WeakSet()
+    most = 0
+
+    def many():
+        nonlocal most
+        for number in range(1000):
+            row = Row(f"Is {number} it?", "", "yes")
+            alive.add(row)
+            yield row
+            if number % 400 == 399:
+                gc.collect()
+                most = max(most, len(alive))
+
+    assert look(many()).rows == 1000
+    assert 0 < most < 200  # some chunks
+
+
+def test_a_wrong_row_is_refused_with_its_place():
+    with pytest.raises(InputError, match="row 41: a conversation cannot be written"):
+        look([*ROWS, Row(messages=(("user", "Hi"), ("assistant", "Hello")), where="row 41")])
+
+
+# --- the command ---
+
+
+def test_a_recipe_is_looked_at_as_it_would_be_trained(command, here, tiny_base):
+    train = write_rows(here / "rows.json", boolq_rows(30))
+    write_rows(here / "mine" / "boolq" / "test.json", boolq_rows(3))
+    recipe = write_recipe(
+        here / "mine.yaml", tiny_base, train, evaluation={"data": "mine", "tasks": ["boolq"]}
+    )
+    done = command("data", "inspect", recipe, "data.limit=20", "data.cutoff=160", "--json")
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    assert found["rows"] == 20
+    assert found["about"]["cutoff"] == 160
+    assert found["overlap"]["boolq"] == {"test_rows": 3, "exact": 3, "grams": 0}
+    assert found["answers"] == {"other": {"false": 10, "true": 10}}
+    shown = command("data", "inspect", recipe)
+    assert shown.returncode == 0
+    assert re.search(r"rows +30 *\n", shown.stdout)
+    assert "»the correct answer is true</s>«" in shown.stdout
+    assert re.search(r"boolq +3 +3 +0 *\n", shown.stdout)
+
+
+def test_a_file_is_looked_at_with_a_tokenizer_of_choice(command, here, tiny_base):
+    path = here / "it's: rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in boolq_rows(4)))
+    done = command("data", "inspect", path, f"base.model={tiny_base}", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["rows"] == 4
+    path.write_text(path.read_text() + "[]\n")
+    done = command("data", "inspect", path, f"base.model={tiny_base}")
+    assert done.returncode == 2
+    assert "rows.jsonl: line 5: expected an object, found a list" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.jsonl", "nowhere.jsonl: cannot be read: No such file or directory"),
+        ("nowhere.yaml", "nowhere.yaml: no such recipe"),
+        ("empty.json", "empty.json: no rows in it"),
+    ],
+)
+def test_what_is_not_there_is_refused(command, here, name, message):
+    (here / "empty.json").write_text("[]")
+    done = command("data", "inspect", name)
+    assert done.returncode == 2
+    assert message in done.stderr
