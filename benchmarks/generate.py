@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
         "task": task,
         "rows": len(rows),
         "tokens": sum(map(len, prompts)) / len(rows),
-        "answers": {
+        "answered": {
             str(a): answers(expected).count(a) for a in sorted(set(answers(expected)), key=str)
         },
     }

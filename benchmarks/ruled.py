@@ -69,6 +69,7 @@ def tuned_adapter(model: str, data: str, tasks: list[str], steps: int, folder: P
                 "held_out": 0,
                 "prompt": "llm-adapters-aligned",
                 "loss": "response",
+                "cutoff": 1024,
             },
             "training": {
                 "epochs": 1,
