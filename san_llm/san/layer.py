@@ -21,6 +21,7 @@ from san_llm.errors import SanError
 from san_llm.san.autograd import Scaled, scaled
 from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
 from san_llm.san.graph import Carry
+from san_llm.san.weight_rows import Projected, wide_rows
 
 
 def _bias_dtype(base: nn.Module, weight: Tensor) -> torch.dtype:
@@ -170,8 +171,9 @@ class SanLayer(nn.Module, BaseTunerLayer):
         if known is None or known.device != weight.device:
             # Normal tensors even when evaluated first: a later backward pass needs them.
             with torch.inference_mode(False), torch.no_grad():
-                wide = self._wide_weight()
-                known = self._squared_norms = (wide * wide).sum(-1)
+                base = self.get_base_layer()
+                squares = [(rows * rows).sum(-1) for rows in wide_rows(base, base.weight)]
+                known = self._squared_norms = torch.cat(squares)
         return known
 
     def _wide_weight(self) -> Tensor:
@@ -182,7 +184,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
     def adapted_norm(self, adapter: str) -> Tensor:
         """Return norm(W + c B A) of each row, (d_out,); its gradient reaches A and B."""
         a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
-        projected = self._wide_weight().to(a.device) @ a.T
+        base = self.get_base_layer()
+        projected = Projected.apply(a, base, base.weight)
         c = self.san_options[adapter].scaling
         norm: Tensor = squared_row_norms(self.squared_norms(), projected, a, b, c).sqrt()
         return norm
