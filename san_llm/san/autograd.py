@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 2**18  # numbers: 1 MB in fp32
+BLOCK = 2**17  # numbers: 512 KB in fp32
 
 
 def scaled(features: Tensor, scale: Tensor | None) -> Tensor:
@@ -35,19 +35,23 @@ class Scaled(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, scale: Tensor) -> Tensor:
         """Return the scaled features."""
         ctx.save_for_backward(features, scale)
-        return scaled(features, scale)
+        if not _mixed(features, scale):
+            return scaled(features, scale)
+        out = _like(features)
+        for x, y, work in _blocks(features, out, scratch=1, dtype=scale.dtype):
+            _times(x, scale, y, work)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients to features and scale."""
         features, scale = ctx.saved_tensors
         d_features, d_scale = _like(grads[0]), torch.zeros_like(scale)
-        parts = _blocks(grads[0], features, d_features, scratch=1, dtype=scale.dtype)
-        for grad, x, d_x, work in parts:
-            # A product of two bf16 numbers would be rounded to bf16 before it is added up.
-            same = grad.dtype == work.dtype
-            d_scale += (torch.mul(grad, x, out=work) if same else work.copy_(grad).mul_(x)).sum(0)
-            torch.mul(grad, scale, out=d_x)
+        parts = _blocks(grads[0], features, d_features, scratch=2, dtype=scale.dtype)
+        for grad, x, d_x, wide, work in parts:
+            grad = _wide(grad, wide)
+            d_scale += torch.mul(grad, _wide(x, work), out=work).sum(0)
+            _times(grad, scale, d_x, wide)
         return d_features, d_scale
 
 
@@ -64,12 +68,14 @@ class ScaledNorm(torch.autograd.Function):
         """
         out = _like(x)
         rstds = x.new_empty(*x.shape[:-1], 1, dtype=weight.dtype)
-        for wide, rstd, y in _blocks(x, rstds, out):
-            wide = wide.to(weight.dtype)
-            torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps), out=rstd)
-            # Rounded where the base's own norm rounds, so that s = 1 gives its bits.
-            n = wide * rstd if rounded_once else (wide * rstd).to(x.dtype)
-            torch.mul(n, weight, out=y)
+        for x_, rstd, y, wide, work in _blocks(x, rstds, out, scratch=2, dtype=weight.dtype):
+            x_ = _wide(x_, wide)
+            torch.rsqrt(torch.mul(x_, x_, out=work).mean(-1, keepdim=True).add_(eps), out=rstd)
+            torch.mul(x_, rstd, out=work)
+            if not rounded_once and y.dtype != work.dtype:
+                # Rounded where the base's own norm rounds, so that s = 1 gives its bits.
+                work.copy_(y.copy_(work))
+            _times(work, weight, y, work)
         ctx.save_for_backward(x, weight, rstds)
         return out
 
@@ -78,13 +84,14 @@ class ScaledNorm(torch.autograd.Function):
         """Return the gradients to x and the weight."""
         x, weight, rstds = ctx.saved_tensors
         d_x, d_weight = _like(x), torch.zeros_like(weight)
-        for wide, rstd, grad, d_wide in _blocks(x, rstds, grads[0], d_x):
-            n = wide.to(weight.dtype) * rstd
-            d_n = n * grad
-            d_weight += d_n.sum(0)
-            inner = d_n.mul_(weight).mean(-1, keepdim=True)
-            torch.mul(grad, weight, out=d_n)
-            d_wide.copy_(d_n.sub_(n.mul_(inner)).mul_(rstd))
+        parts = _blocks(x, rstds, grads[0], d_x, scratch=3, dtype=weight.dtype)
+        for x_, rstd, grad, d_x_, n, wide, work in parts:
+            torch.mul(_wide(x_, n), rstd, out=n)
+            grad = _wide(grad, wide)
+            d_weight += torch.mul(n, grad, out=work).sum(0)
+            inner = work.mul_(weight).mean(-1, keepdim=True)
+            torch.mul(grad, weight, out=work).sub_(n.mul_(inner))
+            _times(work, rstd, d_x_, work)
         return d_x, d_weight, None, None
 
 
@@ -102,9 +109,9 @@ class ScaledSwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up, g, c)
         ctx.gelu = gelu
         out = _like(gate)
-        for gate_, up_, h in _blocks(gate, up, out):
-            _activate(_mul(gate_, g, h), gelu, out=h).mul_(up_)
-            _mul(h, c, h)
+        for gate_, up_, h, work in _blocks(gate, up, out, scratch=1, dtype=_widest(gate, g, c)):
+            _activate(_times(gate_, g, h, work), gelu, out=h).mul_(up_)
+            _times(h, c, h, work)
         return out
 
     @staticmethod
@@ -116,21 +123,22 @@ class ScaledSwiGLU(torch.autograd.Function):
         d_gate, d_up = _like(gate), _like(up)
         d_g = None if g is None else torch.zeros_like(g)
         d_c = None if c is None else torch.zeros_like(c)
-        wide = next((scale.dtype for scale in (g, c) if scale is not None), gate.dtype)
-        parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=2, dtype=wide)
-        for gate_, up_, d_h, d_gate_, d_up_, a, work in parts:
-            _mul(gate_, g, a)
+        wide = _widest(gate, g, c)
+        parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=6, dtype=wide)
+        for gate_, up_, d_h, d_gate_, d_up_, a, work, more, *wides in parts:
+            gate_, up_, d_h = map(_wide, (gate_, up_, d_h), wides)
+            _times(gate_, g, a, a)
             torch.mul(_activate(a, ctx.gelu, out=work), d_h, out=work)
-            _mul(work, c, d_up_)
             if d_c is not None:
-                d_c += work.mul_(up_).sum(0)
-            _mul(d_h, c, work).mul_(up_)
+                d_c += torch.mul(work, up_, out=more).sum(0)
+            _times(work, c, d_up_, more)
+            _times(d_h, c, work, more).mul_(up_)
             if ctx.gelu:
                 gradient = torch.ops.aten.gelu_backward.grad_input
                 gradient(work, a, approximate="tanh", grad_input=work)
             else:
                 torch.ops.aten.silu_backward.grad_input(work, a, grad_input=work)
-            _mul(work, g, d_gate_)
+            _times(work, g, d_gate_, more)
             if d_g is not None:
                 d_g += work.mul_(gate_).sum(0)
         return d_gate, d_up, d_g, d_c, None
@@ -145,9 +153,29 @@ def _activate(features: Tensor, gelu: bool, out: Tensor) -> Tensor:
     return out
 
 
-def _mul(features: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
-    """Write ``features * scale``, rounded once, into ``out``, and return that."""
-    return out.copy_(features) if scale is None else torch.mul(features, scale, out=out)
+def _mixed(features: Tensor, scale: Tensor) -> bool:
+    return features.dtype != scale.dtype and features.device.type == "cpu"
+
+
+def _widest(features: Tensor, *scales: Tensor | None) -> torch.dtype:
+    return next((scale.dtype for scale in scales if scale is not None), features.dtype)
+
+
+def _wide(features: Tensor, scratch: Tensor) -> Tensor:
+    """Return the features in the scratch's dtype: they themselves, or copied into it."""
+    return features if features.dtype == scratch.dtype else scratch.copy_(features)
+
+
+def _times(features: Tensor, scale: Tensor | None, out: Tensor, scratch: Tensor) -> Tensor:
+    """Write ``features * scale``, rounded once, into ``out``, and return that.
+
+    On a CPU a product of two dtypes takes six times as long as one of a copy.
+    """
+    if scale is None:
+        return out if out is features else out.copy_(features)
+    if _mixed(out, scale) or _mixed(features, scale):
+        return out.copy_(torch.mul(_wide(features, scratch), scale, out=scratch))
+    return torch.mul(features, scale, out=out)
 
 
 def _blocks(

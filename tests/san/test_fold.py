@@ -53,7 +53,7 @@ def pair(dtype: torch.dtype, family: str = "llama", changes: Any = None, **optio
     for model in models:
         for name, parameter in model.named_parameters():
             if ".san_lora_" in name:
-                parameter.data.mul_(0.3)  # so that no block multiplies its input by ten
+                parameter.data.mul_(0.1)  # so that no block multiplies its input by ten
     return models
 
 
