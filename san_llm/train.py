@@ -210,6 +210,7 @@ class SanTrainer(Trainer):
         """Log, and say of a batch that it was skipped."""
         if self._skipped and "loss" in logs:
             logs = logs | {"skipped": 1}
+            self._tr_loss.zero_()  # Trainer takes it away from itself, which leaves a nan as it is
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(

@@ -327,6 +327,43 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_bad_batches_can_be_skipped_and_are_counted(
+    here: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poison(TrainerCallback):
+        """Makes one step's loss NaN, by a weight that is NaN while it is computed."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **how: Any) -> None:
+            if state.global_step == 2:
+                self.gamma = next(p for p in how["model"].parameters() if p.requires_grad)
+                self.good = self.gamma.data.clone()
+                self.gamma.data[0] = float("nan")
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **how: Any) -> None:
+            if state.global_step == 2:
+                self.gamma.data.copy_(self.good)
+                self.before = [p.clone() for p in how["model"].parameters() if p.requires_grad]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **how: Any) -> None:
+            if state.global_step == 3:
+                after = [p for p in how["model"].parameters() if p.requires_grad]
+                assert all(map(torch.equal, self.before, after))
+
+    build = SanTrainer.__init__
+
+    def with_poison(self: SanTrainer, **how: Any) -> None:
+        build(self, **(how | {"callbacks": [*how["callbacks"], Poison()]}))
+
+    monkeypatch.setattr(SanTrainer, "__init__", with_poison)
+    result = start(recipe, here / "run", "training.bad_batches=skip", "training.max_steps=6")
+    assert (result.steps, result.skipped_batches) == (6, 1)
+    assert math.isfinite(result.train_loss)
+    entries = {entry["step"]: entry for entry in log(here / "run") if "loss" in entry}
+    assert entries[3] == {**entries[3], "loss": None, "skipped": 1}
+    assert all("skipped" not in entry for step, entry in entries.items() if step != 3)
+    assert moved(here / "run") > 0
+
+
 # --- methods and bases ------------------------------------------------------------------------
 
 
