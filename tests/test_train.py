@@ -525,6 +525,40 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert log(here / "parts") == log(here / "whole")
 
 
+@pytest.mark.parametrize(("step", "where"), [(3, "step"), (4, "judging"), (9, "judging")])
+def test_a_stop_inside_a_long_step_or_judging_changes_nothing(
+    here: Path, tiny_base: Path, step: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StopBeforeJudging(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    data = write_rows(here / "rows.json", rows(30))
+    path = write_recipe(here / "r.yaml", tiny_base, data, method={"name": "lora", "dropout": 0.1})
+    how = ("training.max_steps=9", "training.evaluate_every=2", "training.epochs=9.0")
+    whole = start(path, here / "whole", *how)
+    build = SanTrainer.__init__
+    stopper = _StopAfter(step, signal.SIGTERM) if where == "step" else StopBeforeJudging()
+
+    def stopping(self: SanTrainer, **arguments: Any) -> None:
+        build(self, **(arguments | {"callbacks": [*arguments["callbacks"], stopper]}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SanTrainer, "__init__", stopping)
+        for module in ("callbacks", "train"):
+            patch.setattr(f"san_llm.{module}.SLOW", -1.0)  # whatever it takes is too long
+        stopped = start(path, here / "parts", *how)
+    assert (stopped.finished, stopped.stopped_by) == (False, "SIGTERM")
+    assert stopped.steps == (step - 1 if where == "step" else step)
+    judged = {entry["step"] for entry in log(here / "parts") if "eval_loss" in entry}
+    assert step not in judged
+    result = train(recipe_of(here / "parts"), here / "parts")
+    assert (result.best_step, result.held_out_loss) == (whole.best_step, whole.held_out_loss)
+    assert apart(here / "whole", here / "parts") == 0
+    assert log(here / "parts") == log(here / "whole")
+
+
 def test_a_stop_in_the_last_step_changes_nothing(
     here: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
