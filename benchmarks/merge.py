@@ -1,9 +1,9 @@
 """What does a merge cost: time and peak memory of whole processes, against PEFT and ``cp``.
 
 ``python benchmarks/merge.py --model models/smollm2-135m`` merges a random SAN adapter three ways,
-in turns: ``san-llm merge``; PEFT's merge_and_unload and save_pretrained in one process; and a copy
-of the weights with fsync. ``--blocks N`` makes a LLaMA-3-8B-shaped base of N blocks instead, with
-small random weights, in a temporary folder.
+in turns: ``san-llm merge``; PEFT's merge_and_unload and save_pretrained in one process; and ``cp``
+of the weights and ``sync`` of the copies. ``--blocks N`` makes a LLaMA-3-8B-shaped base of N blocks
+instead, with small random weights, in a temporary folder. The base is in the page cache.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -114,8 +115,8 @@ def random_adapter(base: Path, folder: Path) -> None:
 
 
 def measure(code: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    """Run one merge as a process; return seconds and its peak memory in MB."""
-    began = time.perf_counter()
+    """Run one merge as a process; return seconds, CPU seconds and its peak memory in MB."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PEAK + code, str(base), str(adapter), str(out)],
         capture_output=True,
@@ -123,9 +124,15 @@ def measure(code: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
         check=False,
     )
     seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    return {"seconds": seconds, "peak_mb": int(done.stdout.split()[-1]) * 1024 / 1e6}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": sum(after[:2]) - sum(before[:2]),
+        "peak_mb": int(done.stdout.split()[-1]) * 1024 / 1e6,
+        "load": os.getloadavg()[0],
+    }
 
 
 def main() -> None:
@@ -163,15 +170,17 @@ def main() -> None:
                 "method": method,
                 "seconds": statistics.median(seconds),
                 "spread": max(seconds) - min(seconds),
+                "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
+                "load": max(run["load"] for run in runs),
                 "peak_mb": max(run["peak_mb"] for run in runs),
             }
         )
     print(f"{size / 1e9:.2f} GB of weights\n")
-    print("| method | seconds (spread) | peak MB |\n| --- | --: | --: |")
+    print("| method | seconds (spread) | CPU s | load | peak MB |\n| --- | --: | --: | --: | --: |")
     for row in rows:
         print(
             f"| {row['method']} | {row['seconds']:.2f} ({row['spread']:.2f}) "
-            f"| {row['peak_mb']:.0f} |"
+            f"| {row['cpu_seconds']:.2f} | {row['load']:.1f} | {row['peak_mb']:.0f} |"
         )
     if options.output:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"

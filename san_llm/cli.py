@@ -604,12 +604,14 @@ def merge(
 
     san-llm diff runs/mine --json
 
-    san-llm diff path/to/adapter models/llama3"""
+    san-llm diff path/to/adapter models/llama3
+
+    san-llm diff path/to/merged models/llama3"""
 )
 def diff(
     adapter: Annotated[
         Path | None,
-        typer.Argument(metavar="ADAPTER|RUN", help="Default: the last run's adapter."),
+        typer.Argument(metavar="ADAPTER|RUN|MODEL", help="Default: the last run's adapter."),
     ] = None,
     base: Annotated[
         str | None,

@@ -8,7 +8,7 @@ carriers are ratios of row norms, and take the base's weights, some rows at a ti
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ import numpy as np
 
 from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder
-from san_llm.record import adapter_of, last_run, read_json
+from san_llm.model_diff import compare
+from san_llm.recipe import Base
+from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
 from san_llm.san.graph import EMBEDDING, PARENTS, propagation_graph
 from san_llm.shards import Numbers, read_header, read_rows
 from san_llm.subject import find_subject
@@ -41,15 +43,18 @@ class Change:
         depressed: Share of them with gamma < 1.
         mean_change: Mean of ``|gamma - 1|``.
         largest: The channels that moved furthest, each with its gamma.
+        relative: In a merged model, the norm of the weight's change in units of the base's. Where
+            that change is no scaling of rows and columns the shares and the mean are None.
     """
 
     module: str
     block: int | None
     channels: int
-    potentiated: float
-    depressed: float
-    mean_change: float
+    potentiated: float | None
+    depressed: float | None
+    mean_change: float | None
     largest: list[tuple[int, float]]
+    relative: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ class DiffResult:
     """What an adapter changes.
 
     Attributes:
-        adapter: The adapter's folder.
+        adapter: The adapter's folder, or the merged model's.
         base: The base that it names, or that was given.
-        carrier: What holds its scales.
-        mode: Where they act.
+        carrier: What holds its scales; ``merged`` where they were found in the weights.
+        mode: Where they act; of a merged model ``weights``.
         total: All channels together; its largest are not named.
         modules: Each projection, over all blocks; nor are theirs.
         blocks: Each module of each block, in the model's order.
@@ -76,10 +81,11 @@ class DiffResult:
 
 
 def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
-    """Return what an adapter changes.
+    """Return what an adapter changes, or a merged model.
 
     Args:
-        where: An adapter's folder, or that of a finished run; default: the last run.
+        where: The folder of an adapter, of a finished run or of a merged model; default: the last
+            run.
         base: The model it was trained on; default: the one it names. Read for the low-rank
             carriers, and for a check of sizes if it is given.
 
@@ -87,6 +93,8 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
         InputError: when there is no SAN adapter, or it does not fit the base.
         SanError: when its numbers are not finite.
     """
+    if where is not None and _is_model(where):
+        return _of_model(where, base)
     adapter = adapter_of(last_run()) if where is None else where
     if (adapter / "recipe.yaml").is_file():
         adapter = adapter_of(adapter)
@@ -124,6 +132,40 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
             _change(kind, None, np.concatenate(kinds[kind]), 0)
             for kind in sorted(kinds, key=known.index)
         ],
+        blocks=blocks,
+    )
+
+
+def _is_model(where: Path) -> bool:
+    return (where / "config.json").is_file() and not (where / "adapter_config.json").is_file()
+
+
+def _of_model(model: Path, base: str | None) -> DiffResult:
+    """Return what is different in a merged model."""
+    run = run_of(model)
+    if base is None and run is None:
+        raise InputError(f"{model}: a model; name its base, too: san-llm diff {model} BASE")
+    named = Base(model=base) if base is not None else recipe_of(run or model).base
+    blocks: list[Change] = []
+    kinds: dict[str, list[Numbers]] = {}
+    for name, relative, gamma in compare(model, base_folder(named)):
+        parts = name.split(".")
+        block = next((int(part) for part in parts if part.isdigit()), None)
+        if gamma is None:
+            blocks.append(Change(parts[-1], block, 0, None, None, None, [], relative))
+        else:
+            blocks.append(replace(_change(parts[-1], block, gamma, LARGEST), relative=relative))
+            kinds.setdefault(parts[-1], []).append(gamma)
+    every = [gamma for gammas in kinds.values() for gamma in gammas]
+    return DiffResult(
+        adapter=str(model),
+        base=named.model,
+        carrier="merged",
+        mode="weights",
+        total=_change("all", None, np.concatenate(every), 0)
+        if every
+        else Change("all", None, 0, None, None, None, []),
+        modules=[_change(kind, None, np.concatenate(kinds[kind]), 0) for kind in kinds],
         blocks=blocks,
     )
 
@@ -201,15 +243,21 @@ def tables(result: DiffResult) -> Iterator[Table]:
 def _table(changes: list[Change], blocks: bool) -> Table:
     from rich.table import Table
 
+    weights = any(change.relative is not None for change in changes)
     table = Table(box=None, pad_edge=False)
     for column in (*(("block",) if blocks else ()), "module", "channels", "LTP %", "LTD %", "mean"):
         table.add_column(column, justify="left" if column == "module" else "right")
+    if weights:
+        table.add_column("change %", justify="right")
     if blocks:
         table.add_column("channel:gamma", no_wrap=True)
     for change in changes:
-        row = [f"{change.channels:,}"]
-        row += [f"{100 * share:.1f}" for share in (change.potentiated, change.depressed)]
-        row.append(f"{change.mean_change:.4f}")
+        row = [f"{change.channels:,}" if change.channels else "-"]
+        for share in (change.potentiated, change.depressed):
+            row.append("-" if share is None else f"{100 * share:.1f}")
+        row.append("-" if change.mean_change is None else f"{change.mean_change:.4f}")
+        if weights:
+            row.append("-" if change.relative is None else f"{100 * change.relative:.2f}")
         if blocks:
             place = "-" if change.block is None else str(change.block)
             named = " ".join(f"{channel}:{gamma:.3f}" for channel, gamma in change.largest)

@@ -300,8 +300,11 @@ def last_run() -> Path:
             f"{latest}: no run yet in this directory: `san-llm train RECIPE` makes one, "
             "or name a model or an adapter"
         )
-    run = latest.resolve()
-    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    return _from_here(latest.resolve())
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -335,7 +338,7 @@ def adapter_of(run: Path) -> Path:
 def run_of(adapter: Path) -> Path | None:
     """Return the run folder that an adapter lies in, or None."""
     run = adapter.resolve().parent
-    return run if (run / "recipe.yaml").is_file() else None
+    return _from_here(run) if (run / "recipe.yaml").is_file() else None
 
 
 def versions() -> dict[str, str]:

@@ -41,6 +41,7 @@ LIGHT = [
     "locate",
     "lock",
     "merge",
+    "model_diff",
     "processes",
     "progress",
     "push",
@@ -59,7 +60,7 @@ ORDER = [
     {"data.prompts", "data.tasks", "san.graph", "lock", "push"},
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "evaluate.score", "streamed", "fold_columns", "weight_check"},
-    {"subject", "launch", "evaluate.report", "download", "gguf_export", "checkpoint"},
+    {"subject", "launch", "model_diff", "evaluate.report", "download", "gguf_export", "checkpoint"},
     {"locate", "processes", "evaluate.fingerprint"},
     {"merge", "evaluate.store"},
     {"evaluate.compare"},
@@ -170,7 +171,7 @@ def test_only_one_file_knows_bitsandbytes():
             for name in ([a.name for a in node.names] + [getattr(node, "module", "") or ""])
         )
     }
-    assert users == {"quantize", "san.model", "san.weight_rows"}
+    assert users == {"quantize", "san.weight_rows"}
 
 
 # What a command has loaded is written to stderr when it ends, whatever it ends with.

@@ -629,7 +629,7 @@ def test_an_adapter_trained_over_4_bits_merges_into_the_full_base_and_says_so(co
         assert torch.equal(found[key], torch.from_numpy(value)), key
     value = json.loads(command("merge", "--json", "--overwrite").stdout)
     assert (value["trained_over"], value["base"]) == ("4bit", str(base))
-    assert (value["dtype"], value["output"]) == ("float32", str(here / run / "merged"))
+    assert (value["dtype"], value["output"]) == ("float32", str(run / "merged"))
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
