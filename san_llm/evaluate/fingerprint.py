@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,6 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
-def key_of(identity: dict[str, Any]) -> str:
+def key_of(identity: Mapping[str, Any]) -> str:
     """Return one sha256 for all that makes an evaluation the same evaluation."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from san_llm.data.encode import evaluation_text, pad_id
 from san_llm.data.rows import Row, read_task, sha256_of, test_file
 from san_llm.data.tasks import Task
 from san_llm.errors import InputError
-from san_llm.evaluate.fingerprint import code_sha256, folder_sha256, key_of
+from san_llm.evaluate.fingerprint import code_sha256, folder_sha256
 from san_llm.evaluate.generate import BEAMS, NEW_TOKENS, generate
 from san_llm.evaluate.harness import check_installed, score_with_lm_eval
 from san_llm.evaluate.loglik import ChoiceQuestion, ChoiceScore, encode_question, score_choices
@@ -325,7 +325,7 @@ def evaluate(
             facts: dict[str, Any] = {}
             if is_first():
                 facts = identity(subject, questions, settings, fresh)
-                progress = stack.enter_context(progress_of(key_of(facts)))
+                progress = stack.enter_context(progress_of(facts))
                 rows, whole = _stored(progress, len(items), fresh)
             folder, done, whole = agree((progress.folder if progress else Path(), set(rows), whole))
             if not whole:

@@ -27,12 +27,13 @@ from filelock import FileLock, Timeout
 
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError
+from san_llm.evaluate.fingerprint import key_of
 from san_llm.evaluate.score import Judged
 from san_llm.progress import stderr
 from san_llm.record import cache_folder, write_json
 
 ROWS, RESULTS, MANIFEST = "rows.jsonl", "results.json", "manifest.json"
-_FINISHED = "finished.json"
+_FINISHED, _IDENTITY = "finished.json", "identity.json"
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,13 @@ class Part:
 
 
 @contextmanager
-def progress_of(key: str) -> Iterator[Progress]:
-    """Give the progress of the evaluation with this key, to one process at a time.
+def progress_of(identity: Mapping[str, Any]) -> Iterator[Progress]:
+    """Give the progress of the evaluation with this identity, to one process at a time.
 
     The lock goes with the process that holds it, however that ends.
     """
-    folder = cache_folder("evaluations") / key
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("evaluations") / key_of(identity)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
@@ -184,8 +185,11 @@ def progress_of(key: str) -> Iterator[Progress]:
         stderr.print("the same evaluation is running in another process: waiting for it")
         lock.acquire()
     try:
+        folder.mkdir(exist_ok=True)
+        if not (folder / _IDENTITY).is_file():
+            write_json(folder / _IDENTITY, identity)  # for a reader: why another is not this one
         yield Progress(folder)
     finally:
-        if folder.is_dir() and not os.listdir(folder):
+        if os.listdir(folder) == [_IDENTITY]:
             shutil.rmtree(folder, ignore_errors=True)
         lock.release()
