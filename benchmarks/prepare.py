@@ -105,23 +105,25 @@ def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Return a row a way, with ratios of seconds to each of the tokenizer's calls, pair by pair."""
-    lines = [
-        "| way | s (spread) | CPU s | s / tokenizer (spread) | s / encode_batch_fast (spread) |",
-        "| --- | --: | --: | --: | --: |",
-    ]
+    """Return a row a way; ratios are of the runs of one round, by the clock and by CPU seconds."""
+    others = ("tokenizer", "encode_batch_fast")
+    heads = ["way", "s (spread)", "CPU s (spread)"]
+    heads += [f"{unit} / {other} (spread)" for other in others for unit in ("s", "CPU s")]
+    lines = [f"| {' | '.join(heads)} |", f"| ---{' | --:' * (len(heads) - 1)} |"]
     for way, runs in found.items():
-        walls = [run["seconds"] for run in runs]
-        cells = [way, f"{statistics.median(walls):.2f} ({max(walls) - min(walls):.2f})"]
-        cells.append(f"{statistics.median(run['cpu'] for run in runs):.2f}")
-        for other in ("tokenizer", "encode_batch_fast"):
-            ratios = [
-                run["seconds"] / pair["seconds"]
-                for run, pair in zip(runs, found[other], strict=True)
-            ]
-            cells.append(f"{statistics.median(ratios):.2f} ({max(ratios) - min(ratios):.2f})")
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [way]
+        cells += [_middle([run[key] for run in runs]) for key in ("seconds", "cpu")]
+        cells += [
+            _middle([one[key] / two[key] for one, two in zip(runs, found[other], strict=True)])
+            for other in others
+            for key in ("seconds", "cpu")
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _middle(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({max(values) - min(values):.2f})"
 
 
 def main() -> None:
