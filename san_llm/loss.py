@@ -32,11 +32,12 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
     """
     bare = model.module if hasattr(model, "module") else model
     if "layout" in inputs:
-        layout = with_mask(inputs["layout"], inputs["position_ids"][0])
+        dtype = bare.get_input_embeddings().weight.dtype
+        layout = with_mask(inputs["layout"], inputs["position_ids"][0], dtype)
         # A mask of four dimensions is handed through as it is; attention takes the layout's.
         how = {
             "position_ids": inputs["position_ids"],
-            "attention_mask": layout["mask"],
+            "attention_mask": layout["added"],
             "layout": layout,
         }
         sources, targets = inputs["sources"], inputs["labels"]

@@ -1,7 +1,7 @@
 """Attention of packed rows: each token sees the tokens of its own row that stand before it.
 
-It takes the place of transformers' SDPA attention, which it calls with the rows side by side; all
-else in the model works on single tokens and needs to know nothing of rows.
+It takes the place of transformers' SDPA attention and lays the rows side by side; all else in the
+model works on single tokens and needs to know nothing of rows.
 https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from san_llm.attention import added, attention
 from san_llm.san.graph import FAMILIES
 
 NAME = "sdpa_packed"
@@ -37,8 +38,7 @@ def attend(
         key: See query.
         value: See query.
         attention_mask: Not used with a layout.
-        layout: As ``data.pack.Pack`` makes it, with ``positions`` of the tokens (N,); without one
-            this is SDPA attention.
+        layout: Of :func:`with_mask`; without one this is SDPA attention.
         **how: What the model tells every attention function.
     """
     if layout is None:
@@ -47,38 +47,45 @@ def attend(
         )
         return out
     keys, queries = layout["keys"], layout["queries"]
-    mask = layout["mask"]
-    window = how.get("sliding_window")
+    mask, window = layout["added"], how.get("sliding_window")
     if window is not None and window < keys.shape[1]:
-        mask = mask & ~_before(layout["positions"][queries] - window + 1, keys.shape[1])
-    rows, _ = sdpa_attention_forward(
-        module,
-        _side_by_side(query, queries),
-        _side_by_side(key, keys),
-        _side_by_side(value, keys),
-        mask,
-        **how,
+        near = ~_before(layout["positions"][queries] - window + 1, keys.shape[1])
+        mask = added(layout["mask"] & near, query.dtype)
+    rows = attention(
+        _rows(query, queries),
+        _rows(key, keys).transpose(1, 2),
+        _rows(value, keys).transpose(1, 2),
+        mask.to(query.dtype),
+        how["scaling"],
+        how["dropout"],
     )
     return rows.flatten(0, 1).index_select(0, layout["slots"]).unsqueeze(0), None
 
 
-def with_mask(layout: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-    """Return a layout with the token positions (N,) and the causal mask (R, 1, queries, keys)."""
+def with_mask(
+    layout: dict[str, Tensor], positions: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a layout with what attention needs in every block.
+
+    Args:
+        layout: As ``data.pack.Pack`` makes it.
+        positions: Of the tokens in their rows, (N,).
+        dtype: What the model computes in.
+    """
     keys, queries = layout["keys"], layout["queries"]
     causal = _before(positions[queries] + 1, keys.shape[1])
-    return {**layout, "positions": positions, "mask": causal}
+    return {**layout, "positions": positions, "mask": causal, "added": added(causal, dtype)}
 
 
 def _before(ends: Tensor, width: int) -> Tensor:
-    """Return which of ``width`` positions come before each end: (R, q) -> (R, 1, q, width)."""
-    return torch.lt(torch.arange(width, device=ends.device), ends[:, None, :, None])
+    """Return which of ``width`` positions come before each end: (R, q) -> (R, q, width)."""
+    return torch.lt(torch.arange(width, device=ends.device), ends.unsqueeze(-1))
 
 
-def _side_by_side(heads: Tensor, index: Tensor) -> Tensor:
-    """Return rows (R, heads, length, head_dim) of packed heads (1, heads, N, head_dim)."""
+def _rows(heads: Tensor, index: Tensor) -> Tensor:
+    """Return rows (R, length, heads, head_dim) of packed heads (1, heads, N, head_dim)."""
     tokens = heads[0].transpose(0, 1)
-    rows = tokens.index_select(0, index.flatten())
-    return rows.view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
+    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:])
 
 
 def can_pack(model: Any) -> bool:

@@ -177,3 +177,20 @@ def test_what_packs_and_what_draws_at_random():
     assert has_dropout(tiny_model(attention_dropout=0.1))
     dropping = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1)
     assert has_dropout(get_peft_model(tiny_model(), dropping))
+
+
+def test_in_bf16_packed_rows_are_as_near_the_truth_as_padded_ones():
+    def moved(dtype: torch.dtype) -> Any:
+        return adapt(tiny_model(dtype=torch.bfloat16).to(dtype))
+
+    def flat(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradient.flatten().double() for gradient in found.values()])
+
+    low, rows = moved(torch.bfloat16), example()
+    wide = moved(torch.float32)
+    truth = flat(gradients(wide, one_by_one(wide, rows)))
+    padded = flat(gradients(low, token_losses(low, Pad(2)(rows))))
+    use_packed_attention(low.base_model.model)
+    packed = flat(gradients(low, token_losses(low, Pack(share=True)(rows))))
+    assert (packed - truth).norm() <= 1.5 * (padded - truth).norm()
+    assert (packed - truth).norm() <= 0.05 * truth.norm()
