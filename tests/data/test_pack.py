@@ -193,4 +193,4 @@ def test_in_bf16_packed_rows_are_as_near_the_truth_as_padded_ones():
     use_packed_attention(low.base_model.model)
     packed = flat(gradients(low, token_losses(low, Pack(share=True)(rows))))
     assert (packed - truth).norm() <= 1.5 * (padded - truth).norm()
-    assert (packed - truth).norm() <= 0.05 * truth.norm()
+    assert (packed - truth).norm() <= 0.15 * truth.norm()
