@@ -105,6 +105,7 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
             "same_texts": sum(a == b for a, b in pairs),
             "same_answers": sum(a == b for a, b in same),
         }
+    print(json.dumps(result), file=sys.stderr)
     if options.no_mask:
         for batch in (1, options.batch):
             began = time.process_time()
@@ -139,7 +140,6 @@ def main() -> None:
     results = []
     for task in options.tasks:
         results.append(measure(options, task))
-        print(json.dumps(results[-1]), file=sys.stderr)
     print(f"| task | rows | way | {told()} | same texts | same answers |")
     print("| --- | --: | --- | --: | --: | --: | --: | --: |")
     for result in results:
