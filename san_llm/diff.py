@@ -19,7 +19,7 @@ from san_llm.locate import base_folder
 from san_llm.model_diff import compare
 from san_llm.recipe import Base
 from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
-from san_llm.san.graph import EMBEDDING, PARENTS, propagation_graph
+from san_llm.san.graph import EMBEDDING, PARENTS, check_options, propagation_graph
 from san_llm.shards import Numbers, read_header, read_rows
 from san_llm.subject import find_subject
 from san_llm.weight_check import Expected, stored_rows
@@ -103,6 +103,7 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
         raise InputError(
             f"{adapter}: a {options.get('peft_type')} adapter: only SAN's have neuron scales"
         )
+    check_options(options)
     carrier = str(options.get("carrier") or "scale")
     if base is not None or carrier != "scale":
         named = find_subject(base, adapter).base

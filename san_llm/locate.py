@@ -86,6 +86,8 @@ def stored_bits(model: str, config: Mapping[str, Any]) -> Literal["4bit", "8bit"
     stored = config.get("quantization_config")
     if not stored:
         return None
+    if not isinstance(stored, Mapping):
+        raise InputError(f"{model}: quantization_config: expected a section, found {stored!r}")
     bits: tuple[Literal["4bit", "8bit"], ...] = ("4bit", "8bit")
     found = next((kind for kind in bits if stored.get(f"load_in_{kind}")), None)
     method = stored.get("quant_method", "bitsandbytes" if found else "an unknown method")

@@ -18,6 +18,7 @@ from san_llm.san.config import SanConfig
 from san_llm.san.graph import (
     PARENTS,
     check_family,
+    check_options,
     check_sizes,
     family_targets,
     linear_shapes,
@@ -254,7 +255,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise InputError(f"{adapter}: not an adapter: no {name} in it")
-    read_json(adapter / "adapter_config.json")
+    options = read_json(adapter / "adapter_config.json")
+    if options.get("peft_type") == "SAN":
+        check_options(options)
     held = {tensor.name for tensor in read_header(adapter / "adapter_model.safetensors")}
     adapted: PeftModel = _read(
         "adapter", str(adapter), lambda name: PeftModel.from_pretrained(model, name)

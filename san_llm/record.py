@@ -118,6 +118,7 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         InputError: see :func:`refuse_files`.
     """
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_stale(folder)
     refuse_files(folder, overwrite)
@@ -140,6 +141,9 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # somebody else's files are in it
+                parent.rmdir()
         raise
     finally:
         os.close(owned)

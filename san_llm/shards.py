@@ -70,11 +70,13 @@ def read_header(file: Path) -> list[Stored]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > min(size - 8, 10**8):
-                raise InputError(f"{file}: not a safetensors file, or cut short")
-            header = json.loads(opened.read(length))
+            head = opened.read(length) if size >= 8 and length <= min(size - 8, 10**8) else None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    if head is None:
+        raise InputError(f"{file}: not a safetensors file, or cut short")
+    try:
+        header = json.loads(head)
     except (ValueError, RecursionError):
         raise InputError(f"{file}: not a safetensors file: its header is not JSON") from None
     tensors = []

@@ -58,7 +58,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExce
 
     with pytest.raises(error):
         fill()
-    assert names(tmp_path / "new") == []
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

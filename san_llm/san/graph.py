@@ -168,7 +168,7 @@ def check_family(model_type: str | None) -> None:
     Raises:
         InputError: naming the supported families.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"model type {model_type!r} is not supported by SAN: its propagation map is known for "
             f"{', '.join(FAMILIES)}"
@@ -192,6 +192,36 @@ def check_sizes(config: Any) -> None:
             raise InputError(
                 f"config.json: {key}: expected a whole number from 1 to {largest:,}, found "
                 f"{value!r}"
+            )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse an ``adapter_config.json`` with SAN options that are none, as ``SanConfig`` does.
+
+    Raises:
+        InputError: naming the key.
+    """
+    targets, links = options.get("target_modules"), options.get("links")
+    named = [("carrier", CARRIERS, [options.get("carrier") or "scale"])]
+    named += [("mode", MODES, [options.get("mode") or "both"])]
+    for key, value in (("target_modules", targets), ("links", links)):
+        if not isinstance(
+            value, (list, tuple, str if key == "target_modules" else list, type(None))
+        ):
+            raise InputError(f"adapter_config.json: {key}: expected a list, found {value!r}")
+    named += [("links", KINDS, list(links or ()))]
+    for key, known, values in named:
+        for value in values:
+            if value not in known:
+                raise InputError(
+                    f"adapter_config.json: {key}: {value!r} is not one of {', '.join(known)}"
+                )
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        number = options.get(key, 1)
+        if type(number) not in kinds or not 0 < number <= 2**20:
+            raise InputError(
+                f"adapter_config.json: {key}: expected a number from 0 to {2**20:,}, found "
+                f"{number!r}"
             )
 
 
@@ -540,6 +570,8 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
     model_type = _get(config, "model_type")
     check_family(model_type)
     check_sizes(config)
+    if isinstance(san_config, Mapping):
+        check_options(san_config)
     targets = _get(san_config, "target_modules") or None
     if targets is not None and not isinstance(targets, str):
         check_targets(targets)

@@ -1,0 +1,772 @@
+"""Bad inputs that are made when they are tested: damaged copies of good files, links, endless ones.
+
+Each function damages a folder that holds a tiny base (``model``), a finished run of it
+(``runs/done``, the last), one that was stopped (``runs/stopped``), rows and a recipe; its decorator
+says what is run then, and what the command line answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_gguf import gguf_model, write_gguf
+
+Damage = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bad input.
+
+    Attributes:
+        name: What it is called in the test run.
+        command: The arguments, as a shell takes them.
+        says: A part of the line that it ends with.
+        code: The exit code.
+        damage: Makes it in a fresh folder.
+        environment: Variables that are set for it.
+    """
+
+    name: str
+    command: str
+    says: str
+    code: int = 2
+    damage: Damage | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+BUILT: list[Case] = []
+
+
+def bad(command: str, says: str, code: int = 2, **environment: str) -> Callable[[Damage], Damage]:
+    """Register what the decorated function builds as a case."""
+
+    def register(damage: Damage) -> Damage:
+        BUILT.append(Case(damage.__name__, command, says, code, damage, environment))
+        return damage
+
+    return register
+
+
+def patch(path: Path, changes: dict[str, Any]) -> None:
+    """Change keys of a JSON file; None takes one away."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in values.items() if v is not None}))
+
+
+# --- adapters ---
+
+
+def adapter(here: Path) -> Path:
+    """Return the file with the finished run's numbers."""
+    return here / "runs" / "done" / "adapter" / "adapter_model.safetensors"
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tensors of a safetensors file."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def reheader(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of a safetensors file, whatever becomes of it."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+class Bomb:
+    """What a pickle runs when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch pwned",))
+
+
+def first(tensors: dict[str, Any]) -> str:
+    """Return the name of the first tensor, without the header's own entry."""
+    return next(name for name in sorted(tensors) if name != "__metadata__")
+
+
+READERS = ("merge", "diff", "eval --tasks boolq --data data")
+
+
+def bad_adapter(says: str, commands: tuple[str, ...] = READERS, code: int = 2) -> Any:
+    """Register what the decorated function builds once for each command that reads adapters."""
+
+    def register(damage: Damage) -> Damage:
+        for command in commands:
+            name = f"{damage.__name__} in {command.split()[0]}"
+            BUILT.append(Case(name, command, says, code, damage))
+        return damage
+
+    return register
+
+
+@bad_adapter("cut short")
+def adapter_cut_short(here: Path) -> None:
+    file = adapter(here)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@bad_adapter("not a safetensors file, or cut short")
+def adapter_cut_in_its_header(here: Path) -> None:
+    file = adapter(here)
+    file.write_bytes(file.read_bytes()[:200])
+
+
+@bad_adapter("not a safetensors file, or cut short")
+def adapter_empty(here: Path) -> None:
+    adapter(here).write_bytes(b"")
+
+
+@bad_adapter("damaged")
+def adapter_with_bytes_behind(here: Path) -> None:
+    file = adapter(here)
+    file.write_bytes(file.read_bytes() + bytes(64))
+
+
+@bad_adapter("not a safetensors file, or cut short")
+def adapter_with_an_endless_header(here: Path) -> None:
+    file = adapter(here)
+    file.write_bytes((2**63).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+@bad_adapter("header is not JSON")
+def adapter_with_a_flipped_bit_in_its_header(here: Path) -> None:
+    raw = bytearray(adapter(here).read_bytes())
+    raw[8] ^= 0x10
+    adapter(here).write_bytes(raw)
+
+
+@bad_adapter("header is not JSON")
+def adapter_with_a_deep_header(here: Path) -> None:
+    text = b'{"a":' * 5000 + b"1" + b"}" * 5000
+    adapter(here).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+@bad_adapter("not a safetensors file")
+def adapter_of_zeros(here: Path) -> None:
+    adapter(here).write_bytes(bytes(4096))
+
+
+@bad_adapter("not a safetensors file")
+def adapter_of_text(here: Path) -> None:
+    adapter(here).write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+
+
+@bad_adapter("damaged")
+def adapter_with_a_flipped_bit_in_a_shape(here: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header[first(header)]["shape"][0] ^= 64
+
+    reheader(adapter(here), change)
+
+
+@bad_adapter("damaged")
+def adapter_with_an_endless_shape(here: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header[first(header)]["shape"] = [2**40, 2**40]
+
+    reheader(adapter(here), change)
+
+
+@bad_adapter("header is not a table")
+def adapter_with_a_negative_shape(here: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header[first(header)]["shape"] = [-8, -4]
+
+    reheader(adapter(here), change)
+
+
+@bad_adapter("is not where the one before it ends")
+def adapter_with_offsets_before_the_file(here: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header[first(header)]["data_offsets"] = [-1000, -872]
+
+    reheader(adapter(here), change)
+
+
+@bad_adapter("damaged")
+def adapter_with_two_tensors_in_one_place(here: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header["a_second"] = header[first(header)]
+
+    reheader(adapter(here), change)
+
+
+@bad_adapter("header is not a table")
+def adapter_with_text_for_offsets(here: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header[first(header)]["data_offsets"] = "ab"
+
+    reheader(adapter(here), change)
+
+
+@bad_adapter("numbers that are not finite", code=1)
+def adapter_with_a_nan(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[first(tensors)][0] = float("nan")
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("numbers that are not finite", code=1)
+def adapter_with_an_infinity(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[first(tensors)][1] = float("-inf")
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("model.layers.0.mlp.down_proj", ("merge", "eval --tasks boolq --data data"))
+def adapter_without_a_vector(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        del tensors[first(tensors)]
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("belongs to nothing in this base", ("merge",))
+@bad_adapter("nothing here takes", ("eval --tasks boolq --data data",))
+def adapter_with_a_vector_too_many(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        name = first(tensors)
+        tensors[name.replace("layers.0.", "layers.7.")] = tensors[name].clone()
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("another base", ("merge", "eval --tasks boolq --data data"))
+def adapter_of_a_wider_base(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].repeat(2)
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("belongs to nothing in this base", ("merge",))
+@bad_adapter("nothing here takes", ("eval --tasks boolq --data data",))
+def adapter_of_another_family(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("model.layers", "transformer.h")] = tensors.pop(name)
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("not an adapter: no adapter_model.safetensors in it", (READERS[0], READERS[2]))
+def adapter_that_is_a_pickle(here: Path) -> None:
+    adapter(here).unlink()
+    torch.save({"a": Bomb()}, adapter(here).with_suffix(".bin"))
+
+
+@bad_adapter("not a safetensors file")
+def adapter_that_is_a_pickle_by_another_name(here: Path) -> None:
+    torch.save({"a": Bomb()}, adapter(here))
+
+
+@bad_adapter("no adapter yet")
+def adapter_without_its_config(here: Path) -> None:
+    (adapter(here).parent / "adapter_config.json").unlink()
+
+
+@bad_adapter("adapter_config.json: not valid JSON")
+def adapter_with_half_a_config(here: Path) -> None:
+    file = adapter(here).parent / "adapter_config.json"
+    file.write_text(file.read_text()[:100])
+
+
+@bad_adapter("adapter_config.json: not valid JSON")
+def adapter_with_a_deep_config(here: Path) -> None:
+    (adapter(here).parent / "adapter_config.json").write_text("[" * 100_000)
+
+
+@bad_adapter("adapter_config.json: expected a JSON object")
+def adapter_with_a_list_for_a_config(here: Path) -> None:
+    (adapter(here).parent / "adapter_config.json").write_text("[1, 2]")
+
+
+@bad_adapter("adapter_config.json: not valid JSON")
+def adapter_with_a_binary_config(here: Path) -> None:
+    (adapter(here).parent / "adapter_config.json").write_bytes(bytes(range(256)))
+
+
+# --- base models ---
+
+TRAIN, MERGE, EVAL = "train good.yaml", "merge", "eval --base-only --tasks boolq --data data"
+
+
+def bad_base(says: str, commands: tuple[str, ...] = (TRAIN, MERGE, EVAL), code: int = 2) -> Any:
+    """Register what the decorated function does to the base once for each command."""
+    return bad_adapter(says, commands, code)
+
+
+@bad_base("config.json in it, so it is not a model")
+def base_without_a_config(here: Path) -> None:
+    (here / "model" / "config.json").unlink()
+
+
+@bad_base("config.json: not valid JSON")
+def base_with_half_a_config(here: Path) -> None:
+    file = here / "model" / "config.json"
+    file.write_text(file.read_text()[:100])
+
+
+@bad_base("config.json: expected a JSON object")
+def base_with_a_list_for_a_config(here: Path) -> None:
+    (here / "model" / "config.json").write_text("[1]")
+
+
+@bad_base("config.json: not valid JSON")
+def base_with_a_deep_config(here: Path) -> None:
+    (here / "model" / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
+
+
+@bad_base("config.json: not valid JSON")
+def base_with_a_binary_config(here: Path) -> None:
+    (here / "model" / "config.json").write_bytes(bytes(range(256)))
+
+
+@bad_base("no model.safetensors and no model.safetensors.index.json in it")
+def base_without_weights(here: Path) -> None:
+    (here / "model" / "model.safetensors").unlink()
+
+
+@bad_base("pytorch_model.bin is a pickle and can run code, so it is never loaded")
+def base_that_is_a_pickle(here: Path) -> None:
+    (here / "model" / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb()}, here / "model" / "pytorch_model.bin")
+
+
+@bad_base("not a safetensors file, or cut short")
+def base_that_is_a_pickle_by_another_name(here: Path) -> None:
+    torch.save({"model.norm.weight": Bomb()}, here / "model" / "model.safetensors")
+
+
+@bad_base("cut short")
+def base_cut_short(here: Path) -> None:
+    file = here / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@bad_base("damaged")
+def base_with_bytes_behind(here: Path) -> None:
+    file = here / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes() + b"more")
+
+
+@bad_base("no model.layers.1.mlp.up_proj.weight")
+def base_without_a_weight(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    rewrite(here / "model" / "model.safetensors", change)
+
+
+@bad_base("its weights have 1 blocks", (TRAIN, EVAL))
+def base_without_a_block(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    rewrite(here / "model" / "model.safetensors", change)
+
+
+@bad_base("shape")
+def base_with_a_weight_of_another_shape(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-1].clone()
+
+    rewrite(here / "model" / "model.safetensors", change)
+
+
+@bad_base("model.layers.1.mlp.up_proj.weight has numbers that are not finite", (TRAIN, EVAL))
+def base_with_a_nan(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+
+    rewrite(here / "model" / "model.safetensors", change)
+
+
+def shard(here: Path, name: str) -> None:
+    """Make the base a checkpoint of one shard by this name, as its index says."""
+    model = here / "model"
+    (model / "model.safetensors").rename(here / "elsewhere.safetensors")
+    names = list(load_file(here / "elsewhere.safetensors"))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@bad_base("'../elsewhere.safetensors' is not a file in the same folder")
+def base_with_a_shard_outside(here: Path) -> None:
+    shard(here, "../elsewhere.safetensors")
+
+
+@bad_base("is not a file in the same folder")
+def base_with_a_shard_by_its_whole_path(here: Path) -> None:
+    shard(here, str(here / "elsewhere.safetensors"))
+
+
+@bad_base("model-1.safetensors: cannot be read: No such file")
+def base_without_its_shard(here: Path) -> None:
+    shard(here, "model-1.safetensors")
+
+
+@bad_base("not an index of safetensors files")
+def base_with_half_an_index(here: Path) -> None:
+    shard(here, "model-1.safetensors")
+    (here / "model" / "model.safetensors.index.json").write_text('{"weight_map": ')
+
+
+@bad_base("not an index of safetensors files")
+def base_with_numbers_in_its_index(here: Path) -> None:
+    shard(here, "model-1.safetensors")
+    (here / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+
+
+@bad_base("no tokenizer in it", (TRAIN, EVAL))
+def base_without_a_tokenizer(here: Path) -> None:
+    for file in (here / "model").glob("tokenizer*"):
+        file.unlink()
+
+
+@bad_base("tokenizer cannot be loaded", (TRAIN, EVAL))
+def base_with_half_a_tokenizer(here: Path) -> None:
+    file = here / "model" / "tokenizer.json"
+    file.write_text(file.read_text()[:200])
+
+
+@bad_base("tokenizer cannot be loaded", (TRAIN, EVAL))
+def base_with_a_tokenizer_of_nothing(here: Path) -> None:
+    (here / "model" / "tokenizer.json").write_text("{}")
+
+
+@bad_base("tokenizer cannot be loaded", (TRAIN, EVAL))
+def base_with_a_deep_tokenizer(here: Path) -> None:
+    (here / "model" / "tokenizer.json").write_text("[" * 50_000)
+
+
+@bad_base("needs code of its own", (MERGE,))
+def base_with_code_of_its_own(here: Path) -> None:
+    code = "import os; os.system('touch pwned')\nclass Model: pass\nclass Config: pass\n"
+    (here / "model" / "modeling_evil.py").write_text(code)
+    names = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    patch(here / "model" / "config.json", {"auto_map": names})
+
+
+@bad_base("custom code which must be executed", (TRAIN, EVAL))
+@bad_base("model type 'evil' is not supported", (MERGE,))
+def base_of_a_family_that_is_only_code(here: Path) -> None:
+    base_with_code_of_its_own(here)
+    patch(here / "model" / "config.json", {"model_type": "evil"})
+
+
+@bad_base("the chat template of", ("train good.yaml data.prompt=chat",))
+def base_with_a_template_that_reaches_out(here: Path) -> None:
+    reach = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    (here / "model" / "chat_template.jinja").write_text(reach)
+
+
+@bad_base("the chat template of", ("train good.yaml data.prompt=chat",))
+def base_with_half_a_template(here: Path) -> None:
+    (here / "model" / "chat_template.jinja").write_text("{% for m in messages %}")
+
+
+@bad_base("a symbolic link out of the folder", (MERGE,))
+def base_with_a_link_to_a_secret(here: Path) -> None:
+    (here / "secret").write_text("hunter2")
+    (here / "model" / "tokenizer.model").symlink_to(here / "secret")
+
+
+@bad_base("not a file of a model's or adapter's settings")
+def base_with_a_config_of_a_gib(here: Path) -> None:
+    endless(here / "model" / "config.json", b'{"model_type": "')
+
+
+# --- GGUF files ---
+
+
+def gguf(here: Path) -> bytearray:
+    """Return the bytes of a small model's GGUF file."""
+    return bytearray(write_gguf(here / "good.gguf", gguf_model(num_hidden_layers=1)).read_bytes())
+
+
+def bad_gguf(says: str) -> Any:
+    """Register a case whose function returns the bytes of ``bad.gguf``."""
+
+    def register(build: Callable[[Path], bytes]) -> Damage:
+        def damage(here: Path) -> None:
+            (here / "bad.gguf").write_bytes(build(here))
+
+        command = "train good.yaml base.model=bad.gguf"
+        BUILT.append(Case(build.__name__, command, says, damage=damage))
+        return damage
+
+    return register
+
+
+NOT_A_MODEL = "bad.gguf: cannot be read as a model"
+
+
+@bad_gguf("bad.gguf: not a GGUF file")
+def gguf_empty(here: Path) -> bytes:
+    return b""
+
+
+@bad_gguf("bad.gguf: not a GGUF file")
+def gguf_of_text(here: Path) -> bytes:
+    return b"version https://git-lfs.github.com/spec/v1\n"
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_of_four_bytes(here: Path) -> bytes:
+    return b"GGUF"
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_cut_in_its_header(here: Path) -> bytes:
+    return bytes(gguf(here)[:400])
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_cut_in_its_numbers(here: Path) -> bytes:
+    return bytes(gguf(here)[:-5000])
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_of_a_version_to_come(here: Path) -> bytes:
+    raw = gguf(here)
+    raw[4:8] = (99).to_bytes(4, "little")
+    return bytes(raw)
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_with_endless_tensors(here: Path) -> bytes:
+    raw = gguf(here)
+    raw[8:16] = (2**62).to_bytes(8, "little")
+    return bytes(raw)
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_with_endless_keys(here: Path) -> bytes:
+    raw = gguf(here)
+    raw[16:24] = (2**62).to_bytes(8, "little")
+    return bytes(raw)
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_with_an_endless_name(here: Path) -> bytes:
+    raw = gguf(here)
+    raw[24:32] = (2**40).to_bytes(8, "little")
+    return bytes(raw)
+
+
+@bad_gguf(NOT_A_MODEL)
+def gguf_with_zeros_inside(here: Path) -> bytes:
+    raw = gguf(here)
+    raw[100:2000] = bytes(1900)
+    return bytes(raw)
+
+
+@bad_gguf("bad.gguf: model type 'mamba' is not supported")
+def gguf_of_another_family(here: Path) -> bytes:
+    return bytes(gguf(here).replace(b"llama", b"mamba"))
+
+
+# --- rows that are too much ---
+
+
+def endless(file: Path, start: bytes) -> None:
+    """Make a file of a GiB, without taking one on the disk."""
+    file.write_bytes(start)
+    os.truncate(file, 2**30)
+
+
+@bad("train good.yaml data.train=huge.json", "a list of more than 256 MiB; write it as .jsonl")
+def rows_of_a_gib_on_one_line(here: Path) -> None:
+    endless(here / "huge.json", b'[{"instruction": "')
+
+
+@bad("train good.yaml data.train=huge.jsonl", "huge.jsonl:1: a line of more than 16 MiB")
+def lines_of_a_gib(here: Path) -> None:
+    endless(here / "huge.jsonl", b'{"instruction": "')
+
+
+@bad("eval --tasks boolq --data big", "a list of more than 256 MiB")
+def test_rows_of_a_gib(here: Path) -> None:
+    (here / "big" / "boolq").mkdir(parents=True)
+    endless(here / "big" / "boolq" / "test.json", b'[{"instruction": "')
+
+
+@bad("train huge.yaml", "huge.yaml: more than 256 KiB; a recipe is a small file")
+def recipe_of_a_gib(here: Path) -> None:
+    endless(here / "huge.yaml", b"base: {model: '")
+
+
+@bad("train good.yaml data.train=pipe.json", "pipe.json: a pipe or a device")
+def rows_that_never_come(here: Path) -> None:
+    os.mkfifo(here / "pipe.json")
+
+
+@bad("train pipe.yaml", "pipe.yaml: a pipe or a device")
+def recipe_that_never_comes(here: Path) -> None:
+    os.mkfifo(here / "pipe.yaml")
+
+
+@bad("train good.yaml data.train=zero.json", "zero.json: a pipe or a device")
+def rows_that_never_end(here: Path) -> None:
+    (here / "zero.json").symlink_to("/dev/zero")
+
+
+@bad("train good.yaml data.train=loop.json", "loop.json: cannot be read: ")
+def rows_behind_a_link_to_itself(here: Path) -> None:
+    (here / "loop.json").symlink_to(here / "loop.json")
+
+
+@bad("train good.yaml data.train=[rows.json,more.json]", "more.json: row 1")
+def rows_of_which_the_second_file_is_bad(here: Path) -> None:
+    (here / "more.json").write_text('[{"instruction": 1}]')
+
+
+@bad("train good.yaml data.held_out=held.json", "held.json: row 1")
+def rows_held_out_that_are_bad(here: Path) -> None:
+    (here / "held.json").write_text('[{"instruction": 1}]')
+
+
+@bad("eval --tasks boolq --data data", "expected one of true, false")
+def test_rows_with_an_answer_that_is_none(here: Path) -> None:
+    row = {"instruction": "a", "output": "b", "answer": "\x1b[31mmaybe"}
+    (here / "data" / "boolq" / "test.json").write_text(json.dumps([row]))
+
+
+@bad("eval --tasks boolq --data data", "no 'answer'")
+def test_rows_without_an_answer(here: Path) -> None:
+    row = {"instruction": "a", "output": "b"}
+    (here / "data" / "boolq" / "test.json").write_text(json.dumps([row]))
+
+
+@bad("eval --tasks boolq --data data", "more than the model's context of 1,024")
+def test_rows_longer_than_the_model_reads(here: Path) -> None:
+    row = {"instruction": "a" * 5000, "output": "b", "answer": "true"}
+    (here / "data" / "boolq" / "test.json").write_text(json.dumps([row]))
+
+
+# --- runs ---
+
+
+def stopped(here: Path) -> Path:
+    """Return the last checkpoint of the stopped run."""
+    return max((here / "runs" / "stopped" / "checkpoints").glob("checkpoint-*"))
+
+
+@bad("train runs/stopped --resume", "recipe.yaml")
+def run_with_half_a_recipe(here: Path) -> None:
+    file = here / "runs" / "stopped" / "recipe.yaml"
+    file.write_text(file.read_text()[:60])
+
+
+@bad("train runs/stopped --resume", "a recipe has no tags")
+def run_with_a_recipe_that_runs_code(here: Path) -> None:
+    recipe = "base: !!python/object/apply:os.system [touch pwned]\n"
+    (here / "runs" / "stopped" / "recipe.yaml").write_text(recipe)
+
+
+@bad("train runs/stopped --resume", "not UTF-8")
+def run_with_a_binary_recipe(here: Path) -> None:
+    (here / "runs" / "stopped" / "recipe.yaml").write_bytes(bytes(range(256)))
+
+
+@bad("eval --tasks boolq --data data", "a symbolic link out of the run's folder")
+def run_whose_evaluations_go_elsewhere(here: Path) -> None:
+    (here / "precious").mkdir()
+    (here / "runs" / "done" / "eval").symlink_to(here / "precious")
+
+
+@bad("merge --overwrite", "a symbolic link out of the run's folder")
+def run_whose_merged_model_goes_elsewhere(here: Path) -> None:
+    (here / "precious").mkdir()
+    (here / "precious" / "file").write_text("mine")
+    (here / "runs" / "done" / "merged").symlink_to(here / "precious")
+
+
+@bad("train runs/stopped --resume", "a symbolic link out of the run's folder")
+def run_whose_log_is_elsewhere(here: Path) -> None:
+    (here / "precious").write_text("mine\n")
+    (here / "runs" / "stopped" / "log.jsonl").unlink()
+    (here / "runs" / "stopped" / "log.jsonl").symlink_to(here / "precious")
+
+
+@bad("train runs/stopped --resume", "a symbolic link out of the run's folder")
+def run_whose_checkpoint_is_elsewhere(here: Path) -> None:
+    checkpoint = stopped(here)
+    checkpoint.rename(here / "precious")
+    checkpoint.symlink_to(here / "precious")
+
+
+@bad("train runs/stopped --resume", "a symbolic link out of the run's folder")
+def run_whose_checkpoints_are_elsewhere(here: Path) -> None:
+    checkpoints = stopped(here).parent
+    checkpoints.rename(here / "precious")
+    checkpoints.symlink_to("../../precious")
+
+
+@bad("train good.yaml --output precious --overwrite", "not a run of ours")
+def output_that_is_no_run(here: Path) -> None:
+    (here / "precious").mkdir()
+    (here / "precious" / "file").write_text("mine")
+
+
+@bad("train good.yaml --output precious", "has files in it; add --overwrite")
+def output_with_files(here: Path) -> None:
+    output_that_is_no_run(here)
+
+
+@bad("merge --output precious", "has files in it; add --overwrite")
+def merge_over_files(here: Path) -> None:
+    output_that_is_no_run(here)
+
+
+@bad("eval --tasks boolq --data data --output rows.json", "a file stands there")
+def evaluation_over_a_file(here: Path) -> None:
+    pass
+
+
+@bad("eval", "latest")
+def last_run_that_is_gone(here: Path) -> None:
+    (here / "runs" / "latest").unlink()
+    (here / "runs" / "latest").symlink_to("nowhere")
+
+
+# --- secrets ---
+
+TOKEN = "hf_0123456789abcdefghijABCDEFGHIJ"
+
+
+@bad("eval --model https://me:hunter2@example.com/a/b", "https://***@example.com/a/b")
+def password_in_an_address(here: Path) -> None:
+    pass
+
+
+@bad(f"train good.yaml base.model={TOKEN}", "argument 'base.model=***'")
+def token_as_a_model(here: Path) -> None:
+    pass
+
+
+@bad(
+    "eval --adapter correct-horse-battery", "***: not an adapter", HF_TOKEN="correct-horse-battery"
+)
+def token_as_an_adapter(here: Path) -> None:
+    pass
