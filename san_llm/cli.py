@@ -8,14 +8,12 @@ Results go to stdout, progress and errors to stderr; the exit code is 0, 1 for a
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
 import sys
 import traceback
 import unicodedata
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -30,6 +28,7 @@ from rich.table import Table
 from san_llm import __version__
 from san_llm.data.commands import data_app
 from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
+from san_llm.progress import quiet_libraries
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -64,7 +63,7 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
-app.add_typer(data_app, name="data", callback=lambda: _quiet_libraries())
+app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
@@ -106,7 +105,7 @@ def download(
     from san_llm.download import model_folder
 
     # From the hub come gigabytes: its own bars show them. A named model is converted under ours.
-    _quiet_libraries(bars=model_folder(name) is None)
+    quiet_libraries(bars=model_folder(name) is None)
     stdout.print(str(run(name, output, overwrite)), markup=False)
 
 
@@ -149,7 +148,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train an adapter as a recipe says; the run's folder holds all that it leaves behind."""
-    _quiet_libraries()
+    quiet_libraries()
     from san_llm.data.rows import read_rows, training_files
     from san_llm.launch import accelerate_command, run_launched
     from san_llm.lock import refuse_busy
@@ -351,7 +350,7 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure accuracy on commonsense tasks, by the protocol of LLM-Adapters, DoRA and SAN."""
-    _quiet_libraries()
+    quiet_libraries()
     from san_llm.data.prompts import prompt_style
     from san_llm.data.tasks import TASKS, find_tasks
     from san_llm.evaluate.protocol import Settings, find_protocol
@@ -529,7 +528,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
-    _quiet_libraries()
+    quiet_libraries()
     from san_llm.merge import full_precision_note, parse_size, stored_as
     from san_llm.merge import merge as start
     from san_llm.progress import stderr
@@ -693,20 +692,6 @@ def _check_dtype(dtype: str) -> None:
         raise InputError(
             f"--dtype: {dtype!r} is not one of {', '.join(known)}{did_you_mean(dtype, known)}"
         )
-
-
-def _quiet_libraries(bars: bool = False) -> None:
-    """Keep the libraries' own notices and bars out of the way; set before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not bars:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    if not _debug():
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        warnings.simplefilter("ignore", FutureWarning)
 
 
 def _debug() -> bool:

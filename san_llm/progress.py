@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -85,3 +88,17 @@ def bar(what: str, total: int, unit: str = "steps", quiet: bool = False) -> Iter
         )
         with Progress(*columns, console=stderr) as progress:
             yield Bar(what, total, unit, (progress, progress.add_task(what, total=total, note="")))
+
+
+def quiet_libraries(bars: bool = False) -> None:
+    """Keep the libraries' own notices and bars out of the way; set before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if os.environ.get("SAN_LLM_DEBUG") != "1":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", FutureWarning)

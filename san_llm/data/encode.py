@@ -169,9 +169,7 @@ def evaluation_text(
         InputError: when the style is ``chat`` and the tokenizer has no chat template.
     """
     if style == "chat":
-        check_tokenizer(tokenizer, style)
-        text = _render(tokenizer, _turns(row)[:1], generate=True, where=row.where)
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+        return chat_prompt(_turns(row)[:1], tokenizer, row.where)
     text = evaluation_prompt(style, row.instruction, row.context)
     if style != "llm-adapters-aligned":
         return text, tokenizer(text)["input_ids"]
@@ -184,6 +182,24 @@ def evaluation_text(
         if end <= len(text)
     ]
     return text, tokens
+
+
+def chat_prompt(
+    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, where: str
+) -> tuple[str, list[int]]:
+    """Return a conversation, after which the assistant goes on, in the chat template; its tokens.
+
+    Args:
+        turns: ``role`` and ``content`` of each.
+        tokenizer: The model's.
+        where: What the conversation is, for messages.
+
+    Raises:
+        InputError: when the tokenizer has no chat template, or that refuses the conversation.
+    """
+    check_tokenizer(tokenizer, "chat")
+    text = _render(tokenizer, turns, generate=True, where=where)
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> None:

@@ -87,7 +87,7 @@ def generate(
         done([(number, text(tokens)) for number, tokens in ended])
 
     left = set(order)
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     packs = can_pack(model, longest + NEW_TOKENS)
     read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
     search = BeamSearch(BEAMS, NEW_TOKENS, ends, read)
@@ -105,7 +105,7 @@ def generate(
             torch.cuda.empty_cache()
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the tokens that end an answer: the model's own, and the one that training teaches."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = own if isinstance(own, list) else [own]
@@ -113,7 +113,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[in
 
 
 @contextmanager
-def _without_habits(model: PreTrainedModel) -> Iterator[None]:
+def without_habits(model: PreTrainedModel) -> Iterator[None]:
     """Keep a model's own settings out, which ``generate`` takes where the protocol has none.
 
     A repetition penalty from ``generation_config.json``, say, would change the answers.
@@ -159,7 +159,7 @@ def _stock(
             mask[i, width - len(prompt) :] = 1
         tokens, mask = tokens.to(model.device), mask.to(model.device)
         cache = DynamicCache(config=model.config)
-        with torch.inference_mode(), _without_habits(model):
+        with torch.inference_mode(), without_habits(model):
             if width > 1:
                 model(
                     input_ids=tokens[:, :-1],
