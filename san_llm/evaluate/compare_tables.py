@@ -44,22 +44,25 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def grids(comparison: Comparison) -> list[Grid]:
-    """Return the accuracies in percent with standard errors, then each run's differences."""
-    tasks = [*comparison.rows, "average"]
+    """Return the accuracies in percent with standard errors, each run's differences, and quotes."""
+    runs = comparison.runs
     rows = []
-    for number, run in enumerate(comparison.runs):
-        cells = (f"{percent(a)} ± {percent(e)}" for a, e in (run.accuracies[t] for t in tasks))
-        rows.append((label(number), *cells, str(run.unparseable)))
-    blank = ("-",) * len(comparison.rows)
-    rows += [(f"{q.name} (quoted)", *blank, f"{q.average:.1f}", "-") for q in comparison.quoted]
-    found = [Grid(f"{comparison.metric}, percent", ("run", *tasks, "no answer"), tuple(rows))]
-    for number, run in enumerate(comparison.runs):
+    for task in [*comparison.rows, "average"]:
+        cells = (run.accuracies[task] for run in runs)
+        rows.append((task, *(f"{percent(mean)} ± {percent(error)}" for mean, error in cells)))
+    rows.append(("no answer", *(str(run.unparseable) for run in runs)))
+    header = ("task", *(label(number) for number in range(len(runs))))
+    found = [Grid(f"{comparison.metric}, percent", header, tuple(rows))]
+    for number, run in enumerate(runs):
         if run.differences:
             name = label(number)
             header = ("task", "difference", f"{LEVEL:.0%} interval", f"only {name}", "only A", "p")
             found.append(
                 Grid(f"{name} - A, points", header, tuple(map(_difference, run.differences)))
             )
+    if comparison.quoted:
+        quotes = ((f"{q.name} (quoted)", f"{q.average:.1f}") for q in comparison.quoted)
+        found.append(Grid("published, percent", ("model", "average"), tuple(quotes)))
     return found
 
 

@@ -228,12 +228,13 @@ def test_json_has_everything(command, pair):
 
 def test_markdown_and_latex_hold_the_same_cells(command, pair, here):
     result = compare([here / name for name in pair], quote=True)
-    assert [len(grid.rows) for grid in grids(result)] == [2 + 10, 3]
+    assert [len(grid.rows) for grid in grids(result)] == [4, 3, 10]
     shown = command("compare", *pair, "--markdown").stdout
-    assert "| A | 50.0 ± 22.4 | 50.0 ± 28.9 | 50.0 ± 18.3 | 1 |" in shown
+    assert "| boolq | 50.0 ± 22.4 | 83.3 ± 16.7 |" in shown
+    assert "| no answer | 1 | 0 |" in shown
     assert "| boolq | +33.3 |" in shown
     tabular = command("compare", *pair, "--latex").stdout
-    assert r"A & 50.0 $\pm$ 22.4 & 50.0 $\pm$ 28.9 & 50.0 $\pm$ 18.3 & 1 \\" in tabular
+    assert r"boolq & 50.0 $\pm$ 22.4 & 83.3 $\pm$ 16.7 \\" in tabular
     assert tabular.count(r"\begin{tabular}") == tabular.count(r"\end{tabular}") == 2
     assert r"95\% interval" in tabular
     assert "% B  b_1: model of b_1" in tabular
