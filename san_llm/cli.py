@@ -26,6 +26,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm import __version__
+from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
 from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
 from san_llm.progress import quiet_libraries
@@ -62,6 +63,7 @@ recipes_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.add_typer(talk_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
 
@@ -701,7 +703,10 @@ def _debug() -> bool:
 def _check_arguments(words: list[str]) -> None:
     """Refuse what no name or value has, before it can be shown or written anywhere."""
     for number, word in enumerate(words, start=1):
-        wrong = next((c for c in word if unicodedata.category(c) in ("Cc", "Cs")), None)
+        lines = "\n\t" if "generate" in words[:2] else ""  # which a prompt may have
+        wrong = next(
+            (c for c in word if unicodedata.category(c) in ("Cc", "Cs") and c not in lines), None
+        )
         if wrong is not None:
             kind = "a byte that is not UTF-8" if wrong > "\ud7ff" else "a control character"
             raise InputError(f"argument {number}: {word!r}: has {kind}")

@@ -17,6 +17,7 @@ LIGHT = [
     "__main__",
     "checkpoint",
     "cli",
+    "commands.talk",
     "data.build",
     "data.commands",
     "data.prompts",
@@ -68,6 +69,7 @@ ORDER = [
     {"diff"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
+COMMANDS += ["generate", "chat"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 

@@ -1,0 +1,1 @@
+"""Command groups, each: options -> one function -> one printed result."""
