@@ -26,6 +26,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm import __version__
+from san_llm.commands.doctor import doctor_app
 from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
 from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
@@ -64,6 +65,7 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(talk_app)
+app.add_typer(doctor_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
 

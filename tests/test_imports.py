@@ -17,6 +17,7 @@ LIGHT = [
     "__main__",
     "checkpoint",
     "cli",
+    "commands.doctor",
     "commands.talk",
     "data.build",
     "data.commands",
@@ -26,6 +27,7 @@ LIGHT = [
     "data.rows",
     "data.tasks",
     "diff",
+    "doctor",
     "download",
     "errors",
     "evaluate.compare",
@@ -69,7 +71,7 @@ ORDER = [
     {"diff"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
-COMMANDS += ["generate", "chat"]
+COMMANDS += ["generate", "chat", "doctor"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 
