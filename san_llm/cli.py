@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -22,11 +21,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm import __version__
+from san_llm.commands.complete import recipes_and_runs, run_folders
 from san_llm.commands.doctor import doctor_app
+from san_llm.commands.recipes import recipes_app
 from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
 from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
@@ -47,22 +47,9 @@ app = typer.Typer(
 
     san-llm merge --verify""",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-recipes_app = typer.Typer(
-    help="List, show and copy the recipes that come with san-llm.",
-    epilog="""Examples:
-
-    san-llm recipes list
-
-    san-llm recipes show llama7b_commonsense
-
-    san-llm recipes copy llama7b_commonsense mine.yaml""",
-    no_args_is_help=True,
-    rich_markup_mode=None,
 )
 app.add_typer(talk_app)
 app.add_typer(doctor_app)
@@ -128,8 +115,9 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
+            autocompletion=recipes_and_runs,
             help="A recipe file or the name of a shipped one; with --resume a run's folder "
-            "(default: the last run)."
+            "(default: the last run).",
         ),
     ] = None,
     overrides: Annotated[
@@ -435,7 +423,9 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN RUN ...", help="Folders of evaluations, or runs that have one each."
+            metavar="RUN RUN ...",
+            autocompletion=run_folders,
+            help="Folders of evaluations, or runs that have one each.",
         ),
     ],
     metric: Annotated[
@@ -614,7 +604,11 @@ def merge(
 def diff(
     adapter: Annotated[
         Path | None,
-        typer.Argument(metavar="ADAPTER|RUN|MODEL", help="Default: the last run's adapter."),
+        typer.Argument(
+            metavar="ADAPTER|RUN|MODEL",
+            autocompletion=run_folders,
+            help="Default: the last run's adapter.",
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -635,59 +629,6 @@ def diff(
     for table in tables(result):
         stdout.print(table)
         stdout.print()
-
-
-@recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")
-def recipes_list(as_json: Json = False) -> None:
-    """List the shipped recipes, with the hardware that each is meant for."""
-    from san_llm.recipe import hardware, load_recipe, shipped_recipes
-
-    found = {name: (load_recipe(path), hardware(path)) for name, path in shipped_recipes().items()}
-    if as_json:
-        print(json.dumps({name: {"hardware": about} for name, (_, about) in found.items()}))
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "base", "bits", "hardware"):
-        table.add_column(column)
-    for name, (recipe, about) in found.items():
-        bits = recipe.base.quantization or recipe.base.dtype
-        table.add_row(f"[bold]{name}[/]", recipe.base.model, bits, about)
-    Console(highlight=False).print(table)
-
-
-@recipes_app.command("show", epilog="Example:\n\n    san-llm recipes show smollm2_demo")
-def recipes_show(name: Annotated[str, typer.Argument(help="A shipped recipe.")]) -> None:
-    """Print a shipped recipe."""
-    from san_llm.recipe import find_recipe
-
-    text = find_recipe(name).read_text(encoding="utf-8")
-    if stdout.is_terminal:
-        stdout.print(Syntax(text.rstrip(), "yaml", background_color="default"))
-    else:
-        print(text, end="")
-
-
-@recipes_app.command(
-    "copy", epilog="Example:\n\n    san-llm recipes copy llama7b_commonsense mine.yaml"
-)
-def recipes_copy(
-    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
-    target: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Copy a shipped recipe, to be changed."""
-    from san_llm.recipe import find_recipe
-
-    source = find_recipe(name)
-    target = target or Path(source.name)
-    if target.is_dir():
-        target = target / source.name
-    if target.exists() and not overwrite:
-        raise InputError(f"{target}: exists; add --overwrite to replace it")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: no such folder")
-    shutil.copyfile(source, target)
-    stdout.print(str(target), markup=False)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -645,6 +645,16 @@ SHIPPED = next(
 )
 
 
+SCHEMA = "recipe.schema.json"  # beside the shipped recipes, whose comment for editors names it
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe file, for editors; :func:`load_recipe` says more."""
+    schema = Recipe.model_json_schema()
+    schema["required"].remove("name")  # the file's stem, where it says none
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}

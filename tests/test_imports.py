@@ -17,7 +17,9 @@ LIGHT = [
     "__main__",
     "checkpoint",
     "cli",
+    "commands.complete",
     "commands.doctor",
+    "commands.recipes",
     "commands.talk",
     "data.build",
     "data.commands",
@@ -74,6 +76,7 @@ COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipe
 COMMANDS += ["generate", "chat", "doctor"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
+COMMANDS += ["recipes check", "recipes schema"]
 
 
 def path_of(module: str) -> Path:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from jsonschema import Draft202012Validator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from san_llm.errors import InputError
 from san_llm.model import adapter_config, add_adapter, trainable_parameters
-from san_llm.recipe import Recipe, hardware, load_recipe, shipped_recipes
+from san_llm.recipe import Recipe, hardware, load_recipe, parse_recipe, shipped_recipes
 from san_llm.san.graph import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +103,7 @@ def test_a_shipped_recipe_is_valid_short_and_names_its_hardware(name):
     text = path.read_text(encoding="utf-8")
     assert recipe(name).name == name
     assert len(text.splitlines()) <= 30
+    assert "\n# yaml-language-server: $schema=recipe.schema.json\nbase:\n" in text
     assert re.fullmatch(r"# Hardware: .+; .+\.", text.splitlines()[0])
     assert hardware(path) == text.splitlines()[0].removeprefix("# Hardware: ")
     measured = "about" in hardware(path)
@@ -238,7 +242,13 @@ def test_copy_keeps_the_name_where_no_other_is_given(cli, here):
     assert cli("recipes", "copy", "smollm2_demo").stdout == "smollm2_demo.yaml\n"
     assert cli("recipes", "copy", "smollm2_demo", "folder").stdout == "folder/smollm2_demo.yaml\n"
     copies = [here / "smollm2_demo.yaml", here / "folder" / "smollm2_demo.yaml"]
-    assert {path.read_text() for path in copies} == {shipped_recipes()["smollm2_demo"].read_text()}
+    # The copy names the schema where it is; all else is byte for byte the shipped one.
+    beside, there = "$schema=recipe.schema.json\n", f"$schema={(ROOT / 'recipes').as_uri()}/"
+    text = shipped_recipes()["smollm2_demo"].read_text()
+    assert {path.read_text() for path in copies} == {
+        text.replace(beside, f"{there}recipe.schema.json\n")
+    }
+    assert text.count(beside) == 1
 
 
 @pytest.mark.parametrize(
@@ -258,3 +268,82 @@ def test_a_wrong_name_or_folder_is_one_line(cli, arguments, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_check_names_every_mistake_of_every_file(command, here):
+    (here / "good.yaml").write_text(shipped_recipes()["smollm2_demo"].read_text())
+    (here / "bad.yaml").write_text(
+        "base: {model: a, modle: b}\nmethod: {name: san}\n"
+        "training: {learning_rate: fast}\ndata: {train: pocket, loss: all}\n"
+    )
+    mistakes = [
+        "bad.yaml:1: base.modle: unknown key (did you mean 'model'?)",
+        "bad.yaml:3: training.learning_rate: expected a number, found 'fast'",
+    ]
+    done = command("recipes", "check", "good.yaml", "llama7b_commonsense")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "good.yaml: ok\nllama7b_commonsense: ok\n"
+    done = command("recipes", "check", "bad.yaml", "good.yaml", "gone.yaml")
+    assert (done.returncode, done.stdout) == (2, "good.yaml: ok\n")
+    lines = [line.removeprefix("error: ") for line in done.stderr.splitlines()]
+    assert lines[:2] == mistakes
+    assert lines[2].startswith("gone.yaml: no such recipe")
+    done = command("recipes", "check", "bad.yaml", "good.yaml", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout) == {
+        "bad.yaml": {"ok": False, "errors": mistakes},
+        "good.yaml": {"ok": True, "errors": []},
+    }
+
+
+# --- the schema for editors ---
+
+
+def test_the_schema_beside_the_recipes_is_the_one_that_is_printed(command):
+    done = command("recipes", "schema")
+    kept = (ROOT / "recipes" / "recipe.schema.json").read_text()
+    assert done.stdout == kept, "san-llm recipes schema > recipes/recipe.schema.json"
+
+
+@pytest.fixture
+def editor() -> Draft202012Validator:
+    schema = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def as_editors_read(text: str):
+    # YAML 1.2, as editors have it, takes 5e-3 for a number; PyYAML for text.
+    return yaml.safe_load(re.sub(r"(?<= )(\d+)e-(\d+)$", r"\1.0e-\2", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["san", "lora", "dora", "ia3"])
+def test_an_editor_takes_the_shipped_recipes_and_resolved_ones(editor, name, method):
+    path = shipped_recipes()[name]
+    editor.validate(as_editors_read(path.read_text()))
+    resolved = load_recipe(path, [f"method.name={method}"]).to_yaml()
+    editor.validate(as_editors_read(resolved))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": {"modle": "x"}},
+        {"base": {"dtype": "fp16"}},
+        {"method": {"name": "sna"}},
+        {"method": {"rnak": 8}},
+        {"training": {"learning_rate": "fast"}},
+        {"training": {"batch_size": 0}},
+        {"data": {"loss": "none"}},
+        {"trianing": {}},
+    ],
+    ids=str,
+)
+def test_an_editor_underlines_what_the_recipe_refuses(editor, change):
+    value = as_editors_read(shipped_recipes()["smollm2_demo"].read_text())
+    for section, keys in change.items():
+        value[section] = value.get(section, {}) | keys
+    assert not editor.is_valid(value)
+    with pytest.raises(InputError):
+        parse_recipe(json.dumps(value), "changed.yaml")
