@@ -23,7 +23,7 @@ from typing import Any
 
 METHODS = (
     *("frozen", "san", "san-plain", "ia3", "lora", "lora-nodrop", "dora", "dora-nodrop"),
-    *("san-lora", "san-dora"),
+    *("san-lora", "san-lora-nodrop", "san-dora", "san-dora-nodrop"),
 )
 
 
@@ -39,14 +39,16 @@ def adapted(model: Any, method: str) -> Any:
     from san_llm import SanConfig
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    # Rank, alpha and dropout as published for LoRA and DoRA; -nodrop and SAN's carriers without it.
+    # Rank, alpha and dropout as published for LoRA and DoRA; -nodrop without it.
     low_rank = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
     published = {**low_rank, "lora_dropout": 0.05}
     config = {
         "san": lambda: SanConfig(),
         "san-plain": lambda: SanConfig(form="plain"),
-        "san-lora": lambda: SanConfig(carrier="lora", **low_rank),
-        "san-dora": lambda: SanConfig(carrier="dora", **low_rank),
+        "san-lora": lambda: SanConfig(carrier="lora", **published),
+        "san-lora-nodrop": lambda: SanConfig(carrier="lora", **low_rank),
+        "san-dora": lambda: SanConfig(carrier="dora", **published),
+        "san-dora-nodrop": lambda: SanConfig(carrier="dora", **low_rank),
         "ia3": lambda: IA3Config(
             target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
