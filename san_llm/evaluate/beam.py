@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from san_llm.evaluate.packed import Prefix, added, attention, packed_forward, packing, shared_prefix
+from san_llm.attention import added, attention
+from san_llm.evaluate.packed import Prefix, packed_forward, packing, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -277,8 +278,10 @@ class Memory:
             self._values.append(value.new_zeros(room))
         if layer == 0:
             if self._at.numel():
-                self._seen = added(self._seen, query)
-            self._joining_seen = [added(seen, query) for seen in self._joining_seen]
+                self._seen = added(self._seen.to(query.device), query.dtype)
+            self._joining_seen = [
+                added(seen.to(query.device), query.dtype) for seen in self._joining_seen
+            ]
         keys, values = self._keys[layer], self._values[layer]
         out = torch.empty_like(query)
         slot, place, column = self._at.to(query.device)

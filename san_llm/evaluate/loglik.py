@@ -21,16 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from san_llm.attention import added, attention
 from san_llm.errors import InputError
-from san_llm.evaluate.packed import (
-    Prefix,
-    added,
-    attention,
-    can_pack,
-    packed_forward,
-    packing,
-    shared_prefix,
-)
+from san_llm.evaluate.packed import Prefix, can_pack, packed_forward, packing, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -246,7 +239,10 @@ class Branches:
         """Attend within each tree; see :class:`packed.Past`."""
         prefix = self._prefix
         if not self._seen:
-            self._seen = [added(tree.seen(prefix.length), query) for tree in self._trees]
+            self._seen = [
+                added(tree.seen(prefix.length).to(query.device), query.dtype)
+                for tree in self._trees
+            ]
         out, start = torch.empty_like(query), 0
         for tree, seen in zip(self._trees, self._seen, strict=True):
             own = slice(start, start + len(tree.tokens))

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from san_llm.attention import added, attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,46 +52,9 @@ class Prefix:
         self.keys.append(key.transpose(0, 1).contiguous())
         self.values.append(value.transpose(0, 1).contiguous())
         self.length = len(key)
-        mask = added(torch.ones(len(key), len(key), dtype=torch.bool).tril(), query)
+        causal = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).tril()
+        mask = added(causal, query.dtype)
         return attention(query[None], self.keys[-1][None], self.values[-1][None], mask, scale)[0]
-
-
-def added(mask: Tensor, like: Tensor) -> Tensor:
-    """Return a mask of what may be looked at (..., L, S) as what is added to scores (..., 1, L, S).
-
-    A float mask is made once a forward; a boolean one would be turned into it in every block.
-    """
-    zero = torch.zeros(mask.shape, dtype=like.dtype)
-    return zero.masked_fill_(~mask, float("-inf")).unsqueeze(-3).to(like.device)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Return attention's output; the query heads of a key head share it without copies of it.
-
-    Args:
-        query: (B, L, heads, head_dim).
-        key: (B, kv_heads, S, head_dim).
-        value: (B, kv_heads, S, head_dim).
-        mask: Added to the scores, (B, 1, L, S) or (1, L, S).
-        scale: What scores are multiplied by.
-
-    Returns:
-        (B, L, heads, head_dim).
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    # (B, L, kv * g, d) -> (B, kv, g * L, d): the heads of a group are more queries of one head.
-    folded = query.view(batch, length, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
-        folded.reshape(batch, kv_heads, groups * length, head_dim),
-        key,
-        value,
-        attn_mask=torch.cat([mask.to(query.device)] * groups, -2),
-        scale=scale,
-    )
-    unfolded = out.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
-    return unfolded.reshape(batch, length, heads, head_dim)
 
 
 def _packed_attention(
