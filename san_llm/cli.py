@@ -27,6 +27,7 @@ from san_llm import __version__
 from san_llm.commands.complete import recipes_and_runs, run_folders
 from san_llm.commands.doctor import doctor_app
 from san_llm.commands.recipes import recipes_app
+from san_llm.commands.runs import runs_app
 from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
 from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
@@ -51,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.add_typer(runs_app, name="runs")
 app.add_typer(talk_app)
 app.add_typer(doctor_app)
 app.add_typer(recipes_app, name="recipes")

@@ -50,6 +50,21 @@ def refuse_busy(run: Path) -> None:
         raise InputError(_busy(run, owner))
 
 
+def seems_busy(run: Path) -> bool:
+    """Whether a process trains into a run, told at once: of another machine by its last touch.
+
+    That is right where clocks agree; :func:`refuse_busy` takes the time to be sure.
+    """
+    path = run / NAME
+    owner = _owner(path)
+    if owner is None:
+        return False
+    if owner.get("place") == place():
+        return _alive(path, owner)
+    touched = _time(path)
+    return touched is not None and abs(time.time() - touched / 1e9) < GONE
+
+
 @contextmanager
 def sole_writer(run: Path) -> Iterator[None]:
     """Hold a run's lock while the block runs. A lock whose owner is dead is no obstacle.

@@ -210,20 +210,27 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
         output = _make_unused(RUNS / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_files(output, overwrite)
     if output.is_dir() and any(output.iterdir()):
-        # Hidden files are what a killed run did not come to rename.
-        strange = sorted(
-            path.name
-            for path in output.iterdir()
-            if path.name not in CONTENTS
-            and not path.name.startswith(tuple(f".{name}." for name in CONTENTS))
-        )
-        if strange or not (output / "recipe.yaml").is_file():
-            why = f"{strange[0]} is in it" if strange else "no recipe.yaml"
+        why = not_ours(output)
+        if why is not None:
             raise InputError(f"{output}: not a run of ours ({why}): not emptied")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
     return output
+
+
+def not_ours(folder: Path) -> str | None:
+    """Return why a folder is not a run with nothing else in it, or None where it is."""
+    # Hidden files are what a killed run did not come to rename.
+    strange = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in CONTENTS
+        and not path.name.startswith(tuple(f".{name}." for name in CONTENTS))
+    )
+    if strange:
+        return f"{strange[0]} is in it"
+    return None if (folder / "recipe.yaml").is_file() else "no recipe.yaml"
 
 
 def _unused(path: Path) -> Path:

@@ -20,6 +20,7 @@ LIGHT = [
     "commands.complete",
     "commands.doctor",
     "commands.recipes",
+    "commands.runs",
     "commands.talk",
     "data.build",
     "data.commands",
@@ -52,6 +53,7 @@ LIGHT = [
     "push",
     "recipe",
     "record",
+    "runs",
     "san.carriers",
     "san.graph",
     "shards",
@@ -76,7 +78,7 @@ COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipe
 COMMANDS += ["generate", "chat", "doctor"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
-COMMANDS += ["recipes check", "recipes schema"]
+COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm"]
 
 
 def path_of(module: str) -> Path:
@@ -232,6 +234,8 @@ def test_help_loads_no_torch_and_shows_examples(here, command):
         ["compare", "here", "there"],
         ["merge"],
         ["diff"],
+        ["runs"],
+        ["runs", "rm", "nothing"],
         ["merge", "--dtype", "fp16"],
         ["download", "smollm"],
     ],

@@ -1,0 +1,118 @@
+"""The ``san-llm runs`` commands: what is in ``runs/``, and taking some of it away."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from san_llm.commands.complete import run_folders
+from san_llm.errors import InputError, plain
+from san_llm.progress import stderr
+
+if TYPE_CHECKING:
+    from san_llm.runs import Run
+
+runs_app = typer.Typer(
+    help="Show the runs of this directory, or remove some.",
+    epilog="""Examples:
+
+    san-llm runs
+
+    san-llm runs --json
+
+    san-llm runs rm runs/smollm2_demo-20261124-120000""",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "damaged": "bold red"}
+
+
+@runs_app.callback()
+def runs(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show the runs of this directory, or remove some."""
+    if context.invoked_subcommand is not None:
+        return
+    from san_llm.runs import list_runs
+
+    found = list_runs()
+    if as_json:
+        print(json.dumps([asdict(run) for run in found]))
+    elif not found:
+        stderr.print("no run yet in this directory: `san-llm train RECIPE` makes one")
+    else:
+        Console(highlight=False).print(_table(found))
+
+
+@runs_app.command(
+    epilog="""Examples:
+
+    san-llm runs rm runs/smollm2_demo-20261124-120000
+
+    san-llm runs rm latest --yes"""
+)
+def rm(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Names or folders.", autocompletion=run_folders),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove runs with all that is in them, after asking; nothing outside runs/ is touched."""
+    from san_llm.runs import list_runs, removable, remove_run
+
+    chosen = list(dict.fromkeys(removable(name) for name in runs))
+    known = {run.run: run for run in list_runs()}
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InputError("rm: nobody can be asked here; add --yes to remove without asking")
+        for path in chosen:
+            run = known[str(path)]
+            told = f"{run.run}: {run.status}, {run.steps:,} steps, {decimal(run.bytes)}"
+            stderr.print(plain(told), markup=False)
+        stderr.print(f"Remove {'it' if len(chosen) == 1 else 'them'}? [y/N] ", end="")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            stderr.print("nothing was removed")
+            raise typer.Exit(1)
+    for path in chosen:
+        remove_run(path)
+        stderr.print(plain(f"removed {path}, {decimal(known[str(path)].bytes)}"), markup=False)
+
+
+def _table(runs: list[Run]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for column in ("status", "method", "steps", "best loss", "score", "of base", "size"):
+        right = column in ("steps", "best loss", "size")
+        table.add_column(column, justify="right" if right else "left")
+    for run in runs:
+        name = escape(plain(run.run))
+        table.add_row(
+            f"[bold]{name}[/] (latest)" if run.latest else name,
+            f"[{COLOURS[run.status]}]{run.status}[/]",
+            run.method or "-",
+            f"{run.steps:,}",
+            "-" if run.loss is None else f"{run.loss:.4f}",
+            *(_score(run, of) for of in ("adapter", "base")),
+            decimal(run.bytes),
+        )
+    return table
+
+
+def _score(run: Run, of: str) -> str:
+    """Return the last evaluation's average in percent, with its standard error."""
+    last = next((score for score in reversed(run.scores) if score.of == of), None)
+    if last is None:
+        return "-"
+    error = "" if last.standard_error is None else f" ± {100 * last.standard_error:.1f}"
+    return f"{100 * last.accuracy:.1f}{error}"
