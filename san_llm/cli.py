@@ -144,7 +144,8 @@ def train(
     """Train an adapter as a recipe says; the run's folder holds all that it leaves behind."""
     quiet_libraries()
     from san_llm.data.rows import read_rows, training_files
-    from san_llm.launch import accelerate_command, run_launched
+    from san_llm.engine import check_engine, engine_of, read_config
+    from san_llm.launch import accelerate_command, machine_rank, run_launched
     from san_llm.lock import refuse_busy
     from san_llm.progress import stderr
     from san_llm.recipe import find_recipe, harmful_changes, load_recipe
@@ -157,6 +158,12 @@ def train(
         write_text,
     )
 
+    launched = "WORLD_SIZE" in os.environ
+    first = os.environ.get("RANK", "0") == "0"
+    # On several machines, as in several processes, the first alone knows the run.
+    if not first or (not launched and machine_rank(accelerate)):
+        _join_training(None if launched else accelerate_command(["train"], processes, accelerate))
+        return
     if resume and recipe is not None and "=" in recipe and not Path(recipe).exists():
         overrides, recipe = [recipe, *(overrides or [])], None
     if resume and output:
@@ -181,19 +188,20 @@ def train(
                 f"{run}: goes on only with what it began with; changed are "
                 f"{', '.join(changes)}: change them back, or start a new run"
             )
-    launched = "WORLD_SIZE" in os.environ
-    first = os.environ.get("RANK", "0") == "0"
-    if first and (busy := run or output):
+    if busy := run or output:
         refuse_busy(busy)
     command = None
     if ((processes or 1) > 1 or accelerate) and not launched:
         command = accelerate_command([], processes, accelerate)
+        if accelerate is not None:
+            check_engine(engine_of(accelerate), chosen)
+            processes = processes or read_config(accelerate)["num_processes"]
         rows = chosen.training.batch_size
         if rows % (processes or 1):
             raise InputError(
                 f"training.batch_size: {rows} is not a multiple of {processes} processes"
             )
-    if first and not (launched and resume):
+    if not (launched and resume):
         for file in training_files(chosen.data.train):
             read_rows(file)  # a wrong row is found before torch is loaded or a folder is made
         stderr.print(chosen.to_yaml(), markup=False)
@@ -202,7 +210,7 @@ def train(
 
             load_config(chosen.base)  # and so is a base that is not there
 
-    if first and run is not None and recipe_of(run) != chosen:
+    if run is not None and recipe_of(run) != chosen:
         write_text(run / "recipe.yaml", chosen.to_yaml())
     if command is not None:
         run = run or new_run(chosen, output, overwrite)
@@ -217,19 +225,15 @@ def train(
     if not launched:
         signal.signal(signal.SIGTERM, _stop_at_once)
     made = run is None
-    if run is None:
-        run = agree(new_run(chosen, output, overwrite) if first else Path())
-    if first:
-        before = point_latest(run)
-        stderr.print(f"run: {run}", markup=False)
+    run, chosen = agree((run or new_run(chosen, output, overwrite), chosen))
+    before = point_latest(run)
+    stderr.print(f"run: {run}", markup=False)
     try:
         result = start(chosen, run)
     except InputError:
-        if first and made:
+        if made:
             discard_run(run, before)
         raise
-    if not first:
-        return
     if as_json:
         print(json.dumps(asdict(result)))
     elif result.finished:
@@ -242,6 +246,20 @@ def train(
         )
         # A launcher takes anything but 0 for a crash.
         raise typer.Exit(0 if launched else STOPPED[result.stopped_by or "SIGINT"])
+
+
+def _join_training(command: list[str] | None) -> None:
+    """Train with the first process, which tells the run; through a launcher's command, if given."""
+    from san_llm.launch import run_launched
+
+    if command is not None:
+        code = run_launched(command)
+        raise typer.Exit(code if code in (0, *STOPPED.values()) else 1)
+    from san_llm.processes import agree
+    from san_llm.train import train as start
+
+    told: Any = agree(None)
+    start(told[1], told[0])
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:

@@ -19,11 +19,11 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
-import yaml
 
+from san_llm.engine import engine_of, read_config
 from san_llm.errors import STOPPED, InputError, SanError
 from san_llm.progress import stderr
 
@@ -54,27 +54,17 @@ def accelerate_command(
         launch += ["--config_file", str(config), *_settings(config, processes)]
     else:
         launch += ["--num_machines", "1", "--main_process_port", str(_free_port())]
-        launch += ["--num_cpu_threads_per_process", "1"]
+        launch += ["--num_cpu_threads_per_process", "1", "--multi_gpu"]
     if processes is not None:
         launch += ["--num_processes", str(processes)]
-    # Without GPUs --multi_gpu means gloo, where --cpu or MULTI_CPU would start one process. The
-    # numbers are computed as the recipe says: no autocast, no compiler.
-    launch += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # The numbers are computed as the recipe says: no autocast, no compiler.
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launch, *worker]
 
 
 def _settings(config: Path, processes: int | None) -> list[str]:
     """Return what the command line adds to a config file of Accelerate's, after a check of it."""
-    if not config.is_file():
-        raise InputError(f"{config}: no such file; `accelerate config` writes one")
-    try:
-        values: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{config}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or "distributed_type" not in values:
-        raise InputError(
-            f"{config}: no distributed_type in it; `accelerate config` writes a file that has one"
-        )
+    values = read_config(config)
     kind, place = values["distributed_type"], values.get("compute_environment", "LOCAL_MACHINE")
     if place != "LOCAL_MACHINE":
         raise InputError(f"{config}: compute_environment {place}: only LOCAL_MACHINE can be used")
@@ -83,10 +73,7 @@ def _settings(config: Path, processes: int | None) -> list[str]:
             f"{config}: distributed_type NO starts one process only; "
             "for one process leave --accelerate out"
         )
-    if not str(kind).startswith("MULTI_"):
-        raise InputError(
-            f"{config}: distributed_type {kind}: not supported; MULTI_GPU and MULTI_CPU are"
-        )
+    engine = engine_of(config)
     count = processes or values.get("num_processes")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"{config}: num_processes is missing; name it there or with --processes")
@@ -101,9 +88,36 @@ def _settings(config: Path, processes: int | None) -> list[str]:
             f"{config}: mixed_precision {precision}: the recipe's base.dtype says that; set it "
             "to 'no' in the file"
         )
-    if values.get("num_machines", 1) == 1 and not values.get("main_process_port"):
-        return ["--main_process_port", str(_free_port())]
-    return []
+    dynamo = (values.get("dynamo_config") or {}).get("dynamo_backend", "NO")
+    if str(dynamo).upper() != "NO":
+        raise InputError(f"{config}: dynamo_backend {dynamo}: not supported; set it to 'NO'")
+    # Without GPUs --multi_gpu means gloo, where --cpu or MULTI_CPU would start one process.
+    flags = {"DDP": ["--multi_gpu"], "FSDP2": ["--use_fsdp"], "DeepSpeed": ["--use_deepspeed"]}
+    machines = values.get("num_machines") or 1
+    if machines == 1:
+        if values.get("main_process_port"):
+            return flags[engine]
+        return [*flags[engine], "--main_process_port", str(_free_port())]
+    for key in ("main_process_ip", "main_process_port"):
+        if not values.get(key):
+            raise InputError(f"{config}: num_machines {machines} need {key}, that of the first")
+    if not isinstance(machines, int) or count % machines:
+        raise InputError(
+            f"{config}: num_processes {count} is not a multiple of num_machines {machines}: it is "
+            "the number on all of them together"
+        )
+    if machine_rank(config) not in range(machines):
+        raise InputError(
+            f"{config}: machine_rank {values.get('machine_rank')}: the {machines} machines have "
+            f"the numbers 0 to {machines - 1}, each in its own file"
+        )
+    return flags[engine]
+
+
+def machine_rank(config: Path | None) -> int:
+    """Return which of several machines this one is by a config file of Accelerate's, else 0."""
+    rank = 0 if config is None else read_config(config).get("machine_rank") or 0
+    return rank if isinstance(rank, int) else -1
 
 
 def _free_port() -> int:

@@ -71,7 +71,9 @@ def _head_gives_loss(head: Any, sources: Tensor, targets: Tensor, config: Any) -
 
     def loss(hidden: Tensor) -> Tensor:
         chosen = hidden.flatten(0, -2).index_select(0, sources)  # (n, hidden)
-        if type(head) is nn.Linear and not head.weight.requires_grad:
+        # FSDP2 makes a Linear a subclass, of the same forward; a quantized one has its own.
+        frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
+        if frozen and type(head).forward is nn.Linear.forward:
             out: Tensor = _HeadLoss.apply(chosen, head.weight, head.bias, targets, cap)
             return out
         logits = plain(chosen).float()

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from san_llm.errors import InputError, SanError
 from san_llm.locate import base_folder, stored_bits
+from san_llm.processes import world_size
 from san_llm.quantize import quantization_config
 from san_llm.recipe import Base, DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
 from san_llm.record import read_json
@@ -133,12 +135,16 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_base(
+    base: Base, dtype: torch.dtype | None = None, sharded: bool = False
+) -> PreTrainedModel:
     """Load the frozen base model onto this process's device.
 
     Args:
         base: The recipe's section.
         dtype: Instead of the section's, and without its quantization: for merging.
+        sharded: Load this process's share only, by FSDP2; what the base computes with is gathered
+            block by block. Adapters that are put on later are whole in every process.
 
     Raises:
         InputError: when it cannot be loaded or its family is not supported.
@@ -149,6 +155,14 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
     chosen = dtype or getattr(torch, base.dtype)
     how: dict[str, Any] = {"dtype": chosen}
     stored = getattr(config, "quantization_config", None)
+    if sharded:
+        from transformers.distributed import DistributedConfig
+
+        if stored:
+            raise InputError(
+                f"base.model: {base.model} is stored quantized, which FSDP2 cannot shard; use DDP"
+            )
+        how["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     if stored:
         # What the arithmetic is done in is the reader's choice, not the checkpoint's.
         stored["bnb_4bit_compute_dtype"] = str(chosen).removeprefix("torch.")
@@ -173,7 +187,7 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(chosen)
-    if "device_map" not in how and dtype is None:
+    if "device_map" not in how and dtype is None and not sharded:
         model.to(device())
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -183,6 +197,8 @@ def load_base(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 
 def _is_finite(numbers: torch.Tensor) -> bool:
+    if isinstance(numbers, DTensor):
+        numbers = numbers.to_local()
     # Smallest and largest: a NaN is both, and no mask of the weight's size is made.
     return not numbers.numel() or bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
 
@@ -242,6 +258,12 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     except ValueError as error:
         raise InputError(f"method {method.name}: {str(error).splitlines()[0]}") from error
     return adapted
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter that is trained; of a base that is sharded nothing is gathered for it."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(str(folder), state_dict=state)
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

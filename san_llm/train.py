@@ -40,13 +40,20 @@ from san_llm.checkpoint import checkpoint_of, damage, last_checkpoint, remove_ol
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
+from san_llm.engine import Engine, check_engine, take_engine
 from san_llm.errors import InputError, SanError
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_failure, tell_stopped
 from san_llm.locate import base_folder
 from san_llm.lock import sole_writer
 from san_llm.loss import learned_tokens, token_losses
-from san_llm.model import add_adapter, load_base, load_tokenizer, trainable_parameters
+from san_llm.model import (
+    add_adapter,
+    load_base,
+    load_tokenizer,
+    save_adapter,
+    trainable_parameters,
+)
 from san_llm.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.processes import agree, is_first, rank, world_size
 from san_llm.progress import bar, stderr
@@ -147,9 +154,23 @@ class SanTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, *, recipe: Recipe, stop: StopOnSignal, bad: BadBatches, **how: Any) -> None:
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        stop: StopOnSignal,
+        bad: BadBatches,
+        args: TrainingArguments,
+        engine: Engine,
+        **how: Any,
+    ) -> None:
         """Train as ``recipe.training`` says; ``how`` goes to Trainer."""
-        super().__init__(**how)
+        self._sharded = engine == "FSDP2"
+        # Trainer does not believe that a run over a sharded base can resume. But what is trained,
+        # and its optimizer's state, is whole in every process.
+        args.save_only_model = self._sharded
+        super().__init__(args=args, **how)
+        args.save_only_model = False
         self._recipe, self._stop, self._bad = recipe, stop, bad
         self._skipped = False
         self._micro_batch = (-1, 0)  # the step that is made, and how many of its batches are done
@@ -242,8 +263,6 @@ class SanTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(temporary))
                 self._save_scaler(str(temporary))
                 if self.args.should_save:
-                    # A pickle that nothing reads: the recipe says it all.
-                    (temporary / "training_args.bin").unlink(missing_ok=True)
                     state.save_to_json(str(temporary / "trainer_state.json"))
             if self.args.should_save:
                 remove_old(folder, self._recipe.training.keep_checkpoints)
@@ -262,7 +281,14 @@ class SanTrainer(Trainer):
                 f"`san-llm train {folder.parent} --resume` goes on from the last checkpoint"
             ) from None
 
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        """Save the adapter, from the first process; the recipe says all else."""
+        if self.args.should_save:
+            save_adapter(self.model, Path(output_dir))
+
     def _load_best_model(self) -> None:
+        if not self.args.should_save:  # nothing is done with the others' weights
+            return
         wrong = damage(Path(self.state.best_model_checkpoint))
         if wrong is not None:
             raise SanError(f"{self.args.output_dir}: {wrong}: the best weights are lost")
@@ -304,18 +330,22 @@ class SanTrainer(Trainer):
                 if self._stop.asked_anywhere(self.args, long):
                     model.train()
                     raise _StoppedJudging
-                if start >= len(mine):
+                turn = mine[start : start + size]
+                if not turn and not self._sharded:
                     continue
-                batch = self.data_collator([rows[i] for i in mine[start : start + size]])
+                # A sharded base needs all processes for every forward.
+                batch = self.data_collator([rows[i] for i in turn or [0]])
                 batch = self._prepare_inputs(batch)
-                total[0] += token_losses(model, batch).double()
-                total[1] += learned_tokens(batch)
+                loss = token_losses(model, batch).double()
+                if turn:
+                    total[0] += loss
+                    total[1] += learned_tokens(batch)
         total = self.accelerator.reduce(total, reduction="sum")
         model.train()
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         self.log(metrics)
-        loss = metrics[f"{metric_key_prefix}_loss"]
-        self._bad.check_held_out(self.state, loss, self._get_learning_rate())
+        mean = metrics[f"{metric_key_prefix}_loss"]
+        self._bad.check_held_out(self.state, mean, self._get_learning_rate())
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -467,6 +497,8 @@ def _told(error: Exception) -> str:
 
 
 def _train(recipe: Recipe, run: Path) -> TrainResult:
+    engine = take_engine()
+    check_engine(engine, recipe)
     rows, held_out_rows, hashes = split_held_out(recipe)
     _micro_batch(recipe)  # before anything is loaded
     tokenizer = load_tokenizer(recipe.base)
@@ -488,7 +520,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
 
     arguments = _arguments(recipe, run, judged=held_out is not None)
     set_seed(recipe.training.seed)
-    base = load_base(recipe.base)
+    base = load_base(recipe.base, sharded=engine == "FSDP2")
     model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
     if recipe.training.packing and can_pack(base):
@@ -499,13 +531,14 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     if is_first():
         stderr.print(
             f"{recipe.method.name}: {trained:,} trained numbers on {recipe.base.model} "
-            f"({arguments.device}, {world_size()} process{'es' if world_size() > 1 else ''})"
+            f"({arguments.device}, {_processes(engine)})"
         )
         facts = manifest(
             recipe=recipe.name,
             seed=recipe.training.seed,
             device=str(arguments.device),
             processes=world_size(),
+            engine=engine if world_size() > 1 else None,
             sha256={
                 "base config": sha256_of(base_folder(recipe.base) / "config.json"),
                 "data": hashes,
@@ -532,6 +565,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 ),
                 model=model,
                 args=arguments,
+                engine=engine,
                 train_dataset=Rows(encoded),
                 eval_dataset=None if held_out is None else Rows(held_out),
                 data_collator=collator,
@@ -567,7 +601,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     )
     if result.finished and is_first():
         with whole_folder(run / "adapter", overwrite=True) as folder:
-            model.save_pretrained(folder)
+            save_adapter(model, folder)
             facts["sha256"]["adapter"] = sha256_of(folder / "adapter_model.safetensors")
             write_json(run / "manifest.json", facts)
             write_json(run / "metrics.json", asdict(result))
@@ -576,6 +610,13 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             shutil.rmtree(path)
         shutil.rmtree(run / "checkpoints" / "runs", ignore_errors=True)
     return result
+
+
+def _processes(engine: Engine) -> str:
+    count = world_size()
+    if count == 1:
+        return "1 process"
+    return f"{count} processes" + ("" if engine == "DDP" else f", {engine}")
 
 
 def _warn(message: str) -> None:

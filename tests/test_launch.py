@@ -46,6 +46,7 @@ CONFIG: dict[str, Any] = {
     "tpu_use_sudo": False,
     "use_cpu": True,
 }
+TWO = {"num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": 29999}
 LONG = {"max_steps": 40, "epochs": 100.0, "evaluate_every": 4, "schedule": "constant_with_warmup"}
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -218,8 +219,13 @@ def test_one_process_needs_no_launcher() -> None:
         ({}, 1, "num_processes 1 starts one process only"),
         ({"num_processes": None}, None, "num_processes is missing"),
         ({"num_processes": "two"}, None, "num_processes is missing"),
-        ({"distributed_type": "FSDP"}, None, "FSDP: not supported; MULTI_GPU and MULTI_CPU are"),
-        ({"distributed_type": "DEEPSPEED"}, None, "DEEPSPEED: not supported"),
+        ({"distributed_type": "XLA"}, None, "XLA: not supported; MULTI_GPU, MULTI_CPU, FSDP and"),
+        ({"distributed_type": "FSDP"}, None, "distributed_type FSDP without its fsdp_config"),
+        ({"distributed_type": "DEEPSPEED"}, None, "DEEPSPEED without its deepspeed_config"),
+        ({"num_machines": 2}, None, "num_machines 2 need main_process_ip, that of the first"),
+        ({**TWO, "num_processes": 3}, None, "num_processes 3 is not a multiple of num_machines 2"),
+        ({**TWO, "machine_rank": 2}, None, "machine_rank 2: the 2 machines have the numbers 0 to"),
+        ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, None, "dynamo_backend INDUCTOR"),
         ({"compute_environment": "AMAZON_SAGEMAKER"}, None, "only LOCAL_MACHINE"),
         ({"mixed_precision": "bf16"}, None, "the recipe's base.dtype says that"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 BLOCK = 2**22  # numbers of a block: 16 MB in fp32
 
@@ -22,8 +23,11 @@ def wide_rows(linear: Any, weight: Tensor) -> Iterator[Tensor]:
 
     Args:
         linear: The Linear, full-precision or one of bitsandbytes'.
-        weight: Its weight, as it is stored.
+        weight: Its weight, as it is stored. Of a sharded one (FSDP2) all rows are gathered: every
+            process must ask.
     """
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     state, weight = getattr(weight, "quant_state", None), weight.data
     step = max(1, BLOCK // linear.in_features)
     if state is not None:
