@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
+from conftest import Cli
 from safetensors.torch import load_file
-from test_launch import reference
+from test_launch import gone, reach, reference, steps
 from tiny import rows, save_tiny, write_recipe, write_rows
 
-from san_llm.launch import accelerate_command
+from san_llm.engine import engine_of, take_engine
+from san_llm.errors import InputError
+from san_llm.launch import _free_port, accelerate_command
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 STEPS = 20
@@ -109,3 +117,157 @@ def test_an_engine_gives_the_weights_of_one_process(
         ]
         assert ends[0]["held_out_loss"] == pytest.approx(ends[1]["held_out_loss"], rel=1e-5)
     assert max(found.values()) < 1e-5, found
+
+
+def node(here: Path, rank: int, **changes: Any) -> Path:
+    """Write the shipped config of two machines, as one process on each of two loopback machines."""
+    values = yaml.safe_load((CONFIGS / "two_nodes.yaml").read_text())
+    values |= {"num_machines": 2, "num_processes": 2, "machine_rank": rank}
+    values |= {"main_process_ip": "127.0.0.2", **changes}
+    config = here / f"node{rank}.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Start ``san-llm`` in a directory."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "san_llm", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def start_nodes(here: Path, *arguments: object) -> list[subprocess.Popen[str]]:
+    """Start a training on two nodes, the second in a directory of its own."""
+    port = _free_port()
+    (here / "second").mkdir(exist_ok=True)
+    return [
+        start(folder, "train", *arguments, "--accelerate", node(here, rank, main_process_port=port))
+        for rank, folder in enumerate((here, here / "second"))
+    ]
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_weights_of_one_process(here: Path, bases: dict[bool, Path]) -> None:
+    path = recipe_of("scale", here, bases)
+    nodes = start_nodes(here, path, "--output", "two")
+    said = [process.communicate(timeout=120) for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], said
+    assert said[0][0].count("held-out loss") == 1
+    assert said[1][0] == ""  # the first alone speaks and writes
+    assert not list((here / "second").iterdir())
+    reference(path, here / "one")
+    assert relative(here / "one", here / "two") < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_that_dies_ends_the_other(here: Path, bases: dict[bool, Path], lost: int) -> None:
+    path = recipe_of("scale", here, bases)
+    nodes = start_nodes(here, path, "training.max_steps=4000", "--output", "run")
+    reach(here / "run", 4, nodes[0])
+    for process in [*psutil.Process(nodes[lost].pid).children(recursive=True), nodes[lost]]:
+        process.kill()
+    nodes[lost].communicate()
+    _, errors = nodes[1 - lost].communicate(timeout=60)
+    assert nodes[1 - lost].returncode == 1, errors
+    assert errors.count("error:") == 1, errors
+    assert "Traceback" not in errors
+    gone(path)
+    assert not (here / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_stopped_and_goes_on(
+    cli: Cli, here: Path, bases: dict[bool, Path]
+) -> None:
+    path = recipe_of("dora", here, bases)
+    how = ("--accelerate", CONFIGS / "fsdp2.yaml", "--processes", 2)
+    process = start(here, "train", path, "--output", "two", *how)
+    reach(here / "two", 9, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "2 processes, FSDP2" in errors
+    assert steps(here / "two")[-1] < STEPS
+    done = cli("train", "two", "--resume", *how)
+    assert done.returncode == 0, done.stderr
+    assert steps(here / "two") == list(range(1, STEPS + 1))
+    reference(path, here / "one")
+    assert relative(here / "one", here / "two") < 1e-5
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def fsdp(path: Path, **settings: Any) -> Path:
+    """Write the shipped config of FSDP2 with other settings."""
+    values = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+    values["fsdp_config"] |= settings
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_config_starts_its_engine(config: Path) -> None:
+    command = accelerate_command(["train"], None, config)
+    flag = {"DDP": "--multi_gpu", "FSDP2": "--use_fsdp", "DeepSpeed": "--use_deepspeed"}
+    assert flag[engine_of(config)] in command
+    assert command[-3:] == ["-m", "san_llm", "train"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version 1: FSDP1 would shard SAN's vectors; set it to 2"),
+        ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, "a block is what is sharded"),
+        ({"fsdp_reshard_after_forward": False}, "which is DDP: MULTI_GPU"),
+        ({"fsdp_offload_params": True}, "fsdp_offload_params true: not supported"),
+        ({"fsdp_activation_checkpointing": True}, "the recipe's training.gradient_checkpointing"),
+        ({"fsdp_ignored_modules": ".*gamma"}, "fsdp_ignored_modules .*gamma: not supported"),
+    ],
+)
+def test_settings_of_fsdp_that_would_be_left_out_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    config = fsdp(tmp_path / "c.yaml", **settings)
+    with pytest.raises(InputError) as caught:
+        accelerate_command([], None, config)
+    assert str(caught.value).startswith(f"{config}: ")
+    assert message in str(caught.value)
+    # The same from `accelerate launch` itself, which has no other way to its workers.
+    for key, value in {"ACCELERATE_USE_FSDP": "true", "fsdp_version": 2, **settings}.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        monkeypatch.setenv(key.upper(), text)
+    with pytest.raises(InputError, match="accelerate launch: ") as caught:
+        take_engine()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "override", "message"),
+    [
+        ("fsdp2", "base.quantization=4bit", "base.quantization 4bit: FSDP2 cannot shard"),
+        ("fsdp2", "method.name=dora", "SAN with method.carrier=dora"),
+        ("deepspeed_zero2", "training.bad_batches=skip", "DeepSpeed moves the weights before"),
+        ("ddp", "training.batch_size=12", "12 is not a multiple of 8 processes"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_anything_is_loaded(
+    command: Cli,
+    here: Path,
+    bases: dict[bool, Path],
+    engine: str,
+    override: str,
+    message: str,
+) -> None:
+    recipe = recipe_of("scale", here, bases)
+    done = command("train", recipe, override, "--accelerate", CONFIGS / f"{engine}.yaml")
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert not (here / "runs").exists()
