@@ -421,6 +421,13 @@ def evaluate(
         raise
     if result is None:
         return
+    if subject.adapter and subject.recipe:
+        from san_llm.adapter_card import add_scores
+
+        try:
+            add_scores(subject.adapter, subject.recipe.name, result.to_json())
+        except InputError as error:  # a card of somebody's own; the evaluation stands
+            stderr.print(f"scores are not put into the card: {plain(str(error))}", markup=False)
     if as_json:
         print(json.dumps(result.to_json()))
         return

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from san_llm.adapter_card import write_card
 from san_llm.callbacks import SLOW, BadBatches, Checkpoints, Log, StopOnSignal
 from san_llm.checkpoint import checkpoint_of, damage, last_checkpoint, remove_old, whole_checkpoint
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
@@ -605,6 +606,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             facts["sha256"]["adapter"] = sha256_of(folder / "adapter_model.safetensors")
             write_json(run / "manifest.json", facts)
             write_json(run / "metrics.json", asdict(result))
+            write_card(run, folder)  # instead of PEFT's, which is a form to be filled in
             # The adapter appears last: a run that has one is finished.
         for path in (run / "checkpoints").glob(".checkpoint-*"):  # what kills left
             shutil.rmtree(path)

@@ -15,6 +15,7 @@ HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbyte
 LIGHT = [
     "__init__",
     "__main__",
+    "adapter_card",
     "checkpoint",
     "cli",
     "commands.complete",

@@ -1,0 +1,147 @@
+"""The README of a run's adapter: what the hub and a reader want to know of it.
+
+Written with the adapter. Each evaluation brings its scores in, as the hub's ``model-index`` and as
+a table between two marks; whatever else somebody has written into the card stays.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from san_llm import __version__
+from san_llm.errors import InputError
+from san_llm.record import read_json, recipe_of, write_text
+
+CARD = "README.md"
+_BEGIN, _END = "<!-- scores -->", "<!-- end of scores -->"
+
+
+def write_card(run: Path, folder: Path) -> None:
+    """Write a new card.
+
+    Args:
+        run: The run, with its recipe and metrics.
+        folder: The adapter's, which may not have its name yet.
+    """
+    from huggingface_hub import ModelCardData
+
+    recipe, metrics = recipe_of(run), read_json(run / "metrics.json")
+    method, data = recipe.method.name, recipe.data
+    tags = [method, "san-llm", "lora"] if method == "dora" else [method, "san-llm"]
+    head = ModelCardData(
+        base_model=_hub_id(recipe.base.model),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=tags,
+        model_name=recipe.name,
+    )
+    train = data.train if isinstance(data.train, str) else ", ".join(data.train)
+    loss = metrics["held_out_loss"]
+    lines = [
+        "---",
+        head.to_yaml().rstrip(),
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+        f"A {method} adapter over `{recipe.base.model}`, trained by san-llm {__version__}: "
+        f"{metrics['trained_numbers']:,} numbers, {metrics['steps']:,} steps, "
+        f"{metrics['rows']:,} rows of {train}.",
+        *([] if loss is None else ["", f"Loss on held-out rows: {loss:.4f} a token."]),
+        "",
+        _BEGIN,
+        _END,
+        "",
+        f"Prompts are written in the style `{data.prompt}`, which `san-llm generate --adapter` "
+        "does by itself. In Python:",
+        "",
+        "```python",
+        *(["import san_llm  # makes SAN known to PEFT"] if method == "san" else []),
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({recipe.base.model!r})",
+        'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
+        "```",
+        "",
+        "The recipe:",
+        "",
+        "```yaml",
+        recipe.to_yaml().rstrip(),
+        "```",
+    ]
+    write_text(folder / CARD, "\n".join(lines) + "\n")
+
+
+def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
+    """Put an evaluation's scores into an adapter's card, in place of earlier ones.
+
+    One that was made without a card gets none.
+
+    Args:
+        adapter: The adapter's folder.
+        name: What the model is called where the card does not say it.
+        results: What is in the evaluation's ``results.json``.
+
+    Raises:
+        InputError: when the card's head is not what the hub reads.
+    """
+    import yaml
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = adapter / CARD
+    if not path.is_file():
+        return
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as a model card: {first}") from None
+    data = Path(results["data"]).name  # where it lies is nothing to a reader
+    about = f"{data} rows, protocol {results['protocol']}, prompts {results['prompt']}"
+    head: Any = card.data
+    head.model_name = head.model_name or name
+    head.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task["task"],
+            dataset_name=f"{task['task']} ({data})",
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"accuracy ({results['protocol']})",
+            metric_value=round(task["accuracy"], 4),
+        )
+        for task in results["tasks"]
+    ]
+    rows = [_row(task["task"], task) for task in results["tasks"]]
+    total = sum(task["n"] for task in results["tasks"])
+    rows.append(_row("**average**", results["average"] | {"n": total}))
+    top = [
+        f"Accuracy in percent ({about}):",
+        "",
+        "| task | accuracy | rows |",
+        "| --- | --: | --: |",
+    ]
+    text = "\n".join([_BEGIN, *top, *rows, _END])
+    marked = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    write_text(path, marked.sub(lambda _: text, str(card), count=1))
+
+
+def _row(name: str, score: dict[str, Any]) -> str:
+    error = score["standard_error"]
+    shown = "" if error is None else f" ± {100 * error:.1f}"
+    return f"| {name} | {100 * score['accuracy']:.1f}{shown} | {score['n']:,} |"
+
+
+def _hub_id(base: str) -> str | None:
+    """Return the base as the hub knows it; a folder of this machine is nothing to a reader."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base if "/" in base and not Path(base).exists() else None
