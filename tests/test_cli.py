@@ -323,7 +323,7 @@ def test_results_go_to_stdout_as_json_and_no_library_litters_stderr(cli, here, r
 
     merged = cli("merge", "--verify", "--json")
     assert merged.returncode == 0, merged.stderr
-    assert json.loads(merged.stdout)["output"] == str(here / result["run"] / "merged")
+    assert json.loads(merged.stdout)["output"] == str(Path(result["run"]) / "merged")
 
     for done in (trained, scored, merged):
         assert not LITTER.search(done.stderr), done.stderr
