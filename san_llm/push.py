@@ -1,4 +1,4 @@
-"""A merged checkpoint, its card and manifest included, to a repository on the hub."""
+"""A merged checkpoint or an adapter, its card included, to a repository on the hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from san_llm.errors import InputError, SanError
 
 
-def check_push(name: str) -> None:
+def check_push(name: str, option: str = "--push", signed_in: bool = True) -> None:
     """Refuse what cannot be pushed to, before anything is merged.
 
     Args:
         name: The hub id.
+        option: Where it was named.
+        signed_in: Whether somebody must be signed in.
 
     Raises:
         InputError: when it is no hub id, or nobody is signed in.
@@ -26,18 +28,19 @@ def check_push(name: str) -> None:
     except HFValidationError:
         wrong = True
     if wrong:
-        raise InputError(f"--push: {name!r} is not a hub id; expected something like owner/name")
-    if get_token() is None:
-        raise InputError("--push: nobody is signed in to the hub: `hf auth login` or HF_TOKEN")
+        raise InputError(f"{option}: {name!r} is not a hub id; expected something like owner/name")
+    if signed_in and get_token() is None:
+        raise InputError(f"{option}: nobody is signed in to the hub: `hf auth login` or HF_TOKEN")
 
 
-def push(folder: Path, name: str, private: bool = False) -> str:
+def push(folder: Path, name: str, private: bool = False, message: str = "Merged model") -> str:
     """Upload a folder as a model repository, made if it is not there; return its address.
 
     Args:
-        folder: A merged checkpoint.
+        folder: A merged checkpoint, or an adapter.
         name: The hub id.
         private: Whether only its owner sees a repository that is made for it.
+        message: Of the commit.
 
     Raises:
         SanError: when the hub cannot be reached or does not let the user; the folder stays.
@@ -48,7 +51,7 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     hub = HfApi(library_name="san-llm")
     try:
         hub.create_repo(name, private=private or None, exist_ok=True)  # None: as the owner's are
-        about = hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model")
+        about = hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except OfflineModeIsEnabled:
         why = "the hub is switched off (HF_HUB_OFFLINE)"
     except HfHubHTTPError as error:

@@ -20,6 +20,7 @@ LIGHT = [
     "cli",
     "commands.complete",
     "commands.doctor",
+    "commands.push",
     "commands.recipes",
     "commands.runs",
     "commands.talk",
@@ -80,7 +81,7 @@ COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipe
 COMMANDS += ["generate", "chat", "doctor"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
-COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm"]
+COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm", "push"]
 
 
 def path_of(module: str) -> Path:

@@ -1,4 +1,4 @@
-"""A merged model on its way to the hub: what is asked of a hub that answers from this machine."""
+"""A merged model or an adapter on its way to the hub: what a hub on this machine is asked."""
 
 import json
 import os
@@ -107,3 +107,35 @@ def test_what_cannot_be_pushed_is_refused_before_the_merge(command, pair, monkey
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     refused(command(*ASKED, "owner/mine"), 2, "--push: nobody is signed in to the hub: `hf auth")
     assert not Path("out").exists()
+
+
+def test_an_adapter_is_shown_and_pushed_with_its_card(cli, pair, hub):
+    card = "---\nlibrary_name: peft\n---\n# Mine\n"
+    Path("adapter/README.md").write_text(card)
+    done = cli("push", "owner/mine", "adapter", "--dry-run", HF_TOKEN="")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "adapter to owner/mine:"
+    assert [line.split()[0] for line in lines[1:]] == sorted(os.listdir("adapter"))
+    where = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_mine",
+    }
+    done = cli("push", "owner/mine", "adapter", **where)
+    refused(done, 1, "owner/mine: not pushed: full up; the model is in adapter, `hf upload owner/")
+    assert [path for path, *_ in hub.asked[:2]] == ["/api/repos/create", "/api/validate-yaml"]
+    assert hub.asked[1][2]["content"] == card
+
+
+def test_what_is_no_adapter_or_leads_elsewhere_is_not_pushed(command, pair, here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    Path("empty").mkdir()
+    refused(command("push", "owner/mine", "empty"), 2, "empty: neither a run, nor an adapter")
+    refused(command("push", "mine", "adapter"), 2, "HUB_ID: 'mine' is not a hub id")
+    refused(command("push", "owner/mine"), 2, "runs/latest: no run yet in this directory")
+    (here / "secret").write_text("mine")
+    (here / "adapter" / "notes").symlink_to(here / "secret")
+    refused(command("push", "owner/mine", "adapter"), 2, "adapter/notes: a symbolic link out of")
+    done = command("push", "owner/mine", "base", "--dry-run", "--json")
+    assert json.loads(done.stdout)["files"]["config.json"] > 0
