@@ -132,7 +132,10 @@ def train(
     ] = None,
     accelerate: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG.yaml", help="Launch as this file of Accelerate's says."),
+        typer.Option(
+            metavar="CONFIG.yaml",
+            help="Launch as this file of Accelerate's says, or a shipped one: ddp, fsdp2, ...",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder. Default: runs/NAME-DATE-TIME.")
@@ -146,7 +149,7 @@ def train(
     """Train an adapter as a recipe says; the run's folder holds all that it leaves behind."""
     quiet_libraries()
     from san_llm.data.rows import read_rows, training_files
-    from san_llm.engine import check_engine, engine_of, read_config
+    from san_llm.engine import check_engine, engine_of, find_config, read_config
     from san_llm.launch import accelerate_command, machine_rank, run_launched
     from san_llm.lock import refuse_busy
     from san_llm.progress import stderr
@@ -160,7 +163,7 @@ def train(
         write_text,
     )
 
-    launched = "WORLD_SIZE" in os.environ
+    launched, accelerate = "WORLD_SIZE" in os.environ, find_config(accelerate)
     first = os.environ.get("RANK", "0") == "0"
     # On several machines, as in several processes, the first alone knows the run.
     if not first or (not launched and machine_rank(accelerate)):

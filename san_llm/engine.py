@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from san_llm.errors import InputError
-from san_llm.recipe import Recipe
+from san_llm.recipe import SHIPPED, Recipe
 
 Engine = Literal["DDP", "FSDP2", "DeepSpeed"]
 
@@ -38,6 +38,14 @@ _FSDP = {
 }
 
 
+def find_config(text: Path | None) -> Path | None:
+    """Return the config file that is meant: one that is there, or a shipped one by its name."""
+    if text is None or text.exists():
+        return text
+    shipped = SHIPPED / "accelerate" / f"{text}.yaml"
+    return shipped if shipped.is_file() else text
+
+
 def read_config(config: Path) -> dict[str, Any]:
     """Return what a config file of Accelerate's says.
 
@@ -45,7 +53,10 @@ def read_config(config: Path) -> dict[str, Any]:
         InputError: when it is none.
     """
     if not config.is_file():
-        raise InputError(f"{config}: no such file; `accelerate config` writes one")
+        names = ", ".join(path.stem for path in sorted((SHIPPED / "accelerate").glob("*.yaml")))
+        raise InputError(
+            f"{config}: no such file; `accelerate config` writes one, and shipped are {names}"
+        )
     try:
         values: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -131,6 +142,11 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
                 "DDP (MULTI_GPU), or SAN with method.carrier=dora"
             )
     elif engine == "DeepSpeed":
+        if recipe.base.quantization is not None:
+            raise InputError(
+                f"base.quantization {recipe.base.quantization}: not tried with DeepSpeed; use DDP "
+                "(MULTI_GPU), or leave the quantization out"
+            )
         if recipe.training.bad_batches == "skip":
             raise InputError(
                 "training.bad_batches skip: DeepSpeed moves the weights before the batch can be "
@@ -138,6 +154,17 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
             )
         if find_spec("deepspeed") is None:
             raise InputError(
-                "DeepSpeed is not installed: `pip install 'san-llm[deepspeed]'`, or use FSDP2, "
-                "which shards the base as ZeRO-3 does"
+                "DeepSpeed is not installed: `pip install --no-build-isolation "
+                "'san-llm[deepspeed]'`; or use FSDP2, which shards the base as ZeRO-3 does"
             )
+
+
+def load_weights_only() -> None:
+    """Let DeepSpeed's checkpoints, which are pickles, hold numbers and its own settings only."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from torch.serialization import add_safe_globals
+
+    add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for anything

@@ -41,7 +41,7 @@ from san_llm.checkpoint import checkpoint_of, damage, last_checkpoint, remove_ol
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
-from san_llm.engine import Engine, check_engine, take_engine
+from san_llm.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.errors import InputError, SanError
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_failure, tell_stopped
@@ -288,8 +288,8 @@ class SanTrainer(Trainer):
             save_adapter(self.model, Path(output_dir))
 
     def _load_best_model(self) -> None:
-        if not self.args.should_save:  # nothing is done with the others' weights
-            return
+        if not (self.args.should_save or self.is_deepspeed_enabled):
+            return  # nothing is done with the weights of others; with DeepSpeed each loads a part
         wrong = damage(Path(self.state.best_model_checkpoint))
         if wrong is not None:
             raise SanError(f"{self.args.output_dir}: {wrong}: the best weights are lost")
@@ -500,6 +500,8 @@ def _told(error: Exception) -> str:
 def _train(recipe: Recipe, run: Path) -> TrainResult:
     engine = take_engine()
     check_engine(engine, recipe)
+    if engine == "DeepSpeed":
+        load_weights_only()
     rows, held_out_rows, hashes = split_held_out(recipe)
     _micro_batch(recipe)  # before anything is loaded
     tokenizer = load_tokenizer(recipe.base)

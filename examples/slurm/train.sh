@@ -1,0 +1,29 @@
+#!/bin/bash
+# A training on two nodes of eight GPUs that goes on by itself after a preemption:
+#     sbatch examples/slurm/train.sh mine.yaml runs/mine [CONFIG.yaml]
+# The folder is on a disk that all nodes see. See docs/distributed.md.
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@120
+
+recipe=$1 run=$2 config=${3:-recipes/accelerate/two_nodes.yaml}
+export first recipe run config per_node=${SLURM_GPUS_ON_NODE:-8} port=$((20000 + SLURM_JOB_ID % 20000))
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=1 bash -c '
+    mine=$(mktemp --suffix=.yaml)
+    sed -e "s/^num_machines:.*/num_machines: $SLURM_NNODES/" \
+        -e "s/^num_processes:.*/num_processes: $((SLURM_NNODES * per_node))/" \
+        -e "s/^machine_rank:.*/machine_rank: $SLURM_NODEID/" \
+        -e "s/^main_process_ip:.*/main_process_ip: $first/" \
+        -e "s/^main_process_port:.*/main_process_port: $port/" "$config" >"$mine"
+    if [ -f "$run/recipe.yaml" ]; then what=("$run" --resume); else what=("$recipe" --output "$run"); fi
+    exec san-llm train "${what[@]}" --accelerate "$mine"
+'
+code=$?
+[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code
