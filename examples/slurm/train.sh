@@ -1,6 +1,7 @@
 #!/bin/bash
 # A training on two nodes of eight GPUs that goes on by itself after a preemption:
 #     sbatch examples/slurm/train.sh mine.yaml runs/mine [CONFIG.yaml]
+# CONFIG.yaml has the lines of recipes/accelerate/two_nodes.yaml.
 # The folder is on a disk that all nodes see. See docs/distributed.md.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,7 +15,7 @@ export first recipe run config per_node=${SLURM_GPUS_ON_NODE:-8} port=$((20000 +
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 bash -c '
+srun bash -c '
     mine=$(mktemp --suffix=.yaml)
     sed -e "s/^num_machines:.*/num_machines: $SLURM_NNODES/" \
         -e "s/^num_processes:.*/num_processes: $((SLURM_NNODES * per_node))/" \
