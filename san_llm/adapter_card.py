@@ -29,12 +29,11 @@ def write_card(run: Path, folder: Path) -> None:
 
     recipe, metrics = recipe_of(run), read_json(run / "metrics.json")
     method, data = recipe.method.name, recipe.data
-    tags = [method, "san-llm", "lora"] if method == "dora" else [method, "san-llm"]
     head = ModelCardData(
         base_model=_hub_id(recipe.base.model),
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=tags,
+        tags=[method, "san-llm"],
         model_name=recipe.name,
     )
     train = data.train if isinstance(data.train, str) else ", ".join(data.train)
