@@ -235,7 +235,7 @@ def test_a_full_disk_ends_with_one_line_and_leaves_no_half_checkpoint(
 
 def _train_with_limit(path: Path, run: Path, *overrides: str) -> None:
     """Train with a limit on the size of files that the second checkpoint's optimizer exceeds."""
-    from san_llm.train import SanTrainer
+    from san_llm.trainer import SanTrainer
 
     recipe = load_recipe(path, list(overrides))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

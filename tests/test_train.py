@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from san_llm.errors import InputError, SanError
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run, recipe_of
-from san_llm.train import GroupedByLength, SanTrainer, TrainResult, split_held_out, train
+from san_llm.train import TrainResult, split_held_out, train
+from san_llm.trainer import GroupedByLength, SanTrainer
 
 
 def start(path: Path, folder: Path, *overrides: str) -> TrainResult:
@@ -546,7 +547,7 @@ def test_a_stop_inside_a_long_step_or_judging_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(SanTrainer, "__init__", stopping)
-        for module in ("callbacks", "train"):
+        for module in ("callbacks", "trainer"):
             patch.setattr(f"san_llm.{module}.SLOW", -1.0)  # whatever it takes is too long
         stopped = start(path, here / "parts", *how)
     assert (stopped.finished, stopped.stopped_by) == (False, "SIGTERM")
