@@ -92,6 +92,7 @@ def ours(
     options: argparse.Namespace, rows: list[dict[str, str]], folder: Path, method: dict[str, Any]
 ) -> float:
     from san_llm.recipe import parse_recipe
+    from san_llm.record import new_run
     from san_llm.train import train
 
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -120,8 +121,7 @@ def ours(
         ),
         "bench.yaml",
     )
-    run = folder / "run"
-    run.mkdir()
+    run = new_run(recipe, folder / "run", overwrite=False)
     began = time.perf_counter()
     train(recipe, run)
     return time.perf_counter() - began

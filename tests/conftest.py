@@ -73,12 +73,15 @@ def cli(here: Path) -> Cli:
 @pytest.fixture
 def command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run ``san-llm`` as ``cli`` does, but inside the test's process, which saves its start."""
-    from san_llm.cli import main
+    from san_llm.cli import main, stdout
+    from san_llm.progress import stderr
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = ["san-llm", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", words)
         monkeypatch.setenv("COLUMNS", "120")
+        for console in (stdout, stderr):  # which took their width from the test that came first
+            monkeypatch.setattr(console, "_width", 120)
         capsys.readouterr()
         code = 0
         try:

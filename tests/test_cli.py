@@ -79,7 +79,8 @@ MISTAKES = [
     (
         "train smollm2_demo --accelerate nowhere.yaml",
         2,
-        "error: nowhere.yaml: no such file; `accelerate config` writes one\n",
+        "error: nowhere.yaml: no such file; `accelerate config` writes one, and shipped are ddp, "
+        "deepspeed_zero2, deepspeed_zero3, fsdp2, two_nodes\n",
     ),
     ("train smollm2_demo --processes 0", 2, "Usage: san-llm train ..."),
     ("train smollm2_demo --procesess 2", 2, "Usage: san-llm train ..."),

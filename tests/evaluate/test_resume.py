@@ -32,7 +32,7 @@ def cache(here, monkeypatch):
 def data(here):
     write_rows(here / "data" / "boolq" / "test.json", rows(48))
     write_rows(
-        here / "data" / "piqa" / "test.json", [row | {"answer": "solution1"} for row in rows(600)]
+        here / "data" / "piqa" / "test.json", [row | {"answer": "solution1"} for row in rows(4000)]
     )
     return here / "data"
 
@@ -78,7 +78,7 @@ def files(folder: Path) -> dict[str, bytes]:
     ("stop", "options", "count"),
     [
         (signal.SIGKILL, ("--protocol", "generate", "--tasks", "boolq"), 48),
-        (signal.SIGINT, ("--protocol", "loglik", "--tasks", "piqa"), 600),
+        (signal.SIGINT, ("--protocol", "loglik", "--tasks", "piqa"), 4000),
         (signal.SIGKILL, ("--protocol", "generate", "--tasks", "boolq", "--processes", 2), 48),
     ],
     ids=["kill", "ctrl-c", "kill-2-processes"],
