@@ -3,9 +3,9 @@
 Both train on the same rows of the pocket set, once, in the same batches' size, with the loss on the
 responses and the same dtype; LoRA has no dropout, SAN has none to have. TRL is written as its users
 write it: a prompt-completion data set and a LoraConfig on all seven projections; its gradient
-checkpointing, on by default, is off, which is faster. Time runs from loading the model to the end of
-training, tokenizing included; ours saves its run, too. Each run is a process of its own; they take
-turns.
+checkpointing, on by default, is off, which is faster. Time runs from loading the model to the end
+of training, tokenizing included; ours saves its run, too. Each run is a process of its own; they
+take turns.
 
 ``python benchmarks/train.py --model models/smollm2-135m``
 """
