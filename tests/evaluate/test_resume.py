@@ -32,7 +32,7 @@ def cache(here, monkeypatch):
 def data(here):
     write_rows(here / "data" / "boolq" / "test.json", rows(48))
     write_rows(
-        here / "data" / "piqa" / "test.json", [row | {"answer": "solution1"} for row in rows(4000)]
+        here / "data" / "piqa" / "test.json", [row | {"answer": "solution1"} for row in rows(1600)]
     )
     return here / "data"
 
@@ -78,7 +78,7 @@ def files(folder: Path) -> dict[str, bytes]:
     ("stop", "options", "count"),
     [
         (signal.SIGKILL, ("--protocol", "generate", "--tasks", "boolq"), 48),
-        (signal.SIGINT, ("--protocol", "loglik", "--tasks", "piqa"), 4000),
+        (signal.SIGINT, ("--protocol", "loglik", "--tasks", "piqa"), 1600),
         (signal.SIGKILL, ("--protocol", "generate", "--tasks", "boolq", "--processes", 2), 48),
     ],
     ids=["kill", "ctrl-c", "kill-2-processes"],
@@ -117,7 +117,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
         for key in identities[0]
         if any(identity[key] != identities[0][key] for identity in identities)
     ]
-    assert f"going on: {before} of {count} rows were answered before" in done.stderr
+    assert f"going on: {before:,} of {count:,} rows were answered before" in done.stderr
     assert stored_rows(cache) == 0
     whole = command(*words, "--output", "whole", "--fresh")
     assert whole.returncode == 0, whole.stderr
