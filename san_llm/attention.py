@@ -15,13 +15,22 @@ from torch import Tensor
 BLOCK = 2**18  # scores that are worked out again at a time: 1 MB in fp32
 
 
-def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of what may be looked at (..., L, S) as what is added to scores (..., 1, L, S).
+def added(mask: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
+    """Return a mask of what may be looked at as what :func:`attention` adds to scores.
 
-    A float mask is made once a forward; a boolean one would be turned into it in every block.
+    Made once a forward: a boolean one would be turned into it in every block, and the backward pass
+    would keep each block's.
+
+    Args:
+        mask: (..., L, S).
+        dtype: The queries'.
+        groups: Query heads of a key head, which are more queries of it.
+
+    Returns:
+        (..., 1, groups * L, S).
     """
     zero = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return zero.masked_fill_(~mask, float("-inf")).unsqueeze(-3)
+    return torch.cat([zero.masked_fill_(~mask, float("-inf"))] * groups, -2).unsqueeze(-3)
 
 
 def attention(
@@ -33,7 +42,7 @@ def attention(
         query: (B, L, heads, head_dim).
         key: (B, kv_heads, S, head_dim).
         value: (B, kv_heads, S, head_dim).
-        mask: Added to the scores, (B, 1, L, S) or (1, L, S), in the queries' dtype.
+        mask: Of :func:`added`, (B, 1, groups * L, S) or (1, groups * L, S).
         scale: What scores are multiplied by.
         dropout: Share of the attention weights that is dropped.
 
@@ -46,7 +55,6 @@ def attention(
     # (B, L, kv * g, d) -> (B, kv, g * L, d): the heads of a group are more queries of one head.
     folded = query.view(batch, length, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(batch, kv_heads, groups * length, head_dim)
-    mask = torch.cat([mask.to(query.device)] * groups, -2)
     own = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
     if own and query.requires_grad and not dropout:
         out: Tensor = _Attention.apply(folded, key, value, mask.expand(batch, -1, -1, -1), scale)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from san_llm.data.encode import IGNORE
-from san_llm.packed_attention import with_mask
+from san_llm.packed_attention import laid_out
 
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in fp32
 
@@ -32,13 +32,13 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
     """
     bare = model.module if hasattr(model, "module") else model
     if "layout" in inputs:
-        dtype = bare.get_input_embeddings().weight.dtype
-        layout = with_mask(inputs["layout"], inputs["position_ids"][0], dtype)
-        # A mask of four dimensions is handed through as it is; attention takes the layout's.
+        positions = inputs["position_ids"]
+        # What has four dimensions is handed through as it is, and no mask is made of N x N tokens:
+        # attention makes its own by the layout.
         how = {
-            "position_ids": inputs["position_ids"],
-            "attention_mask": layout["added"],
-            "layout": layout,
+            "position_ids": positions,
+            "attention_mask": positions[None, None],
+            "layout": laid_out(inputs["layout"], positions[0]),
         }
         sources, targets = inputs["sources"], inputs["labels"]
     else:

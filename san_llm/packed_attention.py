@@ -27,7 +27,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    layout: dict[str, Tensor] | None = None,
+    layout: dict[str, Any] | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output (1, N, heads, head_dim) of N packed tokens.
@@ -38,7 +38,7 @@ def attend(
         key: See query.
         value: See query.
         attention_mask: Not used with a layout.
-        layout: Of :func:`with_mask`; without one this is SDPA attention.
+        layout: Of :func:`laid_out`; without one this is SDPA attention.
         **how: What the model tells every attention function.
     """
     if layout is None:
@@ -47,34 +47,37 @@ def attend(
         )
         return out
     keys, queries = layout["keys"], layout["queries"]
-    mask, window = layout["added"], how.get("sliding_window")
-    if window is not None and window < keys.shape[1]:
-        near = ~_before(layout["positions"][queries] - window + 1, keys.shape[1])
-        mask = added(layout["mask"] & near, query.dtype)
     rows = attention(
         _rows(query, queries),
         _rows(key, keys).transpose(1, 2),
         _rows(value, keys).transpose(1, 2),
-        mask.to(query.dtype),
+        _mask(layout, how.get("sliding_window"), query, query.shape[1] // key.shape[1]),
         how["scaling"],
         how["dropout"],
     )
     return rows.flatten(0, 1).index_select(0, layout["slots"]).unsqueeze(0), None
 
 
-def with_mask(
-    layout: dict[str, Tensor], positions: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Return a layout with what attention needs in every block.
+def laid_out(layout: dict[str, Tensor], positions: Tensor) -> dict[str, Any]:
+    """Return a layout as attention takes it, for one forward.
 
     Args:
         layout: As ``data.pack.Pack`` makes it.
         positions: Of the tokens in their rows, (N,).
-        dtype: What the model computes in.
     """
-    keys, queries = layout["keys"], layout["queries"]
-    causal = _before(positions[queries] + 1, keys.shape[1])
-    return {**layout, "positions": positions, "mask": causal, "added": added(causal, dtype)}
+    return {**layout, "positions": positions, "masks": {}}
+
+
+def _mask(layout: dict[str, Any], window: int | None, query: Tensor, groups: int) -> Tensor:
+    """Return the mask of a block; all blocks of a forward with the same window share one."""
+    masks: dict[int | None, Tensor] = layout["masks"]
+    if window not in masks:
+        positions, width = layout["positions"][layout["queries"]], layout["keys"].shape[1]
+        seen = _before(positions + 1, width)
+        if window is not None:
+            seen &= ~_before(positions - window + 1, width)
+        masks[window] = added(seen, query.dtype, groups)
+    return masks[window]
 
 
 def _before(ends: Tensor, width: int) -> Tensor:

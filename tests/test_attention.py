@@ -55,11 +55,11 @@ def test_it_is_the_softmax_written_out(batch, queries, keys, kv_heads, groups, b
     exact, mask = inputs(batch, queries, keys, kv_heads, groups)
     tensors = tuple(part.to(dtype).requires_grad_() for part in exact)
     exact = tuple(part.detach().double().requires_grad_() for part in tensors)  # what bf16 left
-    expected = written_out(*exact, added(mask, torch.float64), 0.3)
+    expected = written_out(*exact, added(mask, torch.float64, 1), 0.3)
     before = module.BLOCK
     module.BLOCK = block
     try:
-        out = attention(*tensors, added(mask, dtype), 0.3)
+        out = attention(*tensors, added(mask, dtype, groups), 0.3)
         found = gradients(out, tensors)
     finally:
         module.BLOCK = before
@@ -73,8 +73,8 @@ def test_in_bf16_its_gradients_are_no_worse_than_torchs():
     exact, mask = inputs(2, 40, 40, 2, 3)
     tensors = tuple(part.bfloat16().requires_grad_() for part in exact)
     exact = tuple(part.detach().double().requires_grad_() for part in tensors)
-    wanted = gradients(written_out(*exact, added(mask, torch.float64), 0.3), exact)
-    low = added(mask, torch.bfloat16)
+    wanted = gradients(written_out(*exact, added(mask, torch.float64, 1), 0.3), exact)
+    low = added(mask, torch.bfloat16, 1)
     query, key, value = tensors
     torchs = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -83,7 +83,7 @@ def test_in_bf16_its_gradients_are_no_worse_than_torchs():
         attn_mask=low,
         scale=0.3,
     ).transpose(1, 2)
-    ours = gradients(attention(*tensors, low, 0.3), tensors)
+    ours = gradients(attention(*tensors, added(mask, torch.bfloat16, 3), 0.3), tensors)
     for mine, theirs, right in zip(ours, gradients(torchs, tensors), wanted, strict=True):
         error, other = ((g.double() - right).norm().item() for g in (mine, theirs))
         assert error <= 1.1 * other
@@ -94,6 +94,7 @@ def test_dropout_drops_weights(dtype):
     exact, mask = inputs(2, 40, 40, 2, 1)
     tensors = tuple(part.to(dtype).requires_grad_() for part in exact)
     torch.manual_seed(0)
-    dropped = attention(*tensors, added(mask, dtype), 0.3, dropout=0.5)
-    assert not torch.allclose(dropped, attention(*tensors, added(mask, dtype), 0.3), atol=0.1)
+    seen = added(mask, dtype, 1)
+    dropped = attention(*tensors, seen, 0.3, dropout=0.5)
+    assert not torch.allclose(dropped, attention(*tensors, seen, 0.3), atol=0.1)
     gradients(dropped, tensors)

@@ -276,11 +276,12 @@ class Memory:
             # Zeros, since what is not seen is multiplied by 0, and what lay in memory may be NaN.
             self._keys.append(key.new_zeros(room))
             self._values.append(value.new_zeros(room))
+        groups = query.shape[1] // key.shape[1]
         if layer == 0:
             if self._at.numel():
-                self._seen = added(self._seen.to(query.device), query.dtype)
+                self._seen = added(self._seen.to(query.device), query.dtype, groups)
             self._joining_seen = [
-                added(seen.to(query.device), query.dtype) for seen in self._joining_seen
+                added(seen.to(query.device), query.dtype, groups) for seen in self._joining_seen
             ]
         keys, values = self._keys[layer], self._values[layer]
         out = torch.empty_like(query)
@@ -290,7 +291,7 @@ class Memory:
             keys[slot, :, column] = key[:beams]
             values[slot, :, column] = value[:beams]
             used, _, most, width = self._seen.shape
-            padded = query.new_zeros(used, most, *query.shape[1:])
+            padded = query.new_zeros(used, most // groups, *query.shape[1:])
             padded[slot, place] = query[:beams]
             past = keys[:used, :, :width], values[:used, :, :width]
             out[:beams] = attention(padded, *past, self._seen, scale)[slot, place]

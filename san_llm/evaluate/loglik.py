@@ -239,8 +239,9 @@ class Branches:
         """Attend within each tree; see :class:`packed.Past`."""
         prefix = self._prefix
         if not self._seen:
+            groups = query.shape[1] // key.shape[1]
             self._seen = [
-                added(tree.seen(prefix.length).to(query.device), query.dtype)
+                added(tree.seen(prefix.length).to(query.device), query.dtype, groups)
                 for tree in self._trees
             ]
         out, start = torch.empty_like(query), 0

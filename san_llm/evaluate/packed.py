@@ -53,7 +53,7 @@ class Prefix:
         self.values.append(value.transpose(0, 1).contiguous())
         self.length = len(key)
         causal = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).tril()
-        mask = added(causal, query.dtype)
+        mask = added(causal, query.dtype, query.shape[1] // key.shape[1])
         return attention(query[None], self.keys[-1][None], self.values[-1][None], mask, scale)[0]
 
 

@@ -125,6 +125,25 @@ def test_nor_with_gradient_checkpointing(carrier):
         assert torch.allclose(gradient, wanted[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_backward_pass_keeps_one_mask_of_all_blocks(dtype, window):
+    changes = {} if window is None else {"sliding_window": window}
+    model = adapt(family_model("mistral", dtype, num_hidden_layers=4, **changes))
+    use_packed_attention(model.base_model.model)
+    batch = Pack(share=True)(example())
+    rows, queries = batch["layout"]["queries"].shape
+    shape = (rows, 1, 2 * queries, batch["layout"]["keys"].shape[1])  # of 4 heads on 2 key heads
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        token_losses(model, batch)
+    masks = [tensor.data_ptr() for tensor in kept if tensor.shape == shape]
+    assert len(masks) >= 4
+    assert len(set(masks)) == 1
+
+
 def test_a_shared_beginning_stands_once_and_the_unused_end_not_at_all():
     batch = Pack(share=True)(example())
     # A tree of 7 tokens, 2 that leave it after four and 6 after two; the last learned token of a
