@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 import unicodedata
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from san_llm.commands.recipes import recipes_app
 from san_llm.commands.runs import runs_app
 from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
-from san_llm.errors import STOPPED, InputError, SanError, did_you_mean, masked, plain
+from san_llm.errors import STOPPED, InputError, SanError, check_one_of, masked, plain
 from san_llm.progress import quiet_libraries
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -383,11 +383,7 @@ def evaluate(
     way = find_protocol(protocol)
     if answers_only and way != "generate":
         raise InputError(f"--answers-only: protocol {way} generates nothing")
-    if dtype is not None:
-        _check_dtype(dtype)
-    subject = find_subject(model, adapter, base_only)
-    if dtype is not None:
-        subject = replace(subject, base=subject.base.model_copy(update={"dtype": dtype}))
+    subject = find_subject(model, adapter, base_only, dtype)
     recipe = subject.recipe
     defaults = recipe.evaluation if recipe else Evaluation()
     chosen = named or [TASKS[name] for name in defaults.tasks]
@@ -478,11 +474,7 @@ def compare(
     from san_llm.evaluate.compare import METRICS
     from san_llm.evaluate.compare import compare as start
 
-    if metric not in METRICS:
-        known = ", ".join(METRICS)
-        raise InputError(
-            f"--metric: {metric!r} is not one of {known}{did_you_mean(metric, METRICS)}"
-        )
+    check_one_of("--metric", metric, METRICS)
     if markdown + latex + as_json > 1:
         raise InputError("--markdown, --latex and --json exclude each other")
     result = start(runs, metric, across, published)
@@ -558,19 +550,17 @@ def merge(
     from san_llm.merge import full_precision_note, parse_size, stored_as
     from san_llm.merge import merge as start
     from san_llm.progress import stderr
+    from san_llm.recipe import DTYPES
     from san_llm.record import adapter_of, last_run, refuse_files
     from san_llm.subject import find_subject
 
-    if dtype is not None:
-        _check_dtype(dtype)
     for option, found, known in (
+        ("--dtype", dtype, DTYPES),
         ("--quantized", quantized, ("dequantize", "keep")),
         ("--gguf", gguf, ("f16", "bf16", "q8_0")),
     ):
-        if found is not None and found not in known:
-            raise InputError(
-                f"{option}: {found!r} is not one of {', '.join(known)}{did_you_mean(found, known)}"
-            )
+        if found is not None:
+            check_one_of(option, found, known)
     if private and push is None:
         raise InputError("--private: says how to --push, which is not asked for")
     shard_bytes = parse_size(shard_size)
@@ -661,14 +651,6 @@ def diff(
     for table in tables(result):
         stdout.print(table)
         stdout.print()
-
-
-def _check_dtype(dtype: str) -> None:
-    known = ("float32", "bfloat16", "float16")
-    if dtype not in known:
-        raise InputError(
-            f"--dtype: {dtype!r} is not one of {', '.join(known)}{did_you_mean(dtype, known)}"
-        )
 
 
 def _debug() -> bool:

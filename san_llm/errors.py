@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -30,6 +30,21 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     close = get_close_matches(found.lower(), list(names), n=1, cutoff=0.5)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
+
+
+def not_one_of(found: object, known: Collection[str]) -> str:
+    """Return ``"'x' is not one of a, b"``, and the nearest of them."""
+    return f"{found!r} is not one of {', '.join(known)}{did_you_mean(str(found), known)}"
+
+
+def check_one_of(what: str, found: object, known: Collection[str]) -> None:
+    """Refuse what is not among the known names.
+
+    Raises:
+        InputError: naming ``what`` it was meant as, all names and the nearest.
+    """
+    if found not in known:
+        raise InputError(f"{what}: {not_one_of(found, known)}")
 
 
 LONGEST = 1000  # characters of a line: a terminal's screen, not a file's content

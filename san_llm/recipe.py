@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from san_llm.data.prompts import PromptStyle
 from san_llm.data.tasks import TASKS, find_tasks
-from san_llm.errors import InputError, did_you_mean, masked
+from san_llm.errors import InputError, did_you_mean, masked, not_one_of
 from san_llm.san.graph import KINDS, TARGETS, check_combination, check_targets
 
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[DType, ...] = get_args(DType)
 Kind = Literal["attention", "mlp", "residual"]
 PathInProject = tuple[str | int, ...]
 _Name = Annotated[str, Field(min_length=1)]
@@ -41,7 +43,7 @@ class Base(_Section):
         description="a directory, a .gguf file, a name known to `san-llm download`, or a hub id",
     )
     revision: _Name | None = Field(default=None, description="branch, tag or commit of a hub id")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: DType = Field(
         default="bfloat16", description="dtype of the weights; with 4 or 8 bits, of the arithmetic"
     )
     quantization: Literal["4bit", "8bit"] | None = Field(
@@ -612,16 +614,10 @@ def _explain(error: Any, raw: dict[str, Any], source: _Source) -> str:
     if kind == "union_tag_invalid":
         names = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         found = _listed(raw["method"]["name"])
-        return (
-            f"{where}: {key}: {found!r} is not one of {', '.join(names)}"
-            f"{did_you_mean(str(found), names)}"
-        )
+        return f"{where}: {key}: {not_one_of(found, names)}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        return (
-            f"{where}: {key}: {found!r} is not one of {', '.join(names)}"
-            f"{did_you_mean(str(found), names)}"
-        )
+        return f"{where}: {key}: {not_one_of(found, names)}"
     if kind == "value_error":
         message = str(context["error"])
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from san_llm.errors import InputError
-from san_llm.recipe import Base, Recipe
+from san_llm.errors import InputError, check_one_of
+from san_llm.recipe import DTYPES, Base, Recipe
 from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
 
 
@@ -32,7 +32,10 @@ class Subject:
 
 
 def find_subject(
-    model: str | None = None, adapter: Path | None = None, base_only: bool = False
+    model: str | None = None,
+    adapter: Path | None = None,
+    base_only: bool = False,
+    dtype: str | None = None,
 ) -> Subject:
     """Return what the options name; by default the last run's adapter over its base.
 
@@ -40,10 +43,15 @@ def find_subject(
         model: A base, or a model of its own when no adapter is named.
         adapter: An adapter's folder.
         base_only: Leave the adapter of the last run out.
+        dtype: Instead of the base's.
 
     Raises:
         InputError: when the options contradict each other or name nothing.
     """
+    if dtype is not None:
+        check_one_of("--dtype", dtype, DTYPES)
+        subject = find_subject(model, adapter, base_only)
+        return replace(subject, base=subject.base.model_copy(update={"dtype": dtype}))
     if base_only and adapter is not None:
         raise InputError("--base-only and --adapter exclude each other")
     if adapter is None and model is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from san_llm.data.prompts import STYLES, prompt_style
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, check_one_of
 from san_llm.progress import quiet_libraries, stderr
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def generate(
 ) -> None:
     """Answer one prompt, as it was asked in training."""
     quiet_libraries()
-    chosen = _known_style(style)
+    if style is not None:
+        check_one_of("--prompt-style", style, (*STYLES, "none"))
     subject = _subject(model, adapter, base_only, compare, dtype)
     asked = _asked(prompt)
 
@@ -88,10 +89,10 @@ def generate(
     from san_llm.respond import Sampling, question, respond, room, usual_style
 
     tokenizer = load_tokenizer(subject.base)
-    if chosen is None:
-        chosen = usual_style(subject, tokenizer)
-        stderr.print(f"prompt style: {chosen}")
-    text, tokens = question(asked, None if chosen == "none" else prompt_style(chosen), tokenizer)
+    if style is None:
+        style = usual_style(subject, tokenizer)
+        stderr.print(f"prompt style: {style}")
+    text, tokens = question(asked, None if style == "none" else prompt_style(style), tokenizer)
     room(tokens, load_config(subject.base))  # told before the weights are loaded
     loaded, _ = load_subject(subject)
     how = Sampling(max_new_tokens, temperature, seed)
@@ -104,7 +105,7 @@ def generate(
         about = {
             "model": subject.base.model,
             "adapter": str(subject.adapter) if subject.adapter else None,
-            "style": chosen,
+            "style": style,
             "prompt": text,
         }
         print(json.dumps(about | {"answers": [asdict(answer) for answer in answers]}))
@@ -173,30 +174,14 @@ def chat(
             turns[answer.by].append({"role": "assistant", "content": answer.text.strip()})
 
 
-def _known_style(name: str | None) -> str | None:
-    known = (*STYLES, "none")
-    if name is not None and name not in known:
-        raise InputError(
-            f"--prompt-style: {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}"
-        )
-    return name
-
-
 def _subject(
     model: str | None, adapter: Path | None, base_only: bool, compare: bool, dtype: str | None
 ) -> Subject:
     from san_llm.subject import find_subject
 
-    known = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in known:
-        raise InputError(
-            f"--dtype: {dtype!r} is not one of {', '.join(known)}{did_you_mean(dtype, known)}"
-        )
-    subject = find_subject(model, adapter, base_only)
+    subject = find_subject(model, adapter, base_only, dtype)
     if compare and subject.adapter is None:
         raise InputError("--compare: there is no adapter to leave out; name one with --adapter")
-    if dtype is not None:
-        subject = replace(subject, base=subject.base.model_copy(update={"dtype": dtype}))
     return subject
 
 

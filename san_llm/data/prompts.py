@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, not_one_of
 
 PromptStyle = Literal["llm-adapters", "llm-adapters-aligned", "alpaca", "chat"]
 
@@ -37,9 +37,7 @@ def prompt_style(name: str) -> PromptStyle:
     for style in STYLES:
         if style == name:
             return style
-    raise InputError(
-        f"prompt style {name!r} is not one of {', '.join(STYLES)}{did_you_mean(name, STYLES)}"
-    )
+    raise InputError(f"prompt style {not_one_of(name, STYLES)}")
 
 
 def _blocks(instruction: str, context: str) -> list[tuple[str, str]]:

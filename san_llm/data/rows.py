@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from san_llm.data.tasks import Task
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, did_you_mean, not_one_of
 
 POCKET = Path(__file__).parent / "pocket"
 ROLES = ("system", "user", "assistant", "tool")
@@ -277,10 +277,7 @@ def _messages(path: Path, where: str, value: Any) -> tuple[tuple[str, str], ...]
             if not isinstance(turn.get(key), str):
                 raise InputError(f"{at}: {key!r} is missing or not a text")
         if turn["role"] not in ROLES:
-            raise InputError(
-                f"{at}: role {turn['role']!r} is not one of {', '.join(ROLES)}"
-                f"{did_you_mean(turn['role'], ROLES)}"
-            )
+            raise InputError(f"{at}: role {not_one_of(turn['role'], ROLES)}")
         _check_text(f"{at}: 'content'", turn["content"])
         turns.append((turn["role"], turn["content"]))
     if not any(role == "assistant" and content.strip() for role, content in turns):

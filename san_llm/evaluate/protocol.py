@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from san_llm.data.prompts import PromptStyle
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, not_one_of
 
 Protocol = Literal["generate", "loglik", "lm-eval"]
 
@@ -43,6 +43,4 @@ def find_protocol(name: str) -> Protocol:
     for protocol in PROTOCOLS:
         if protocol == name:
             return protocol
-    raise InputError(
-        f"protocol {name!r} is not one of {', '.join(PROTOCOLS)}{did_you_mean(name, PROTOCOLS)}"
-    )
+    raise InputError(f"protocol {not_one_of(name, PROTOCOLS)}")

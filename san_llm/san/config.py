@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, check_one_of
 from san_llm.san.graph import (
     CARRIERS,
     EMBEDDING,
@@ -35,14 +34,6 @@ def _extend_peft_type() -> None:
 
 
 _extend_peft_type()
-
-
-def _one_of(field_name: str, found: object, known: Iterable[str]) -> None:
-    if found not in tuple(known):
-        raise InputError(
-            f"{field_name}: {found!r} is not one of {', '.join(known)}"
-            f"{did_you_mean(str(found), known)}"
-        )
 
 
 def _number(found: object) -> bool:
@@ -97,9 +88,9 @@ class SanConfig(PeftConfig):
         self.peft_type = PeftType["SAN"]
         self._check_targets()
         self._check_saved()
-        _one_of("carrier", self.carrier, CARRIERS)
-        _one_of("mode", self.mode, MODES)
-        _one_of("form", self.form, FORMS)
+        check_one_of("carrier", self.carrier, CARRIERS)
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("form", self.form, FORMS)
         if not isinstance(self.r, int) or self.r < 1:
             raise InputError(f"r: expected a rank of 1 or more, found {self.r!r}")
         if not _number(self.lora_alpha) or self.lora_alpha <= 0:
@@ -112,7 +103,7 @@ class SanConfig(PeftConfig):
         if not isinstance(self.links, (list, tuple, set, frozenset)):
             raise InputError(f"links: expected a list such as {list(KINDS)}, found {self.links!r}")
         for kind in self.links:
-            _one_of("links", kind, KINDS)
+            check_one_of("links", kind, KINDS)
         self.links = [kind for kind in KINDS if kind in self.links]
         check_combination(self.carrier, self.mode, self.shift, self.links)
 
