@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from san_llm import __version__
-from san_llm.errors import InputError
+from san_llm.errors import InputError, first_line
 from san_llm.record import read_json, recipe_of, write_text
 
 CARD = "README.md"
@@ -96,7 +96,7 @@ def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"{path}: cannot be read as a model card: {first}") from None
     data = Path(results["data"]).name  # where it lies is nothing to a reader
     about = f"{data} rows, protocol {results['protocol']}, prompts {results['prompt']}"

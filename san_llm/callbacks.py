@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from san_llm.checkpoint import checkpoint_of, last_checkpoint
 from san_llm.errors import SanError
 from san_llm.launch import tell_ready
+from san_llm.processes import is_first
 from san_llm.progress import Bar, stderr
 from san_llm.record import write_text
 
@@ -158,7 +158,7 @@ class StopOnSignal:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT and not torch.distributed.is_initialized():
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        if not self.asked and os.environ.get("RANK", "0") == "0":
+        if not self.asked and is_first():
             with contextlib.suppress(OSError):  # a terminal that was closed
                 stderr.print("stopping after this step; Ctrl-C again stops at once")
         self.asked, self.name = True, signal.Signals(number).name

@@ -31,7 +31,17 @@ from san_llm.commands.recipes import recipes_app
 from san_llm.commands.runs import runs_app
 from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
-from san_llm.errors import STOPPED, InputError, SanError, check_one_of, masked, plain
+from san_llm.errors import (
+    DEBUG,
+    STOPPED,
+    InputError,
+    SanError,
+    check_one_of,
+    debugging,
+    masked,
+    plain,
+    unexpected,
+)
 from san_llm.progress import quiet_libraries
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -78,7 +88,7 @@ def _main(
     ] = False,
 ) -> None:
     if debug:
-        os.environ["SAN_LLM_DEBUG"] = "1"
+        os.environ[DEBUG] = "1"
 
 
 @app.command(
@@ -152,6 +162,7 @@ def train(
     from san_llm.engine import check_engine, engine_of, find_config, read_config
     from san_llm.launch import accelerate_command, machine_rank, run_launched
     from san_llm.lock import refuse_busy
+    from san_llm.processes import agree, is_first
     from san_llm.progress import stderr
     from san_llm.recipe import find_recipe, harmful_changes, load_recipe
     from san_llm.record import (
@@ -164,9 +175,8 @@ def train(
     )
 
     launched, accelerate = "WORLD_SIZE" in os.environ, find_config(accelerate)
-    first = os.environ.get("RANK", "0") == "0"
     # On several machines, as in several processes, the first alone knows the run.
-    if not first or (not launched and machine_rank(accelerate)):
+    if not is_first() or (not launched and machine_rank(accelerate)):
         _join_training(None if launched else accelerate_command(["train"], processes, accelerate))
         return
     if resume and recipe is not None and "=" in recipe and not Path(recipe).exists():
@@ -221,10 +231,9 @@ def train(
         run = run or new_run(chosen, output, overwrite)
         point_latest(run)
         child = ["train", str(run), "--resume", *(["--json"] if as_json else [])]
-        code = run_launched([*command, *(["--debug"] if _debug() else []), *child])
+        code = run_launched([*command, *(["--debug"] if debugging() else []), *child])
         raise typer.Exit(code if code in (0, *STOPPED.values()) else 1)
 
-    from san_llm.processes import agree
     from san_llm.train import train as start
 
     if not launched:
@@ -653,10 +662,6 @@ def diff(
         stdout.print()
 
 
-def _debug() -> bool:
-    return os.environ.get("SAN_LLM_DEBUG") == "1"
-
-
 def _check_arguments(words: list[str]) -> None:
     """Refuse what no name or value has, before it can be shown or written anywhere."""
     for number, word in enumerate(words, start=1):
@@ -686,7 +691,7 @@ def main() -> None:
             leave()
         raise
     except SanError as error:
-        if _debug():
+        if debugging():
             sys.stderr.write(masked(traceback.format_exc()))
             sys.exit(error.exit_code)
         for line in str(error).splitlines():
@@ -700,10 +705,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if _debug():
+        if debugging():
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        told = escape(plain(f"{type(error).__name__}: {first}"))
+        told = escape(plain(unexpected(error)))
         stderr.print(f"[bold red]error:[/] {told}", markup=True)
         stderr.print("san-llm --debug COMMAND ... shows where it happened")
         sys.exit(1)

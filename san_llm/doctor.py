@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.filesize import decimal
 
-from san_llm.errors import plain
+from san_llm.errors import first_line, plain, unexpected
 from san_llm.record import cache_folder
 
 GB = 10**9
@@ -79,8 +79,7 @@ def diagnose() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # any of them, from any library: that is the finding
-            first = (str(error).strip().splitlines() or [""])[0]
-            told = plain(f"{type(error).__name__}: {first}")
+            told = plain(unexpected(error))
             yield Finding(name, "error", told, "install san-llm anew, in an environment of its own")
 
 
@@ -236,8 +235,7 @@ def _four_bits() -> Iterator[Finding]:
     try:
         error = nf4_error(device())
     except Exception as failed:  # an absent library, or one for another CUDA
-        first = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
-        yield Finding("4 bits", "warning", plain(first), remedy)
+        yield Finding("4 bits", "warning", plain(first_line(failed)), remedy)
         return
     found = f"an NF4 layer on the {device().type} is within {error:.1g} of full precision"
     right = 0 < error < 0.2  # its 16 levels are within 0.1 of normal numbers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError, SanError, did_you_mean, plain
+from san_llm.errors import InputError, SanError, did_you_mean, first_line, plain
 from san_llm.progress import bar, stderr
 from san_llm.record import refuse_files, whole_folder
 
@@ -171,5 +171,5 @@ def fetch(
             f"{name}: not found on the hub, or not open to you (`hf auth login` signs in)"
         ) from None
     except Exception as error:  # of several HTTP libraries, by the hub client's version
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise SanError(f"{name}: could not be fetched from the hub: {first}") from error

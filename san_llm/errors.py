@@ -20,6 +20,7 @@ class InputError(SanError, ValueError):
     exit_code = 2
 
 
+DEBUG = "SAN_LLM_DEBUG"  # the environment's name for --debug
 # What a training that was asked to stop, and has saved, ends with. 75 is sysexits.h's EX_TEMPFAIL:
 # try again. A shell shows 143 for a process that SIGTERM has killed, so that would say too little.
 STOPPED = {"SIGINT": 130, "SIGTERM": 75}
@@ -47,6 +48,22 @@ def check_one_of(what: str, found: object, known: Collection[str]) -> None:
         raise InputError(f"{what}: {not_one_of(found, known)}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def unexpected(error: BaseException) -> str:
+    """Return the kind and the first line of an error that is not one of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def debugging() -> bool:
+    """Whether ``--debug`` was given, to this process or to the one that started it."""
+    return os.environ.get(DEBUG) == "1"
+
+
 LONGEST = 1000  # characters of a line: a terminal's screen, not a file's content
 # What no one but its owner may read, and stands in URLs, arguments and environments.
 _SECRETS = re.compile(r"(?<=:/)(/?)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
@@ -71,6 +88,12 @@ def plain(line: str) -> str:
     line = masked(line)
     if len(line) > LONGEST:
         line = f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 4 :]}"
+    return escaped(line)
+
+
+def escaped(text: str, kept: str = "") -> str:
+    """Return a text with escapes for control characters, but for those that are ``kept``."""
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode("ascii")
+        for c in text
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from san_llm.errors import InputError
+from san_llm.errors import InputError, first_line
 from san_llm.record import refuse_link, whole_folder
 from san_llm.san.graph import check_family
 
@@ -49,7 +49,7 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a broken file breaks its readers in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"{path}: cannot be read as a model: {first}") from error
     # The loaded config says that it is quantized, so the model refuses to be saved: build the same
     # architecture from a config without that, and hand the numbers over.
@@ -85,7 +85,7 @@ def _check_rope(path: Path) -> None:
     try:
         names = {tensor.name for tensor in GGUFReader(path).tensors}
     except Exception as error:  # a broken file breaks its readers in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"{path}: cannot be read as a model: {first}") from error
     if "rope_freqs.weight" in names:
         raise InputError(

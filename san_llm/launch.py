@@ -24,7 +24,7 @@ from typing import NoReturn
 import psutil
 
 from san_llm.engine import engine_of, read_config
-from san_llm.errors import STOPPED, InputError, SanError
+from san_llm.errors import STOPPED, InputError, SanError, debugging
 from san_llm.progress import stderr
 
 NOTES = "SAN_LLM_NOTES"  # the environment's name for the folder of notes
@@ -264,7 +264,7 @@ def _main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if os.environ.get("SAN_LLM_DEBUG") != "1":
+    if not debugging():
         logging.disable()
     try:
         main()

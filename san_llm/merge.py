@@ -21,7 +21,7 @@ import numpy as np
 
 from san_llm import __version__
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, first_line
 from san_llm.gguf_export import check_exportable, export_gguf
 from san_llm.locate import base_folder, locate, stored_bits, trained_bits
 from san_llm.progress import bar
@@ -260,7 +260,7 @@ def _in_one_line(adapter: Path) -> Iterator[None]:
     except SanError:
         raise
     except ValueError as error:  # PEFT's word for numbers that are not finite
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise SanError(f"{adapter}: cannot be merged: {first}") from error
 
 

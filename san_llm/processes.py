@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from san_llm.errors import SanError
+from san_llm.errors import SanError, debugging, unexpected
 from san_llm.launch import tell_failure
 
 T = TypeVar("T")
@@ -50,20 +50,25 @@ def gather(values: list[T]) -> list[T]:
     return gathered
 
 
+def in_one_line(error: Exception) -> str:
+    """Return what one of our errors says, and of another its kind and first line."""
+    return str(error) if isinstance(error, SanError) else unexpected(error)
+
+
 @contextmanager
-def told_once() -> Iterator[None]:
+def told_once(told: Callable[[Exception], str] = in_one_line) -> Iterator[None]:
     """Leave what goes wrong in one of several processes to the command that started them.
 
     In a process alone, and with ``--debug``, the error goes its way.
+
+    Args:
+        told: What the command is to say of an error.
     """
     try:
         yield
     except Exception as error:
-        if os.environ.get("SAN_LLM_DEBUG") != "1":
-            first = (str(error).strip().splitlines() or [""])[0]
-            known = isinstance(error, SanError)
-            if tell_failure(str(error) if known else f"{type(error).__name__}: {first}"):
-                raise SystemExit(1) from None
+        if not debugging() and tell_failure(told(error)):
+            raise SystemExit(1) from None
         raise
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, first_line
 
 
 def check_push(name: str, option: str = "--push", signed_in: bool = True) -> None:
@@ -59,7 +59,7 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Merged 
         told = error.server_message or str(error).splitlines()[0]
         why = "not open to you" if answered in (401, 403) else told
     except Exception as error:  # of several HTTP libraries, by the hub client's version
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         why = first.rstrip(".")
     else:
         return str(about.repo_url)

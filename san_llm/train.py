@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import time
@@ -27,9 +26,9 @@ from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.engine import Engine, check_engine, load_weights_only, take_engine
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, unexpected
 from san_llm.heartbeat import peers_watched
-from san_llm.launch import tell_failure, tell_stopped
+from san_llm.launch import tell_stopped
 from san_llm.locate import base_folder
 from san_llm.lock import sole_writer
 from san_llm.model import (
@@ -40,7 +39,7 @@ from san_llm.model import (
     trainable_parameters,
 )
 from san_llm.packed_attention import can_pack, has_dropout, use_packed_attention
-from san_llm.processes import agree, is_first, rank, world_size
+from san_llm.processes import agree, is_first, rank, told_once, world_size
 from san_llm.progress import bar, stderr
 from san_llm.recipe import Recipe
 from san_llm.record import manifest, whole_folder, write_json
@@ -172,12 +171,10 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
         SanError: when the training fails.
     """
     try:
-        with sole_writer(run) if is_first() else nullcontext():
+        with told_once(_told), sole_writer(run) if is_first() else nullcontext():
             return _train(recipe, run)
     except Exception as error:
         told = _told(error)
-        if os.environ.get("SAN_LLM_DEBUG") != "1" and tell_failure(told):
-            raise SystemExit(1) from None
         if isinstance(error, SanError) or told.startswith(type(error).__name__):
             raise
         raise SanError(told) from error
@@ -194,8 +191,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}cannot be written: {error.strerror}; make room, then --resume goes on"
-    first = (str(error).strip().splitlines() or [""])[0]
-    told = f"{type(error).__name__}: {first}"
+    told = unexpected(error)
     return f"process {rank()}: {told}" if world_size() > 1 else told
 
 

@@ -33,7 +33,7 @@ from san_llm.callbacks import SLOW, BadBatches, StopOnSignal
 from san_llm.checkpoint import checkpoint_of, damage, remove_old, whole_checkpoint
 from san_llm.data.encode import Rows
 from san_llm.engine import Engine
-from san_llm.errors import SanError
+from san_llm.errors import SanError, first_line
 from san_llm.loss import learned_tokens, token_losses
 from san_llm.model import (
     save_adapter,
@@ -210,7 +210,7 @@ class SanTrainer(Trainer):
             if self.args.should_save:
                 remove_old(folder, self._recipe.training.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             if isinstance(error, OSError):
                 why = error.strerror or why
             elif isinstance(error, RuntimeError):

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from san_llm.data.prompts import STYLES, prompt_style
-from san_llm.errors import InputError, check_one_of
+from san_llm.errors import InputError, check_one_of, escaped
 from san_llm.progress import quiet_libraries, stderr
 
 if TYPE_CHECKING:
@@ -268,7 +268,4 @@ def _side_by_side(texts: dict[str, str]) -> Table:
 
 def _shown(text: str) -> str:
     """Return a text with control characters, which could change a terminal, as escapes."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
+    return escaped(text, kept="\n\t")

@@ -15,7 +15,7 @@ from typing import TextIO
 from san_llm.data.raw import RawSplit, find_raw, read_raw
 from san_llm.data.render import render
 from san_llm.data.tasks import TASKS
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, first_line
 from san_llm.progress import stderr
 from san_llm.record import refuse_files, whole_folder
 
@@ -154,7 +154,7 @@ def _from_hub() -> list[RawSplit]:
                 repository, repo_type="dataset", revision=PARQUET, allow_patterns=["*.parquet"]
             )
         except Exception as error:  # of several HTTP libraries, by the hub client's version
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             if isinstance(error, LocalEntryNotFoundError):
                 first = "the hub cannot be reached"
             raise SanError(

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from san_llm.data.prompts import PromptStyle, evaluation_prompt, training_prompt
 from san_llm.data.rows import Row
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, first_line
 from san_llm.record import cache_folder, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ def _render(
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # a template is a program: roles that must alternate, or a bug
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(
             f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {first}"
         ) from None

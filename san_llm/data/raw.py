@@ -16,7 +16,7 @@ from typing import Any
 
 from san_llm.data.rows import stream_values
 from san_llm.data.tasks import TASKS, Task
-from san_llm.errors import InputError
+from san_llm.errors import InputError, first_line
 
 FORMATS = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
 SPLITS = {
@@ -104,7 +104,7 @@ def read_raw(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             labels = labels_file.read_text(encoding="utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{labels_file}: cannot be read: {_first_line(error)}") from None
+            raise InputError(f"{labels_file}: cannot be read: {first_line(error)}") from None
     number = 0
     for number, (place, value) in enumerate(_values(path), start=1):
         where = f"{path}: {place}"
@@ -179,7 +179,7 @@ def _parquet_values(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"row {number}", value
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
+        raise InputError(f"{path}: not a readable parquet file: {first_line(error)}") from None
 
 
 class _Tabs(csv.excel_tab):
@@ -198,7 +198,7 @@ def _table_values(path: Path) -> Iterator[tuple[str, Any]]:
                     )
                 yield f"line {reader.line_num}", _from_openbookqa(row)
     except (csv.Error, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from None
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def _from_openbookqa(row: dict[str, str]) -> dict[str, Any]:
@@ -213,7 +213,3 @@ def _from_openbookqa(row: dict[str, str]) -> dict[str, Any]:
         "choices": choices,
         "answerKey": row.get("Answer Key"),
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

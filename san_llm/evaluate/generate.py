@@ -15,7 +15,7 @@ import torch
 
 from san_llm.data.encode import pad_id
 from san_llm.evaluate.beam import BeamSearch
-from san_llm.evaluate.packed import can_pack
+from san_llm.evaluate.packed import can_pack, inner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -120,12 +120,12 @@ def without_habits(model: PreTrainedModel) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    habits, inner.generation_config = inner.generation_config, GenerationConfig()
+    bare = inner(model)
+    habits, bare.generation_config = bare.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        inner.generation_config = habits
+        bare.generation_config = habits
 
 
 def _stock(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, debugging
 from san_llm.evaluate.loglik import ChoiceQuestion, ChoiceScore
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _alone() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep its bars and notices, and those of what it starts, out of ours."""
-    if os.environ.get("SAN_LLM_DEBUG") == "1":
+    if debugging():
         yield
         return
     logger = logging.getLogger("lm_eval")

@@ -90,13 +90,14 @@ def can_pack(model: PreTrainedModel, longest: int) -> bool:
     rotary = repr(getattr(config, "rope_parameters", None))
     return (
         plain
-        and bool(getattr(_inner(model), "_supports_attention_backend", False))
+        and bool(getattr(inner(model), "_supports_attention_backend", False))
         and getattr(config, "attn_logit_softcapping", None) is None
         and not any(kind in rotary for kind in ("dynamic", "longrope"))
     )
 
 
-def _inner(model: Any) -> Any:
+def inner(model: Any) -> Any:
+    """Return transformers' own model, without what an adapter wraps around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -106,7 +107,7 @@ def packing(model: PreTrainedModel) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _packed_attention)
-    config: Any = _inner(model).config
+    config: Any = inner(model).config
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
