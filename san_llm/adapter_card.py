@@ -12,6 +12,7 @@ from typing import Any
 
 from san_llm import __version__
 from san_llm.errors import InputError, first_line
+from san_llm.recipe import Recipe
 from san_llm.record import read_json, recipe_of, write_text
 
 CARD = "README.md"
@@ -30,13 +31,12 @@ def write_card(run: Path, folder: Path) -> None:
     recipe, metrics = recipe_of(run), read_json(run / "metrics.json")
     method, data = recipe.method.name, recipe.data
     head = ModelCardData(
-        base_model=_hub_id(recipe.base.model),
+        base_model=hub_id(recipe.base.model),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=[method, "san-llm"],
         model_name=recipe.name,
     )
-    train = data.train if isinstance(data.train, str) else ", ".join(data.train)
     loss = metrics["held_out_loss"]
     lines = [
         "---",
@@ -47,7 +47,7 @@ def write_card(run: Path, folder: Path) -> None:
         "",
         f"A {method} adapter over `{recipe.base.model}`, trained by san-llm {__version__}: "
         f"{metrics['trained_numbers']:,} numbers, {metrics['steps']:,} steps, "
-        f"{metrics['rows']:,} rows of {train}.",
+        f"{metrics['rows']:,} rows of {trained_on(recipe)}.",
         *([] if loss is None else ["", f"Loss on held-out rows: {loss:.4f} a token."]),
         "",
         _BEGIN,
@@ -65,11 +65,7 @@ def write_card(run: Path, folder: Path) -> None:
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
         "```",
         "",
-        "The recipe:",
-        "",
-        "```yaml",
-        recipe.to_yaml().rstrip(),
-        "```",
+        *recipe_section(recipe),
     ]
     write_text(folder / CARD, "\n".join(lines) + "\n")
 
@@ -134,8 +130,10 @@ def _row(name: str, score: dict[str, Any]) -> str:
     return f"| {name} | {100 * score['accuracy']:.1f}{shown} | {score['n']:,} |"
 
 
-def _hub_id(base: str) -> str | None:
+def hub_id(base: str) -> str | None:
     """Return the base as the hub knows it; a folder of this machine is nothing to a reader."""
+    if "/" not in base or Path(base).exists():
+        return None
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -143,4 +141,15 @@ def _hub_id(base: str) -> str | None:
         validate_repo_id(base)
     except HFValidationError:
         return None
-    return base if "/" in base and not Path(base).exists() else None
+    return base
+
+
+def trained_on(recipe: Recipe) -> str:
+    """Return the names of a recipe's training data."""
+    train = recipe.data.train
+    return train if isinstance(train, str) else ", ".join(train)
+
+
+def recipe_section(recipe: Recipe) -> list[str]:
+    """Return the lines of a card that hold the recipe."""
+    return ["The recipe:", "", "```yaml", recipe.to_yaml().rstrip(), "```"]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from san_llm import __version__
+from san_llm.adapter_card import hub_id, recipe_section, trained_on
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError, SanError, first_line
 from san_llm.gguf_export import check_exportable, export_gguf
@@ -306,7 +307,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
     """Return the README of a merged checkpoint."""
-    base_card = result.base if "/" in result.base and not Path(result.base).exists() else None
+    base_card = hub_id(result.base)
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base_card}"] if base_card else []
     head += ["tags:", "- san-llm", f"- {method.lower()}", "---"]
@@ -334,19 +335,10 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
             "quantization error."
         )
     if recipe is not None:
-        data = (
-            recipe.data.train
-            if isinstance(recipe.data.train, str)
-            else ", ".join(recipe.data.train)
-        )
         lines += [
-            f"- Data: {data}; prompt style `{recipe.data.prompt}`.",
+            f"- Data: {trained_on(recipe)}; prompt style `{recipe.data.prompt}`.",
             "",
-            "The recipe:",
-            "",
-            "```yaml",
-            recipe.to_yaml().rstrip(),
-            "```",
+            *recipe_section(recipe),
         ]
     return "\n".join(lines) + "\n"
 

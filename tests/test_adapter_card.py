@@ -10,7 +10,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from tiny import rows, save_tiny, write_recipe, write_rows
 
-from san_llm.adapter_card import _hub_id, add_scores, write_card
+from san_llm.adapter_card import hub_id, add_scores, write_card
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run
 
@@ -58,8 +58,8 @@ def test_the_head_is_what_the_hub_asks_for(run):
 def test_a_base_of_this_machine_is_not_named_to_the_hub(here):
     (here / "models" / "mine").mkdir(parents=True)
     for base in ("models/mine", str(here), "smollm2-135m", "a/b/c", "x.gguf"):
-        assert _hub_id(base) is None
-    assert _hub_id("owner/llama") == "owner/llama"
+        assert hub_id(base) is None
+    assert hub_id("owner/llama") == "owner/llama"
 
 
 def test_scores_go_into_the_index_and_the_text_and_later_ones_replace_them(run):

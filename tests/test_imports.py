@@ -71,7 +71,7 @@ ORDER = [
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "engine", "evaluate.score", "streamed", "fold_columns", "weight_check"},
     {"subject", "launch", "model_diff", "evaluate.report", "download", "gguf_export", "checkpoint"},
-    {"locate", "processes", "evaluate.fingerprint"},
+    {"locate", "processes", "evaluate.fingerprint", "adapter_card"},
     {"merge", "evaluate.store"},
     {"evaluate.compare"},
     {"evaluate.compare_tables"},
