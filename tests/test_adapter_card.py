@@ -10,7 +10,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from tiny import rows, save_tiny, write_recipe, write_rows
 
-from san_llm.adapter_card import hub_id, add_scores, write_card
+from san_llm.adapter_card import add_scores, hub_id, write_card
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run
 
