@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import PAIRS, ratios, times, told
-from ruled import test_rows, tuned_adapter
+from pairs import ratios, times, told
+from ruled import arguments, test_rows, tuned_adapter, write_answered
 
 from san_llm.data.encode import evaluation_text
 from san_llm.data.tasks import TASKS
@@ -121,20 +119,8 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--data", default="pocket", help="pocket, or a folder of tasks")
-    parser.add_argument("--tasks", nargs="+", default=["ARC-Easy", "boolq"])
-    parser.add_argument("--prompt", default="llm-adapters-aligned")
-    parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8, help="rows at once of the plain script")
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=64, help="of tuning on the rule")
-    parser.add_argument("--work", default="runs/benchmark", help="where the tuned adapter is kept")
+    parser = arguments(__doc__.splitlines()[0], peer="the plain script")
     parser.add_argument("--no-mask", action="store_true", help="the published script's way, too")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = []
@@ -149,14 +135,7 @@ def main() -> None:
                 f"| {result['task']} | {result['rows']} | {way} | {told(row)} "
                 f"| {row['same_texts']} | {row['same_answers']} |"
             )
-    if options.output:
-        keys = ("model", "dtype", "prompt", "batch", "pairs", "threads", "steps")
-        facts = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            **{key: getattr(options, key) for key in keys},
-            "data": "pocket" if options.data == "pocket" else "rows in the LLM-Adapters layout",
-        }
-        options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    write_answered(options, results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -20,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measured import write_results
 
 PEFT = """
 import sys, torch, transformers, peft, san_llm
@@ -182,10 +183,7 @@ def main() -> None:
             f"| {row['method']} | {row['seconds']:.2f} ({row['spread']:.2f}) "
             f"| {row['cpu_seconds']:.2f} | {row['load']:.1f} | {row['peak_mb']:.0f} |"
         )
-    if options.output:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        facts = {"machine": machine, "bytes": size, "rounds": options.rounds, "rows": rows}
-        options.output.write_text(json.dumps(facts, indent=2) + "\n")
+    write_results(options, ("rounds",), bytes=size, rows=rows)
 
 
 if __name__ == "__main__":

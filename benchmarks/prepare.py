@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from measured import alone, write_results
 
 WAYS = ("encode_batch_fast", "tokenizer", "prepare", "again", "read")
 
@@ -85,21 +84,14 @@ def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         make_rows(path, options.source, options.rows)
         for turn in range(options.rounds):
             for way in WAYS:
-                command = [sys.executable, __file__, "--way", way, "--rows-file", str(path)]
+                command = [__file__, "--way", way, "--rows-file", str(path)]
                 command += ["--model", options.model, "--threads", str(options.threads)]
                 environment = {
-                    **os.environ,
                     "SAN_LLM_CACHE": f"{temporary}/cache{turn}",
                     "TOKENIZERS_PARALLELISM": "true",
                     "RAYON_NUM_THREADS": str(options.threads),
-                    "OMP_NUM_THREADS": str(options.threads),
                 }
-                done = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, check=False
-                )
-                if done.returncode:
-                    sys.exit(f"{way}: {done.stderr.strip().splitlines()[-1]}")
-                found[way].append(json.loads(done.stdout.splitlines()[-1]))
+                found[way].append(alone(command, way, options.threads, **environment))
                 print(f"round {turn + 1}: {way} {found[way][-1]}", file=sys.stderr)
     return found
 
@@ -147,14 +139,7 @@ def main() -> None:
         return
     found = compare(options)
     print(table(found))
-    if options.output:
-        facts = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "model": options.model,
-            "rows": options.rows,
-            "threads": options.threads,
-        }
-        options.output.write_text(json.dumps({**facts, "runs": found}, indent=2) + "\n")
+    write_results(options, ("model", "rows", "threads"), runs=found)
 
 
 if __name__ == "__main__":

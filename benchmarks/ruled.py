@@ -7,11 +7,16 @@ learns in minutes: a word that often begins questions has the first answer, anot
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from measured import write_results
+from pairs import PAIRS
 
 from san_llm.data.rows import POCKET, Row, read_task, test_file
 from san_llm.data.tasks import TASKS, Task
@@ -84,3 +89,33 @@ def tuned_adapter(model: str, data: str, tasks: list[str], steps: int, folder: P
         command = [sys.executable, "-m", "san_llm", "train", str(folder / "ruled.yaml")]
         subprocess.run([*command, "--output", str(folder / "run")], check=True, cwd=ROOT)
     return folder / "run" / "adapter"
+
+
+def arguments(about: str, peer: str) -> argparse.ArgumentParser:
+    """Return the options of a benchmark that asks the tuned model.
+
+    Args:
+        about: What the benchmark is.
+        peer: What it is compared with.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--data", default="pocket", help="pocket, or a folder of tasks")
+    parser.add_argument("--tasks", nargs="+", default=["ARC-Easy", "boolq"])
+    parser.add_argument("--prompt", default="llm-adapters-aligned")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8, help=f"rows at once of {peer}")
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=64, help="of tuning on the rule")
+    parser.add_argument("--work", default="runs/benchmark", help="where the tuned adapter is kept")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser
+
+
+def write_answered(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Write the results of such a benchmark; of a folder only what is in it."""
+    data = "pocket" if options.data == "pocket" else "rows in the LLM-Adapters layout"
+    keys = ("model", "dtype", "prompt", "batch", "pairs", "threads", "steps")
+    write_results(options, keys, data=data, results=results)

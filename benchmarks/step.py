@@ -12,25 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from measured import alone, peak_bytes, write_results
+
 METHODS = (
     *("frozen", "san", "san-plain", "ia3", "lora", "lora-nodrop", "dora", "dora-nodrop"),
     *("san-lora", "san-lora-nodrop", "san-dora", "san-dora-nodrop"),
 )
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def adapted(model: Any, method: str) -> Any:
@@ -112,17 +105,11 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     for turn in range(options.rounds):
         for method in options.methods:
-            command = [sys.executable, __file__, "--child", "--method", method]
+            command = [__file__, "--child", "--method", method]
             command += ["--model", options.model, "--dtype", options.dtype]
             command += ["--shape", options.shape, "--steps", str(options.steps)]
             command += ["--checkpointing"] * options.checkpointing + ["--bits4"] * options.bits4
-            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                sys.exit(f"{method}: {done.stderr.strip().splitlines()[-1]}")
-            found[method].append(json.loads(done.stdout.splitlines()[-1]))
+            found[method].append(alone(command, method, options.threads))
             print(f"round {turn + 1}: {method} {found[method][-1]}", file=sys.stderr)
     rows = []
     for method, runs in found.items():
@@ -184,14 +171,8 @@ def main() -> None:
         return
     rows = compare(options)
     print(table(rows))
-    if options.output:
-        setting = {
-            key: getattr(options, key)
-            for key in ("dtype", "shape", "checkpointing", "bits4", "steps", "rounds", "threads")
-        }
-        facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", **setting}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    keys = ("dtype", "shape", "checkpointing", "bits4", "steps", "rounds", "threads")
+    write_results(options, keys, rows=rows)
 
 
 if __name__ == "__main__":

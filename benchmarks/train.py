@@ -15,22 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from measured import alone, peak_bytes, write_results
+
 METHODS = ("trl-lora", "san-llm-lora", "san-llm-san")
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def chosen_rows(count: int) -> list[dict[str, str]]:
@@ -160,16 +154,10 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     for _ in range(options.rounds):
         for method in options.methods:
-            command = [sys.executable, __file__, "--child", "--method", method]
+            command = [__file__, "--child", "--method", method]
             for key in ("model", "dtype", "rows", "batch"):
                 command += [f"--{key}", str(getattr(options, key))]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                sys.exit(f"{method}: {done.stderr[-2000:]}")
-            found[method].append(json.loads(done.stdout.splitlines()[-1]))
+            found[method].append(alone(command, method, options.threads))
             print(f"{method} {found[method][-1]}", file=sys.stderr)
     rows = []
     for method, runs in found.items():
@@ -192,10 +180,7 @@ def main() -> None:
             f"| {row['rows_per_second']:.2f} | {first['seconds'] / row['seconds']:.2f} "
             f"| {row['peak_gb']:.2f} | {row['peak_gb'] / first['peak_gb']:.2f} |"
         )
-    if options.output:
-        setting = {key: getattr(options, key) for key in ("dtype", "rows", "batch", "threads")}
-        facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", **setting}
-        options.output.write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")
+    write_results(options, ("dtype", "rows", "batch", "threads"), results=rows)
 
 
 if __name__ == "__main__":
