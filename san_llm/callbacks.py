@@ -158,10 +158,10 @@ class StopOnSignal:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT and not torch.distributed.is_initialized():
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        if not self.asked and is_first():
+        again, self.asked, self.name = self.asked, True, signal.Signals(number).name
+        if not again and is_first():  # the next signal may arrive while this prints
             with contextlib.suppress(OSError):  # a terminal that was closed
                 stderr.print("stopping after this step; Ctrl-C again stops at once")
-        self.asked, self.name = True, signal.Signals(number).name
 
     def asked_anywhere(self, args: TrainingArguments, here: bool = True) -> bool:
         """Whether to stop ``here``: any process was asked to, where it has reason. All must call.

@@ -79,19 +79,20 @@ def sole_writer(run: Path) -> Iterator[None]:
         "place": place(),
         "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
     }
-    while not _link(path, mine):
-        owner = _owner(path)
-        if owner is not None and _alive(path, owner):
-            raise InputError(_busy(run, owner))
-        _remove(path, owner)
     done = threading.Event()
     touching = threading.Thread(target=_touch, args=(path, done), daemon=True)
-    touching.start()
-    try:
+    try:  # around the taking, too: a signal may end the process as soon as the lock is there
+        while not _link(path, mine):
+            owner = _owner(path)
+            if owner is not None and _alive(path, owner):
+                raise InputError(_busy(run, owner))
+            _remove(path, owner)
+        touching.start()
         yield
     finally:
         done.set()
-        touching.join()
+        if touching.is_alive():
+            touching.join()
         if _owner(path) == mine:
             path.unlink(missing_ok=True)
 

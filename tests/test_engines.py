@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from conftest import Cli
+from running import start
 from safetensors.torch import load_file
 from test_launch import gone, reach, reference, steps
 from tiny import rows, save_tiny, write_recipe, write_rows
@@ -133,19 +132,6 @@ def node(here: Path, rank: int, **changes: Any) -> Path:
     config = here / f"node{rank}.yaml"
     config.write_text(yaml.safe_dump(values))
     return config
-
-
-def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Start ``san-llm`` in a directory."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "san_llm", *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
 
 
 def start_nodes(here: Path, *arguments: object) -> list[subprocess.Popen[str]]:

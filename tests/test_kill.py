@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import Cli
+from running import start
 from tiny import rows, write_recipe, write_rows
 
 from san_llm.checkpoint import SEAL, _seal, damage
@@ -47,18 +47,6 @@ def straight(path: Path, run: Path, *overrides: str) -> None:
         train(recipe, new_run(recipe, run, overwrite=False))
     finally:
         torch.set_num_threads(threads)
-
-
-def spawn(here: Path, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "san_llm", *map(str, arguments)],
-        cwd=here,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
@@ -101,7 +89,7 @@ def test_kills_at_random_moments_and_inside_checkpoints_leave_no_trace(
     straight(recipe, here / "whole")
     dice = random.Random(11)
     run = here / "parts"
-    process = spawn(here, "train", recipe, "--output", run)
+    process = start(here, "train", recipe, "--output", run)
 
     def writing() -> bool:
         return any(run.glob("checkpoints/.checkpoint-*/*"))
@@ -120,7 +108,7 @@ def test_kills_at_random_moments_and_inside_checkpoints_leave_no_trace(
         assert not (run / "adapter").exists()
         for path in run.glob("checkpoints/checkpoint-*"):
             assert damage(path) is None, "what has its name is whole"
-        process = spawn(here, "train", run, "--resume")
+        process = start(here, "train", run, "--resume")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert kills == 3
@@ -137,7 +125,7 @@ def test_kills_inside_the_cache_a_merge_and_an_evaluation_leave_nothing_that_loo
     cache = here / "cache" / "tokenized"
     write_rows(here / "rows.json", rows(3000))
     how = ("training.max_steps=2", "training.evaluate_every=2")
-    process = spawn(here, "train", recipe, *how, "--output", "run")
+    process = start(here, "train", recipe, *how, "--output", "run")
     wait_until(process, lambda: cache.is_dir() and any(cache.glob(".*")))
     kill_tree(process)
     done = cli("train", "run", "--resume")
@@ -145,7 +133,7 @@ def test_kills_inside_the_cache_a_merge_and_an_evaluation_leave_nothing_that_loo
     straight(recipe, here / "whole", *how)  # with the cache that was made after the kill
     same_run(here / "whole", here / "run")
 
-    process = spawn(here, "merge", "--adapter", "run/adapter", "--output", "merged")
+    process = start(here, "merge", "--adapter", "run/adapter", "--output", "merged")
     wait_until(process, lambda: any(here.glob(".merged*")))
     kill_tree(process)
     if (here / "merged").exists():  # the kill came too late
@@ -153,7 +141,7 @@ def test_kills_inside_the_cache_a_merge_and_an_evaluation_leave_nothing_that_loo
     done = cli("merge", "--adapter", "run/adapter", "--output", "merged", "--verify")
     assert done.returncode == 0, done.stderr
 
-    process = spawn(here, "eval", "--adapter", "run/adapter", "--limit", 20, "--output", "scores")
+    process = start(here, "eval", "--adapter", "run/adapter", "--limit", 20, "--output", "scores")
     wait_until(process, lambda: any(here.glob("**/*rows.jsonl*")))
     kill_tree(process)
     if (here / "scores" / "results.json").exists():  # the kill came too late
@@ -186,7 +174,7 @@ def test_a_run_goes_on_with_another_number_of_processes(here: Path, recipe: Path
 
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_says_try_again(here: Path, recipe: Path) -> None:
-    process = spawn(here, "train", recipe, "--output", "run")
+    process = start(here, "train", recipe, "--output", "run")
     assert wait_until(process, (here / "run" / "lock").is_file)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
@@ -198,7 +186,7 @@ def test_sigterm_before_the_first_step_says_try_again(here: Path, recipe: Path) 
 def test_a_second_run_into_a_folder_is_refused_with_the_first_ones_process(
     here: Path, recipe: Path, cli: Cli
 ) -> None:
-    process = spawn(here, "train", recipe, "training.max_steps=4000", "--output", "run")
+    process = start(here, "train", recipe, "training.max_steps=4000", "--output", "run")
     try:
         assert wait_until(process, (here / "run" / "lock").is_file)
         for arguments in (("run", "--resume"), (recipe, "--output", "run", "--overwrite")):

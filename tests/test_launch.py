@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import Cli
+from running import start, workers
 from safetensors.torch import load_file
 from tiny import rows, write_recipe, write_rows
 
@@ -93,18 +95,6 @@ def gone(recipe: Path) -> None:
     pytest.fail(f"still there: {workers(recipe.parent)}")
 
 
-def workers(folder: Path) -> list[psutil.Process]:
-    """Return the san_llm processes that run in a directory."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cwd() == str(folder) and "san_llm" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.fixture
 def recipe(here: Path, tiny_base: Path) -> Path:
     return write_recipe(here / "r.yaml", tiny_base, write_rows(here / "rows.json", rows(30)))
@@ -120,18 +110,7 @@ def long_recipe(here: Path, tiny_base: Path) -> Path:
 def spawn(here: Path) -> Spawn:
     """Start ``san-llm`` in the test's directory and return the process."""
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "san_llm", *map(str, arguments)],
-            cwd=here,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-        )
-
-    return start
+    return partial(start, here)
 
 
 def reach(run: Path, step: int, process: subprocess.Popen[str]) -> None:

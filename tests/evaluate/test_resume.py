@@ -7,13 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
+from running import start, workers
 from san.adapted import adapt
 from tiny import rows, save_tiny, tiny_model, write_rows
 
@@ -41,20 +39,6 @@ def data(here):
 def asked(base, *more) -> list[str]:
     words = ("eval", "--model", base, "--tasks", "boolq", "--data", "data", "--prompt", "alpaca")
     return list(map(str, (*words, "--batch-size", 2, *more)))
-
-
-def start(here: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "san_llm", *arguments],
-        cwd=here,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test run in the background ignores Ctrl-C, and so would this.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 def stored_rows(cache: Path) -> int:
@@ -90,7 +74,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
     command, here, cache, data, tiny_base, stop, options, count
 ):
     words = asked(tiny_base, *options)
-    process = start(here, [*words, "--output", "parts"])
+    process = start(here, *words, "--output", "parts")
     try:
         wait_for_rows(cache, process)
         process.send_signal(stop)
@@ -106,7 +90,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
     assert not (here / "parts").exists()
     assert not list(here.rglob("results.json"))
     for _ in range(200):  # workers notice that their command is gone
-        if not others(here):
+        if not workers(here):
             break
         time.sleep(0.1)
     before = stored_rows(cache)
@@ -126,17 +110,6 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
     assert whole.returncode == 0, whole.stderr
     assert "going on" not in whole.stderr
     assert files(here / "parts") == files(here / "whole")
-
-
-def others(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cwd() == str(folder) and "san_llm" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_a_finished_evaluation_is_taken_again_only_while_everything_is_the_same(
