@@ -1,5 +1,6 @@
 # make demo   set everything up, tune a real small LLaMA, evaluate, merge, verify
 # make test   linters, types and all tests
+# make docs   the documentation as a site, in site/
 #
 # TORCH=cpu takes PyTorch's CPU build (a few hundred MB) where the default build for Linux would
 # bring several GB of CUDA; TORCH=cu126, cu128, ... take another CUDA version.
@@ -13,12 +14,16 @@ MODEL := models/smollm2-135m/config.json
 TORCH_FROM := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint constraints.txt
 
-.PHONY: demo test setup check pytest clean
+.PHONY: demo test docs setup check pytest clean
 
 demo: setup
 	@$(BIN)/python examples/demo.py
 
 test: setup check pytest
+
+docs: setup
+	$(BIN)/python scripts/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 setup: $(INSTALLED)
 
