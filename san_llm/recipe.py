@@ -275,7 +275,7 @@ HARMLESS = (
 
 def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
     """Return ``key: old -> new`` for the differences that would make another run of it."""
-    one, two = _leaves(before.model_dump(mode="json")), _leaves(after.model_dump(mode="json"))
+    one, two = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
     return [
         f"{key}: {one.get(key)!r} -> {two.get(key)!r}"
         for key in sorted(one.keys() | two.keys())
@@ -284,11 +284,12 @@ def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
     ]
 
 
-def _leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested sections as one, by dotted keys."""
+    found: dict[str, Any] = {}
     for key, item in value.items():
-        leaves |= _leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
-    return leaves
+        found |= leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
+    return found
 
 
 # Asked after YAML's own resolver of whole numbers, which it would match, too.

@@ -30,7 +30,7 @@ from san_llm.recipe import Recipe, load_recipe
 RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
-    *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock"),
+    *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock", "report.html"),
     *("adapter", "checkpoints", "eval", "merged"),
 )
 ASIDE = ".old"  # a folder that is being replaced, until the new one has its name

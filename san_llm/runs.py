@@ -73,7 +73,7 @@ def list_runs() -> list[Run]:
         folders.append(latest.resolve())
     found = [path for path in folders if (path / "recipe.yaml").is_file()]
     found.sort(key=lambda path: ((path / "recipe.yaml").stat().st_mtime_ns, path.name))
-    return [_look_at(path, latest) for path in found]
+    return [look_at(path) for path in found]
 
 
 def remove_run(run: Path) -> None:
@@ -123,7 +123,9 @@ def removable(name: str) -> Path:
     return RUNS / real.name
 
 
-def _look_at(path: Path, latest: Path) -> Run:
+def look_at(path: Path) -> Run:
+    """Return what the files of a run tell of it."""
+    latest = RUNS / "latest"
     method = base = None
     status: Status = "stopped"
     try:

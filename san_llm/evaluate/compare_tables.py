@@ -69,16 +69,22 @@ def grids(comparison: Comparison) -> list[Grid]:
 def _difference(found: Difference) -> tuple[str, ...]:
     return (
         found.task,
-        _points(found.difference),
-        f"{_points(found.low)} to {_points(found.high)}",
+        points(found.difference),
+        f"{points(found.low)} to {points(found.high)}",
         str(found.gained),
         str(found.lost),
-        f"{found.p:.3f}" if found.p >= 0.001 else f"{found.p:.1e}",
+        p_value(found.p),
     )
 
 
-def _points(fraction: float) -> str:
+def points(fraction: float) -> str:
+    """Return a difference of accuracies in percentage points, with its sign."""
     return f"{100 * fraction:+.1f}"
+
+
+def p_value(p: float) -> str:
+    """Return a p-value: three decimals, or one digit of a small one and its power of ten."""
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
 def remarks(comparison: Comparison) -> list[str]:
