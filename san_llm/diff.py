@@ -98,30 +98,19 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
     adapter = adapter_of(last_run()) if where is None else where
     if (adapter / "recipe.yaml").is_file():
         adapter = adapter_of(adapter)
-    options = read_json(adapter / "adapter_config.json")
-    if options.get("peft_type") != "SAN":
-        raise InputError(
-            f"{adapter}: a {options.get('peft_type')} adapter: only SAN's have neuron scales"
-        )
-    check_options(options)
+    options = san_options(adapter)
     carrier = str(options.get("carrier") or "scale")
+    source = None
     if base is not None or carrier != "scale":
         named = find_subject(base, adapter).base
-        gammas = _against_base(base_folder(named), adapter, options)
-        base = named.model
-    else:
-        gammas = _scales(adapter)
+        source, base = base_folder(named), named.model
+    gammas = neuron_scales(adapter, options, source)
     blocks: list[Change] = []
     kinds: dict[str, list[Numbers]] = {}
     for name, gamma in gammas.items():
-        if not np.isfinite(gamma).all():
-            raise SanError(f"{adapter}: the scale of {name} has numbers that are not finite")
-        parts = name.split(".")
-        block = int(parts[-3]) if parts[-1] in PARENTS else None
-        blocks.append(_change(parts[-1], block, gamma, LARGEST))
-        kinds.setdefault(parts[-1], []).append(gamma)
-    if not blocks:
-        raise InputError(f"{adapter}: has no neuron scale in it")
+        block, module = place_of(name)
+        blocks.append(_change(module, block, gamma, LARGEST))
+        kinds.setdefault(module, []).append(gamma)
     known = [EMBEDDING, *PARENTS]
     return DiffResult(
         adapter=str(adapter),
@@ -135,6 +124,51 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
         ],
         blocks=blocks,
     )
+
+
+def san_options(adapter: Path) -> dict[str, Any]:
+    """Return the ``adapter_config.json`` of a SAN adapter.
+
+    Raises:
+        InputError: when it is another method's, or has options that are none.
+    """
+    options = read_json(adapter / "adapter_config.json")
+    if options.get("peft_type") != "SAN":
+        raise InputError(
+            f"{adapter}: a {options.get('peft_type')} adapter: only SAN's have neuron scales"
+        )
+    check_options(options)
+    return options
+
+
+def neuron_scales(
+    adapter: Path, options: Mapping[str, Any], base: Path | None
+) -> dict[str, Numbers]:
+    """Return every neuron scale of an adapter (d_out,), by module, in the model's order.
+
+    Args:
+        adapter: Its folder.
+        options: What :func:`san_options` says of it.
+        base: Its base's folder, which the low-rank carriers need; with None the ``scale`` carrier's
+            are returned as they are held.
+
+    Raises:
+        InputError: when there is none, or they do not fit the base.
+        SanError: when one is not finite.
+    """
+    gammas = _scales(adapter) if base is None else _against_base(base, adapter, options)
+    for name, gamma in gammas.items():
+        if not np.isfinite(gamma).all():
+            raise SanError(f"{adapter}: the scale of {name} has numbers that are not finite")
+    if not gammas:
+        raise InputError(f"{adapter}: has no neuron scale in it")
+    return gammas
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """Return a module's block, None where it is in none, and its short name: ``up_proj``."""
+    parts = name.split(".")
+    return (int(parts[-3]) if parts[-1] in PARENTS else None), parts[-1]
 
 
 def _is_model(where: Path) -> bool:

@@ -1,8 +1,9 @@
 """What each run leaves behind: the recipe as run, versions, seeds, hashes, results.
 
 A run folder is complete on its own: ``recipe.yaml`` (resolved), ``manifest.json``, ``log.jsonl``,
-``metrics.json``, ``adapter/``, ``checkpoints/`` and later ``eval/`` and ``merged/``. Every file is
-written under a temporary name and renamed, so that a killed run leaves no half of one.
+``metrics.json``, ``adapter/``, ``checkpoints/`` and later ``eval/``, ``merged/`` and ``plots/``.
+Every file is written under a temporary name and renamed, so that a killed run leaves no half of
+one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
     *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock", "report.html"),
-    *("adapter", "checkpoints", "eval", "merged"),
+    *("adapter", "checkpoints", "eval", "merged", "plots"),
 )
 ASIDE = ".old"  # a folder that is being replaced, until the new one has its name
 LARGEST_JSON = 2**26  # bytes; the index of the largest model known has a hundredth of that
