@@ -29,6 +29,7 @@ from san_llm.commands.doctor import doctor_app
 from san_llm.commands.push import push_app
 from san_llm.commands.recipes import recipes_app
 from san_llm.commands.runs import runs_app
+from san_llm.commands.show import show_app
 from san_llm.commands.talk import talk_app
 from san_llm.data.commands import data_app
 from san_llm.errors import (
@@ -67,6 +68,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(talk_app)
 app.add_typer(doctor_app)
 app.add_typer(push_app)
+app.add_typer(show_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from san_llm.diff import STILL, place_of
 from san_llm.errors import InputError, plain
+from san_llm.record import whole_folder
 from san_llm.run_numbers import Curve, RunNumbers, Scores, SynapseScale, in_blocks, numbers_of
 from san_llm.shards import Numbers
 
@@ -76,9 +77,12 @@ def figures(numbers: RunNumbers) -> dict[str, Figure]:
         for figure in drawn.values():
             caption: dict[str, Any] = {"ha": "right", "va": "bottom", "size": 9, "color": SOFT}
             figure.text(0.995, 0.005, plain(numbers.title), **caption)
-            # Laid out once: each further time would move things by the last digit.
+            # Laid out once, and rounded: the layout's last digits are never the same.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
+            for axis in figure.axes:
+                left, bottom, width, height = axis.get_position(original=True).bounds
+                axis.set_position([round(at, 5) for at in (left, bottom, width, height)])  # type: ignore[arg-type]
     return drawn
 
 
@@ -114,6 +118,27 @@ def as_png(figure: Figure) -> bytes:
     with _style():
         figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
     return image.getvalue()
+
+
+def save(numbers: RunNumbers, folder: Path, overwrite: bool) -> list[Path]:
+    """Write every drawing as PNG and SVG into a folder, which appears whole, and return the files.
+
+    Raises:
+        InputError: when there is nothing to draw, the folder has files and ``overwrite`` is not
+            set, or they are not drawings; or without matplotlib.
+    """
+    drawn = figures(numbers)
+    if not drawn:
+        raise InputError(f"nothing to draw yet: {'; '.join(numbers.left_out)}")
+    if folder.is_dir():
+        strange = [path.name for path in folder.iterdir() if path.suffix not in (".png", ".svg")]
+        if strange:
+            raise InputError(f"{folder}: {min(strange)} is in it, which is no drawing")
+    with whole_folder(folder, overwrite) as temporary:
+        for name, figure in drawn.items():
+            (temporary / f"{name}.png").write_bytes(as_png(figure))
+            (temporary / f"{name}.svg").write_text(as_svg(figure), encoding="utf-8")
+    return [folder / f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from san_llm.diff import neuron_scales, place_of, san_options
-from san_llm.errors import InputError, SanError, not_one_of
+from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.locate import locate
 from san_llm.recipe import Base
 from san_llm.record import adapter_of, read_json, recipe_of
@@ -185,7 +185,10 @@ def _scales(
         ".".join(map(str, place_of(node.name))): node for node in graph if node.anterior in gammas
     }
     if weight is not None and weight not in linked:
-        raise WeightError(f"--weight: {not_one_of(weight, linked)}")
+        raise WeightError(
+            f"--weight: {weight!r}: expected a weight with a synapse scale, such as "
+            f"{next(iter(linked), 'none here')}{did_you_mean(weight, linked)}"
+        )
     if not linked:
         left_out.append(f"synapse scale: nothing is propagated in the mode {options.get('mode')!r}")
         return gammas, None

@@ -23,6 +23,7 @@ LIGHT = [
     "commands.push",
     "commands.recipes",
     "commands.runs",
+    "commands.show",
     "commands.talk",
     "data.build",
     "data.commands",
@@ -51,15 +52,18 @@ LIGHT = [
     "lock",
     "merge",
     "model_diff",
+    "plots",
     "processes",
     "progress",
     "push",
     "recipe",
     "record",
+    "run_numbers",
     "runs",
     "san.carriers",
     "san.graph",
     "shards",
+    "sketch",
     "streamed",
     "subject",
     "weight_check",
@@ -76,12 +80,14 @@ ORDER = [
     {"evaluate.compare"},
     {"evaluate.compare_tables"},
     {"diff"},
+    {"run_numbers"},
+    {"plots", "sketch"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
 COMMANDS += ["generate", "chat", "doctor"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
-COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm", "push"]
+COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm", "push", "show"]
 
 
 def path_of(module: str) -> Path:
@@ -239,6 +245,7 @@ def test_help_loads_no_torch_and_shows_examples(here, command):
         ["diff"],
         ["runs"],
         ["runs", "rm", "nothing"],
+        ["show", "nothing"],
         ["merge", "--dtype", "fp16"],
         ["download", "smollm"],
     ],
