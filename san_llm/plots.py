@@ -28,6 +28,7 @@ ABOVE, BELOW, INK, SOFT = "#b35806", "#542788", "#222222", "#767676"  # PuOr's t
 MORE, LESS, FAR = "Oranges", "Purples", "Greys"  # pale to dark, in grey and to every eye
 SIDES = "PuOr_r"  # purple below 1, orange above
 POINTS = 400  # rows and columns of a weight's map at most
+LONG = 400  # steps
 DPI = 150
 GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 STYLE: dict[Any, Any] = {
@@ -174,13 +175,14 @@ def _loss(numbers: RunNumbers, train: Curve) -> Figure:
         title += f"; held-out at best {held_out.values[best]:.3g}"
     figure = _new(8, 5, title)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.plot(train.steps, train.values, color=BELOW, lw=1.4, label="training, each step's batch")
+    thin = 1.4 if len(train.steps) < LONG else 0.5  # a long noisy curve would hide the other
+    top.plot(train.steps, train.values, color=BELOW, lw=thin, label="training, each step's batch")
     if held_out is not None:
         last: dict[str, Any] = {
             "color": ABOVE,
             "ls": "--",
             "marker": "o",
-            "ms": 7,
+            "ms": 7 if len(held_out.steps) < 20 else 4,
             "label": "held-out rows",
         }
         top.plot(held_out.steps, held_out.values, **last)
@@ -203,12 +205,12 @@ def _loss(numbers: RunNumbers, train: Curve) -> Figure:
 
 
 def _plain_ticks() -> Any:
-    """Return a formatter for a log axis that writes 0.2 and 1, and leaves most in-betweens out."""
+    """Return a formatter for a log axis that writes 0.2 and 1, and leaves some in-betweens out."""
     from matplotlib.ticker import FuncFormatter
 
     def shown(value: float, _: object) -> str:
         digit = round(value / 10 ** np.floor(np.log10(value) + 1e-9))
-        return f"{value:g}" if digit in (1, 2, 5) else ""
+        return f"{value:g}" if digit in (1, 2, 3, 5) else ""
 
     return FuncFormatter(shown)
 

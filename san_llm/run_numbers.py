@@ -136,7 +136,7 @@ def numbers_of(run: Path, weight: str | None = None) -> RunNumbers:
         left_out.append(f"neuron scales: {error}")
     scores = _scores(run, left_out)
     return RunNumbers(
-        f"{recipe.name}: {recipe.method.name} over {recipe.base.model}",
+        f"{recipe.name}: {recipe.method.name} over {Path(recipe.base.model).name}",
         curves["loss"],
         curves["eval_loss"],
         curves["learning_rate"],
@@ -227,7 +227,7 @@ def _synapse(node: Node, gammas: Mapping[str, Numbers], own: bool) -> SynapseSca
 
 
 def _moved(scale: SynapseScale) -> float:
-    return float(np.abs(np.log(np.abs(scale.gamma) + 1e-9)).mean() + np.abs(scale.s - 1).mean())
+    return float(np.abs(scale.gamma - 1).mean() + np.abs(scale.s - 1).mean())
 
 
 def in_blocks(gammas: Mapping[str, Numbers]) -> tuple[list[str], list[int], dict[Any, Numbers]]:
