@@ -1,4 +1,4 @@
-"""What is watched while a run trains: the log, the bar, a stop asked for, checkpoints."""
+"""What is watched while a run trains: the log, the view, a stop asked for, checkpoints."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from san_llm.checkpoint import checkpoint_of, last_checkpoint
 from san_llm.errors import SanError
 from san_llm.launch import tell_ready
+from san_llm.live import View
 from san_llm.processes import is_first
-from san_llm.progress import Bar, stderr
+from san_llm.progress import stderr
 from san_llm.record import write_text
 
 SLOW = 10.0  # seconds of a step or a judging above which a stop does not wait for its end
 
 
 class Log(TrainerCallback):
-    """Writes every logged number to ``log.jsonl`` and moves the bar."""
+    """Writes all that is logged to ``log.jsonl``, and tells the view of it."""
 
-    def __init__(self, path: Path, bar: Bar) -> None:
+    def __init__(self, path: Path, view: View) -> None:
         """Log to ``path``, one JSON object a line."""
-        self._path, self._bar = path, bar
+        self._path, self._view = path, view
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the log of the checkpoint that the run goes on from: no more, and no less."""
-        self._bar.total = state.max_steps
+        self._view.begin(state.global_step, state.max_steps, state.log_history)
         if state.is_world_process_zero:
             write_text(self._path, "".join(map(_line, state.log_history)))
 
@@ -45,20 +46,22 @@ class Log(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float],
+        logs: dict[str, Any],
         **_: Any,
     ) -> None:
         """Append what Trainer logs; rank 0 only."""
         if state.is_world_process_zero and "train_runtime" not in logs:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(logs | {"step": state.global_step}))
-            if "loss" in logs:
-                self._bar.to(state.global_step, f"loss {logs['loss']:.3f}")
+            self._view.tell(state.global_step, logs)
 
 
-def _line(entry: dict[str, float]) -> str:
+def _line(entry: dict[str, Any]) -> str:
     # JSON has no nan: what is not finite is written as null. Sorted as a checkpoint's copy is.
-    values = {key: entry[key] if math.isfinite(entry[key]) else None for key in sorted(entry)}
+    values = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in sorted(entry.items())
+    }
     return json.dumps({"step": values.pop("step"), **values}) + "\n"
 
 

@@ -23,6 +23,7 @@ from san_llm.san.graph import KINDS, TARGETS, check_combination, check_targets
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Kind = Literal["attention", "mlp", "residual"]
 PathInProject = tuple[str | int, ...]
 _Name = Annotated[str, Field(min_length=1)]
@@ -222,6 +223,14 @@ class Training(_Section):
         description="rows without padding, what they begin alike encoded once; never changes a "
         "result",
     )
+    report_to: tuple[Tracker, ...] = Field(default=(), description="trackers that get the log, too")
+    sample_prompts: tuple[_Name, ...] = Field(
+        default=(), description="asked while it learns; the answers are in the log"
+    )
+    sample_every: int | None = Field(
+        default=None, ge=1, le=MOST, description="steps between them; default: evaluate_every"
+    )
+    sample_tokens: int = Field(default=32, ge=1, le=2**16, description="of an answer, at most")
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations twice, to keep fewer"
     )
@@ -270,6 +279,8 @@ HARMLESS = (
     *("name", "evaluation", "method.form", "data.workers"),
     *("training.micro_batch_size", "training.gradient_checkpointing", "training.save_minutes"),
     *("training.keep_checkpoints", "training.bad_batches", "training.packing"),
+    *("training.report_to", "training.sample_prompts", "training.sample_every"),
+    "training.sample_tokens",
 )
 
 

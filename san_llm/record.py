@@ -32,7 +32,7 @@ RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
     *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock", "report.html"),
-    *("adapter", "checkpoints", "eval", "merged", "plots"),
+    *("adapter", "checkpoints", "eval", "merged", "plots", "tensorboard", "wandb"),
 )
 ASIDE = ".old"  # a folder that is being replaced, until the new one has its name
 LARGEST_JSON = 2**26  # bytes; the index of the largest model known has a hundredth of that

@@ -21,6 +21,7 @@ from san_llm.data.prompts import PromptStyle
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.evaluate.generate import end_tokens, without_habits
+from san_llm.processes import world_size
 from san_llm.record import recipe_of, run_of
 from san_llm.subject import Subject
 
@@ -177,12 +178,14 @@ def respond(
     given = torch.tensor([tokens], device=model.device)
     bare: Any = model.disable_adapter() if by == "base" and _adapted(model) else nullcontext()
     began = time.perf_counter()
-    with torch.inference_mode(), without_habits(model), bare:
+    # Not inference mode: where the model is in training, its next step needs what is made here.
+    with torch.no_grad(), without_habits(model), bare:
         out = model.generate(
             input_ids=given,
             attention_mask=torch.ones_like(given),
             generation_config=settings,
             streamer=_Told(tokenizer, told),
+            synced_gpus=world_size() > 1,  # a shard is needed until the last process is done
         )
     new = out[0, len(tokens) :].tolist()
     ended = bool(new) and new[-1] in end_tokens(model, tokenizer)

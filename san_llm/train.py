@@ -29,6 +29,7 @@ from san_llm.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.errors import InputError, SanError, unexpected
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_stopped
+from san_llm.live import watching
 from san_llm.locate import base_folder
 from san_llm.lock import sole_writer
 from san_llm.model import (
@@ -40,9 +41,11 @@ from san_llm.model import (
 )
 from san_llm.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.processes import agree, is_first, rank, told_once, world_size
-from san_llm.progress import bar, stderr
+from san_llm.progress import stderr
 from san_llm.recipe import Recipe
 from san_llm.record import manifest, whole_folder, write_json
+from san_llm.samples import Samples
+from san_llm.trackers import go_on_in_tensorboard, reported
 from san_llm.trainer import GroupedByLength, SanTrainer
 
 
@@ -144,7 +147,8 @@ def _arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArguments:
         greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=list(training.report_to) or "none",
+        run_name=run.name,
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
@@ -203,6 +207,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     rows, held_out_rows, hashes = split_held_out(recipe)
     _micro_batch(recipe)  # before anything is loaded
     tokenizer = load_tokenizer(recipe.base)
+    samples = Samples(recipe, tokenizer)
     data = recipe.data
     how = (tokenizer, data.prompt, data.loss, data.cutoff, data.workers)
     encoded = encode_rows(rows, *how)
@@ -222,6 +227,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     arguments = _arguments(recipe, run, judged=held_out is not None)
     set_seed(recipe.training.seed)
     base = load_base(recipe.base, sharded=engine == "FSDP2")
+    samples.check(base.config)
     model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
     if recipe.training.packing and can_pack(base):
@@ -254,7 +260,11 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     stop = StopOnSignal()
     began = time.monotonic()
     try:
-        with bar("Training", 1, "steps", quiet=not is_first()) as progress, peers_watched():
+        with (
+            reported(recipe, run) if is_first() else nullcontext(),
+            watching(quiet=not is_first()) as view,
+            peers_watched(),
+        ):
             trainer = SanTrainer(
                 recipe=recipe,
                 stop=stop,
@@ -267,14 +277,19 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 model=model,
                 args=arguments,
                 engine=engine,
+                samples=samples,
+                view=view,
                 train_dataset=Rows(encoded),
                 eval_dataset=None if held_out is None else Rows(held_out),
                 data_collator=collator,
                 callbacks=[
-                    Log(run / "log.jsonl", progress),
+                    Log(run / "log.jsonl", view),
                     Checkpoints(held_out is not None, recipe.training.save_minutes * 60, stop),
                 ],
             )
+            if is_first() and "tensorboard" in recipe.training.report_to:
+                done = 0 if resume is None else int(resume.name.split("-")[1])
+                go_on_in_tensorboard(trainer, run / "tensorboard", done)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finally:
         stop.close()
@@ -353,12 +368,10 @@ def _batch_names(recipe: Recipe, step: int, data: Rows, named: Callable[[], list
     sampler = GroupedByLength(
         data.lengths, training.batch_size, training.seed, step=lambda: step - 1, last=lambda: step
     )
-    at = (step - 1) * training.batch_size % len(sampler)
-    batch = list(sampler)[at : at + training.batch_size]
     rows = named()
     files: dict[str, list[str]] = {}
     for file, _, place in (
-        rows[index].where.rpartition(": ") for index in sorted(batch) if index < len(rows)
+        rows[index].where.rpartition(": ") for index in sorted(sampler.batch(step))
     ):
         files.setdefault(file, []).append(place)
     return ", ".join(f"{file}: {', '.join(places)}" for file, places in files.items())

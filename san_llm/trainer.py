@@ -32,13 +32,16 @@ from transformers import (
 from san_llm.callbacks import SLOW, BadBatches, StopOnSignal
 from san_llm.checkpoint import checkpoint_of, damage, remove_old, whole_checkpoint
 from san_llm.data.encode import Rows
+from san_llm.drift import Drift
 from san_llm.engine import Engine
 from san_llm.errors import SanError, first_line
+from san_llm.live import View
 from san_llm.loss import learned_tokens, token_losses
 from san_llm.model import (
     save_adapter,
 )
 from san_llm.recipe import Recipe
+from san_llm.samples import Samples
 
 
 class GroupedByLength(Sampler[int]):
@@ -66,6 +69,7 @@ class GroupedByLength(Sampler[int]):
         """
         self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
         self._step, self._last = step, last
+        self._shuffled: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:
         """Return the rows of an epoch, fillers included."""
@@ -75,7 +79,18 @@ class GroupedByLength(Sampler[int]):
         """Iterate over row numbers."""
         if self._step() >= self._last():
             return
-        epoch = self._step() // (len(self) // self._batch_size)
+        for batch in self._batches(self._step() // (len(self) // self._batch_size)):
+            yield from batch
+            yield from [len(self._lengths)] * (self._batch_size - len(batch))
+
+    def batch(self, step: int) -> list[int]:
+        """Return the rows of an optimizer step, counted from 1, without fillers."""
+        epoch, number = divmod(step - 1, len(self) // self._batch_size)
+        return self._batches(epoch)[number]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if self._shuffled[0] == epoch:
+            return self._shuffled[1]
         dice = random.Random(f"{self._seed} {epoch}")
         rows = list(range(len(self._lengths)))
         dice.shuffle(rows)
@@ -87,9 +102,8 @@ class GroupedByLength(Sampler[int]):
                 near[i : i + self._batch_size] for i in range(0, len(near), self._batch_size)
             ]
         dice.shuffle(batches)
-        for batch in batches:
-            yield from batch
-            yield from [len(self._lengths)] * (self._batch_size - len(batch))
+        self._shuffled = (epoch, batches)
+        return batches
 
 
 class SanTrainer(Trainer):
@@ -105,6 +119,8 @@ class SanTrainer(Trainer):
         bad: BadBatches,
         args: TrainingArguments,
         engine: Engine,
+        samples: Samples,
+        view: View,
         **how: Any,
     ) -> None:
         """Train as ``recipe.training`` says; ``how`` goes to Trainer."""
@@ -115,6 +131,15 @@ class SanTrainer(Trainer):
         super().__init__(args=args, **how)
         args.save_only_model = False
         self._recipe, self._stop, self._bad = recipe, stop, bad
+        self._samples, self._view, self._drift = samples, view, Drift(self.model)
+        self._batches = GroupedByLength(
+            self.train_dataset.lengths,
+            recipe.training.batch_size,
+            recipe.training.seed,
+            step=lambda: self.state.global_step,
+            last=lambda: self.state.max_steps,
+        )
+        self._learned: torch.Tensor | int = 0  # tokens of the step that is made
         self._skipped = False
         self._micro_batch = (-1, 0)  # the step that is made, and how many of its batches are done
         self.add_callback(_JudgeLate(self))
@@ -124,15 +149,7 @@ class SanTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # it prints on stdout, where results go
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
-        rows: Rows = self.train_dataset
-        training = self._recipe.training
-        return GroupedByLength(
-            rows.lengths,
-            training.batch_size,
-            training.seed,
-            step=lambda: self.state.global_step,
-            last=lambda: self.state.max_steps,
-        )
+        return self._batches
 
     def compute_loss(
         self,
@@ -158,6 +175,7 @@ class SanTrainer(Trainer):
         number = self._micro_batch[1] * self.args.world_size + self.args.process_index
         dice = random.Random(f"{self._recipe.training.seed} {step} {number}")
         torch.manual_seed(dice.getrandbits(63))
+        self._learned = num_items_in_batch
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -171,16 +189,47 @@ class SanTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and say of a batch that it was skipped."""
-        if self._skipped and "loss" in logs:
-            logs = logs | {"skipped": 1}
+        """Log a step with its neuron scales, and say of its batch if it was skipped."""
+        if "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        logs = logs | self._drift.measure()
+        if self._skipped:
+            logs["skipped"] = 1
             self._tr_loss.zero_()  # Trainer takes it away from itself, which leaves a nan as it is
+        lengths = self.train_dataset.lengths
+        rows = self._batches.batch(self.state.global_step)
+        self._view.counted(sum(lengths[row] for row in rows), int(self._learned))
         super().log(logs, start_time)
+        self._sample()
+
+    def samples_due(self) -> bool:
+        """Whether the chosen prompts are to be asked now, and have not been."""
+        step = self.state.global_step
+        known = any("sample_1" in e for e in self.state.log_history if e["step"] == step)
+        return self._samples.due(step, self.state.max_steps) and not known
+
+    def _sample(self) -> None:
+        """Ask the chosen prompts where that is due, and log the answers."""
+        if not self.samples_due():
+            return
+        model, began = self.model.eval(), time.monotonic()
+        said: dict[str, Any] = {}
+        try:
+            for name, text in self._samples.answers(model):
+                said[name] = text
+                if self._stop.asked_anywhere(self.args, time.monotonic() - began > SLOW):
+                    raise _StoppedJudging
+        finally:
+            model.train()
+        self.log(said)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, *how: Any, **more: Any
     ) -> None:
         try:
+            if self.state.global_step == self._globalstep_last_logged:  # before a stop
+                self._sample()
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *how, **more)
         except _StoppedJudging:
             # Saved as it is, and judged when the run goes on.
@@ -296,7 +345,7 @@ class SanTrainer(Trainer):
 
 
 class _StoppedJudging(Exception):  # noqa: N818 (nothing is wrong)
-    """The run was asked to stop while it judged the held-out rows."""
+    """The run was asked to stop while it sampled, or judged the held-out rows."""
 
 
 class _JudgeLate(TrainerCallback):
@@ -312,13 +361,14 @@ class _JudgeLate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Evaluate and save, as would have come next."""
+        """Sample, evaluate and save, as would have come next."""
         step, trainer = state.global_step, self._trainer
         due = step and (step % int(args.eval_steps or 1) == 0 or step >= state.max_steps)
         known = any("eval_loss" in e for e in state.log_history if e["step"] == step)
-        if trainer.eval_dataset is None or not due or known:
+        judge = bool(trainer.eval_dataset is not None and due and not known)
+        if not judge and not trainer.samples_due():
             return
-        control.should_evaluate = control.should_save = True
+        control.should_evaluate, control.should_save = judge, True
         trainer._maybe_log_save_evaluate(
             torch.tensor(0.0), None, trainer.model_wrapped, None, state.epoch, None, 0.0
         )

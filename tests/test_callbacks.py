@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from san_llm.callbacks import BadBatches, Checkpoints, Log, StopOnSignal
 from san_llm.errors import SanError
-from san_llm.progress import bar
+from san_llm.live import watching
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_the_log_is_that_of_the_checkpoint_neither_more_nor_less(
         {"loss": 1.25, "epoch": 1.0, "step": 2},
         {"eval_loss": float("nan"), "step": 2},
     ]
-    with bar("Training", 1, quiet=True) as progress:
-        log = Log(path, progress)
+    with watching(quiet=True) as view:
+        log = Log(path, view)
         log.on_train_begin(arguments, resumed, TrainerControl())
         log.on_log(arguments, state(3), TrainerControl(), {"loss": float("inf"), "grad_norm": 2.0})
         log.on_log(arguments, state(9), TrainerControl(), {"train_runtime": 1.0})
@@ -57,7 +57,7 @@ def test_the_log_is_that_of_the_checkpoint_neither_more_nor_less(
         '{"step": 3, "grad_norm": 2.0, "loss": null}',
     ]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2, 3]
-    assert (progress.total, progress.done) == (9, 3)
+    assert (view.total, view.step) == (9, 3)
 
 
 def test_the_best_is_found_where_the_run_is_now(
