@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -146,33 +147,41 @@ def read_checkpoint(folder: Path) -> list[Stored]:
     raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it{hint}")
 
 
-def widen(raw: Numbers, dtype: str) -> Numbers:
-    """Return stored numbers as fp32 of their own: uint16 patterns of bf16, float16 or float32."""
+def widen(raw: Numbers, dtype: str, out: Numbers) -> Numbers:
+    """Return stored numbers in fp32 (``out``): uint16 patterns of bf16, float16 or float32."""
     if dtype == "BF16":
-        bits = raw.astype(np.uint32)
+        bits = out.view(np.uint32)
+        bits[...] = raw
         bits <<= 16
-        return bits.view(np.float32)
-    return raw.astype(np.float32)
+    else:
+        out[...] = raw
+    return out
 
 
-def narrow(wide: Numbers, dtype: str) -> Numbers:
-    """Return fp32 numbers rounded once, to nearest even, to a stored dtype; changes ``wide``."""
-    if dtype == "F32":
-        return wide
-    if dtype == "F16":
+def narrow(wide: Numbers, dtype: str, out: Numbers, odd: Numbers) -> Numbers:
+    """Return fp32 numbers rounded once, to nearest even, to a stored dtype.
+
+    Args:
+        wide: The numbers; they are changed.
+        dtype: Which dtype.
+        out: Where the rounded ones go.
+        odd: Room to work in, as many uint32.
+    """
+    if dtype != "BF16":
         with np.errstate(over="ignore"):  # to infinity, as every conversion does
-            return wide.astype(np.float16)
+            out[...] = wide
+        return out
     nan = np.isnan(wide) if wide.size and np.isnan(wide.max()) else None
     bits = wide.view(np.uint32)
-    odd = bits >> 16
+    np.right_shift(bits, 16, out=odd)
     odd &= 1
     odd += 0x7FFF
     bits += odd
     bits >>= 16
-    rounded = bits.astype(np.uint16)
+    np.copyto(out, bits, casting="unsafe")
     if nan is not None:
-        rounded[nan] = 0x7FC0
-    return rounded
+        out[nan] = 0x7FC0
+    return out
 
 
 _RAW: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
@@ -186,14 +195,18 @@ def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Number
     """
     last = tensor.shape[0] if last is None else last
     with tensor.file.open("rb", buffering=0) as file:
-        raw = _numbers(_read(file, tensor, first, last), tensor, last - first)
-    return widen(raw, tensor.dtype)
+        data = _read(file, tensor, first, last, np.empty(_bytes(tensor, first, last), np.uint8))
+    raw = _numbers(data, tensor, last - first)
+    return widen(raw, tensor.dtype, np.empty(raw.shape, np.float32))
 
 
-def _read(file: Any, tensor: Stored, first: int, last: int) -> Numbers:
-    row = tensor.size // (tensor.shape[0] if tensor.shape else 1)
-    file.seek(tensor.start + first * row)
-    data = np.empty((last - first) * row, np.uint8)
+def _bytes(tensor: Stored, first: int, last: int) -> int:
+    return (last - first) * (tensor.size // (tensor.shape[0] if tensor.shape else 1))
+
+
+def _read(file: Any, tensor: Stored, first: int, last: int, data: Numbers) -> Numbers:
+    """Read some rows' bytes into ``data``, and return it."""
+    file.seek(tensor.start + _bytes(tensor, 0, first))
     left = data.data
     while left:
         got = file.readinto(left)
@@ -230,8 +243,8 @@ class Output:
         dtype: The dtype to store it as.
         shape: Its shape.
         source: The stored tensor that it comes from; None: it starts as zeros.
-        fold: Makes fp32 rows ``(rows, first, last)`` those to write, in place or not; None leaves
-            them as they are. Called from several threads.
+        fold: Makes fp32 rows ``(rows, first, last)`` those to write, in place or not, but keeps
+            none of them; None leaves them as they are. Called from several threads.
     """
 
     name: str
@@ -332,14 +345,15 @@ def _write_shard(
         write = partial(_write_piece, file.fileno())
         position = _write(file.fileno(), header, 0)
         end = position + length
-        waiting: deque[Future[Any]] = deque()
+        waiting: deque[Future[Numbers]] = deque()
+        room = _Ring(2 * THREADS + 1)
         unsynced = 0
         for output, first, last, size in _pieces(outputs):
-            waiting.append(threads.submit(write, position, output, first, last))
+            waiting.append(threads.submit(write, position, output, first, last, room.take(size)))
             position += size
             while len(waiting) > (2 * THREADS if position < end else 0):
                 piece = waiting.popleft().result()
-                digest.update(piece)
+                digest.update(piece.data)
                 done(len(piece))
                 unsynced += len(piece)
             if unsynced >= SYNC:  # the disk works while we do, not after us
@@ -362,35 +376,67 @@ def _pieces(outputs: Sequence[Output]) -> Iterator[tuple[Output, int, int, int]]
             yield output, first, last, (last - first) * row
 
 
-def _write_piece(file: int, position: int, output: Output, first: int, last: int) -> Any:
-    """Read rows, fold them, write them to their place in a file; return the bytes written."""
+class _Ring:
+    """Room that is used again: fresh memory costs the kernel as much as what is done with it."""
+
+    def __init__(self, count: int) -> None:
+        self._rooms: deque[Numbers] = deque([np.empty(0, np.uint8)] * count)
+
+    def take(self, size: int) -> Numbers:
+        """Return ``size`` bytes that nobody else uses until all others have been taken once."""
+        room = self._rooms.popleft()
+        if room.size < size:
+            room = np.empty(max(size, PIECE), np.uint8)
+        self._rooms.append(room)
+        return room[:size]
+
+
+_OF_THREAD = threading.local()
+
+
+def _room(name: str, shape: tuple[int, ...], dtype: Any) -> Numbers:
+    """Return this thread's room for an array of that name, which its next one overwrites."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = getattr(_OF_THREAD, name, None)
+    if room is None or room.size < size:
+        room = np.empty(size, np.uint8)
+        setattr(_OF_THREAD, name, room)
+    numbers: Numbers = room[:size].view(dtype).reshape(shape)
+    return numbers
+
+
+def _write_piece(
+    file: int, position: int, output: Output, first: int, last: int, data: Numbers
+) -> Numbers:
+    """Read rows, fold them, write them to their place in a file; return ``data``, their bytes."""
     source = output.source
-    data: Any
     with nullcontext() if source is None else source.file.open("rb", buffering=0) as opened:
         if source is not None and output.copied:
-            data = _read(opened, source, first, last)
+            _read(opened, source, first, last, data)
         else:
-            data = _folded(output, opened, first, last)
+            _fold(output, opened, first, last, data)
     _write(file, data, position)
     return data
 
 
-def _folded(output: Output, opened: Any, first: int, last: int) -> Numbers:
-    """Return the bytes of some rows, worked out in blocks that fit a core's cache."""
+def _fold(output: Output, opened: Any, first: int, last: int, data: Numbers) -> None:
+    """Work some rows' bytes out, in blocks that fit a core's cache."""
     source, shape = output.source, output.shape[1:]
-    made = np.empty((last - first, *shape), _RAW[output.dtype])
+    made = data.view(_RAW[output.dtype]).reshape(last - first, *shape)
     step = max(1, BLOCK // max(1, math.prod(shape)))
     for start in range(first, last, step):
         stop = min(start + step, last)
+        rows = _room("wide", (stop - start, *shape), np.float32)
         if source is None:
-            rows = np.zeros((stop - start, *shape), np.float32)
+            rows[...] = 0
         else:
-            raw = _numbers(_read(opened, source, start, stop), source, stop - start)
-            rows = widen(raw, source.dtype)
+            room = _room("raw", (_bytes(source, start, stop),), np.uint8)
+            raw = _numbers(_read(opened, source, start, stop, room), source, stop - start)
+            widen(raw, source.dtype, rows)
         if output.fold is not None:
             rows = output.fold(rows, start, stop)
-        made[start - first : stop - first] = narrow(rows, output.dtype)
-    return made.reshape(-1).view(np.uint8)
+        odd = _room("odd", rows.shape, np.uint32)
+        narrow(rows, output.dtype, made[start - first : stop - first], odd)
 
 
 def _write(file: int, data: Any, position: int) -> int:

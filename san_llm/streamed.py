@@ -190,13 +190,13 @@ class Folded:
         def fold(wide: Numbers, first: int, last: int) -> Numbers:
             row_scale, gamma = self.scales(node)
             if not node.d_in:  # an embedding's features are its columns
-                return merged_weight(wide, None, None, gamma)
+                return merged_weight(wide, None, None, gamma, in_place=True)
             delta = None
             if node.rank:
                 a, b = self._needed(node, "lora_A"), self._needed(node, "lora_B")
                 delta = np.float32(self._c) * (b[first:last] @ a)
             part = None if row_scale is None else row_scale[first:last]
-            return merged_weight(wide, part, delta, self.synapse_scale(node))
+            return merged_weight(wide, part, delta, self.synapse_scale(node), in_place=True)
 
         return Output(tensor.name, dtype, tensor.shape, tensor, fold)
 
@@ -212,7 +212,9 @@ class Folded:
                 for vector in (row_scale, self._vector(node, "beta"))
             )
             bias = merged_bias(None if tensor is None else zeros_or_bias, row_scale, beta)
-            return zeros_or_bias if bias is None else bias
+            if bias is not None:
+                zeros_or_bias[...] = bias
+            return zeros_or_bias
 
         return Output(f"{module}.bias", dtype, (d_out,), tensor, fold)
 

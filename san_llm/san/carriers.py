@@ -16,13 +16,18 @@ reading. Arrays may be torch tensors or numpy arrays.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, TypeVar
 
 Array = TypeVar("Array")
 
 
 def merged_weight(
-    weight: Array, row_scale: Array | None, delta: Array | None, s: Array | None
+    weight: Array,
+    row_scale: Array | None,
+    delta: Array | None,
+    s: Array | None,
+    in_place: bool = False,
 ) -> Array:
     """Return ``W* = diag(row_scale) (W + delta) diag(s)``.
 
@@ -31,13 +36,16 @@ def merged_weight(
         row_scale: What the features are multiplied by, (d_out,), or None for 1.
         delta: ``c B A``, (d_out, d_in), or None for 0.
         s: Synapse scale (d_in,), or None for 1.
+        in_place: Whether to overwrite W.
     """
+    plus: Any = operator.iadd if in_place else operator.add
+    times: Any = operator.imul if in_place else operator.mul
     if delta is not None:
-        weight = weight + delta  # type: ignore[operator]
+        weight = plus(weight, delta)
     if row_scale is not None:
-        weight = row_scale[:, None] * weight  # type: ignore[index]
+        weight = times(weight, row_scale[:, None])  # type: ignore[index]
     if s is not None:
-        weight = weight * s  # type: ignore[operator]
+        weight = times(weight, s)
     return weight
 
 
