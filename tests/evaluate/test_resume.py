@@ -161,7 +161,7 @@ def test_a_finished_evaluation_is_taken_again_only_while_everything_is_the_same(
 
 
 def test_the_same_evaluation_twice_at_once_is_done_once(here, cache, data, tiny_base):
-    processes = [start(here, asked(tiny_base, "--output", f"out{n}")) for n in range(2)]
+    processes = [start(here, *asked(tiny_base, "--output", f"out{n}")) for n in range(2)]
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert files(here / "out0") == files(here / "out1")
