@@ -36,7 +36,7 @@ def check_trackers(recipe: Recipe) -> None:
     if "wandb" in recipe.training.report_to and os.environ.get("WANDB_MODE") not in OFFLINE:
         import wandb
 
-        if not wandb.api.api_key:
+        if not wandb.login(prompt=False, verify=False):
             raise InputError(
                 "training.report_to: wandb has no key: sign in with `wandb login`, or set "
                 "WANDB_MODE=offline"

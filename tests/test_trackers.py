@@ -11,7 +11,6 @@ import pytest
 from conftest import Cli
 from tiny import rows, write_recipe, write_rows
 
-from san_llm.errors import InputError
 from san_llm.recipe import Recipe, load_recipe
 from san_llm.record import new_run
 from san_llm.trackers import check_trackers
