@@ -175,6 +175,7 @@ def train(
         recipe_of,
         write_text,
     )
+    from san_llm.trackers import check_trackers
 
     launched, accelerate = "WORLD_SIZE" in os.environ, find_config(accelerate)
     # On several machines, as in several processes, the first alone knows the run.
@@ -207,6 +208,7 @@ def train(
             )
     if busy := run or output:
         refuse_busy(busy)
+    check_trackers(chosen)
     command = None
     if ((processes or 1) > 1 or accelerate) and not launched:
         command = accelerate_command([], processes, accelerate)
