@@ -1,0 +1,291 @@
+"""The documentation: it builds, its reference is the program's, and every command line runs.
+
+A page is read as a session, in a folder of its own: its ``sh`` blocks are run in their order,
+blocks with a ``title`` are files to write first, ``python`` blocks are executed. What a reader has
+at the start is there, tiny (`start`); options after a line make it small (`SMALL`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tiny import rows, save_tiny, write_rows
+
+from san_llm.cli import app
+from san_llm.data.rows import POCKET
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATED = {"commands.md", "recipe.md"}
+PAGES = [
+    *("README.md", "SECURITY.md", "recipes/README.md", "benchmarks/README.md"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+# What cannot run here: the test that runs the same thing in small, or what it would need.
+WORKERS = "tests/test_launch.py::test_two_processes_give_the_weights_of_one"
+LAUNCHERS = "tests/test_launch.py::test_a_launcher_of_the_users_own_trains_as_one"
+ENGINES = "tests/test_engines.py::test_an_engine_gives_the_weights_of_one_process"
+NOT_HERE = {
+    "python -m pip install pip-audit": "asks a package index",
+    "pip-audit --no-deps --disable-pip -r constraints.txt": "asks a database of weaknesses",
+    "san-llm data build commonsense --from hub": (
+        "tests/data/test_build.py::test_the_hubs_parquet_files_give_the_same_rows"
+    ),
+    "san-llm train mine.yaml --processes 8": WORKERS,
+    "san-llm train mine.yaml --accelerate fsdp2": ENGINES,
+    "san-llm train mine.yaml --accelerate config.yaml": ENGINES,
+    "accelerate launch --config_file config.yaml -m san_llm train mine.yaml": LAUNCHERS,
+    "torchrun --nproc_per_node 8 -m san_llm train mine.yaml": LAUNCHERS,
+    "make demo": "tests/test_end_to_end.py::test_train_eval_merge_and_a_stock_answer",
+    "make test": "this is it",
+    "make setup": "it made the environment of this test",
+    "make check": "make test runs it before this test",
+    "make pytest": "this is it",
+}
+# What a reader of the page has done before.
+BEFORE = {"docs/evaluation.md": "san-llm train smollm2_demo"}
+# Options after a command line that make it small, or give it a base that is here.
+TINY = (
+    *("base.model=models/smollm2-135m", "base.dtype=float32", "data.cutoff=2048"),
+    *("data.held_out=2", "data.limit=12", "training.max_steps=2", "training.batch_size=4"),
+    *("training.evaluate_every=2", "evaluation.limit=1"),
+)
+SMALL = {
+    "train": TINY,
+    "data inspect": TINY[:3],
+    "eval": ("--limit", "1"),
+    "generate": ("--max-new-tokens", "4"),
+}
+PROGRAMS = r"(?:san-llm|pip|pip-audit|python3?|make|torchrun|accelerate|pytest|hf|sbatch|git)"
+SHELL = ("$EDITOR", "cat", "ls")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    title: str | None
+    text: str
+
+    def commands(self) -> list[str]:
+        """Return its command lines, without comments."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        if self.language == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        said = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+        return [" ".join(line.split()) for line in said if line]
+
+
+def blocks(page: str) -> list[Block]:
+    """Return the fenced blocks of a page."""
+    found = []
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for match in re.finditer(r"^( *)```(\w*)(.*)\n((?:.*\n)*?)\1```$", text, re.MULTILINE):
+        indent, language, about, inside = match.groups()
+        inside = re.sub(rf"^{indent}", "", inside, flags=re.MULTILINE)
+        title = re.search(r'title="([^"]+)"', about)
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(page, line, language, title and title[1], inside))
+    return found
+
+
+def session(page: str) -> list[str]:
+    return [
+        command
+        for block in blocks(page)
+        if block.language in ("sh", "console")
+        for command in block.commands()
+    ]
+
+
+SESSIONS = {page: session(page) for page in PAGES}
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the site ---
+
+
+def test_the_site_builds_with_every_link_alive_and_needs_no_network(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    fetched = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"'](?:https?:)?//")
+    linked = re.compile(
+        r"<link[^>]*rel=[\"'](?:stylesheet|preload|icon)[\"'][^>]*href=[\"']https?:"
+    )
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        assert not fetched.search(html), page
+        assert not linked.search(html), page
+
+
+@pytest.mark.parametrize("page", sorted(GENERATED))
+def test_the_reference_is_what_the_program_says(page):
+    made = getattr(script("make_reference"), f"{page.removesuffix('.md')}_page")()
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made, (
+        f"python scripts/make_reference.py writes docs/{page} anew"
+    )
+
+
+# --- command lines ---
+
+
+def test_blocks_are_found_with_their_commands_and_titles():
+    (readme,) = [block for block in blocks("README.md") if "merge --verify" in block.text]
+    assert readme.commands()[-1] == "san-llm merge --verify"
+    assert sum(map(len, SESSIONS.values())) > 30
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if Path(p).name not in GENERATED])
+def test_command_lines_stand_in_blocks_that_are_run(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in blocks(page):
+        if block.language in ("", "text"):
+            assert not re.search(rf"^(\$ )?{PROGRAMS} ", block.text, re.M), (page, block.line)
+    indented = re.findall(rf"^(?: {{4,}}|\t)(?:\$ )?{PROGRAMS} .*$", text, re.M)
+    inside = {line.strip() for block in blocks(page) for line in block.text.splitlines()}
+    assert not [line for line in indented if line.strip() not in inside]
+
+
+def test_what_is_said_not_to_run_stands_somewhere_and_names_a_test_that_exists():
+    every = {command for commands in SESSIONS.values() for command in commands}
+    assert set(NOT_HERE) <= every
+    for why in NOT_HERE.values():
+        if "::" in why:
+            file, name = why.split("::")
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def check(words: list[str]) -> None:
+    """Hold the words of a line against the commands and options that there are."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"no such command: {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    known = {"--help"}.union(*((*one.opts, *one.secondary_opts) for one in command.params))
+    options = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+    assert options <= known, f"no such options: {options - known}"
+
+
+MENTIONED = re.compile(r"`(san-llm [^`]+)`")
+
+
+def mentioned() -> list[str]:
+    """Return the lines of help pages, of prose and of `NOT_HERE`: they have to be possible."""
+    lines = [
+        line
+        for block in blocks("docs/commands.md")
+        for line in block.text.splitlines()
+        if block.language == "text"
+    ]
+    lines += [line.split(" -m ")[-1] for line in NOT_HERE if re.search(r"san[-_]llm", line)]
+    for page in PAGES:
+        lines += MENTIONED.findall((ROOT / page).read_text(encoding="utf-8").replace("\n", " "))
+    return sorted({" ".join(re.split(r" [<>|] ", line)[0].split()) for line in lines})
+
+
+@pytest.mark.parametrize("line", mentioned())
+def test_a_command_that_help_or_prose_mentions_exists_with_its_options(line):
+    check(shlex.split(line)[1:])
+
+
+def test_the_reading_of_a_command_line_sees_mistakes():
+    check(["eval", "--limit", "3"])
+    for wrong in (["evla"], ["eval", "--limits", "3"], ["eval", "-x"], ["recipes", "chek"]):
+        with pytest.raises(AssertionError, match="no such"):
+            check(wrong)
+
+
+# --- sessions ---
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "tiny", max_position_embeddings=4096)
+
+
+def start(page: str, base: Path, command: Any) -> None:
+    """Make what a reader of the page has: a base, rows, the protocol's data, perhaps a run."""
+    shutil.copytree(base, "models/smollm2-135m")
+    write_rows(Path("my_rows.json"), rows(20))
+    if page == "docs/data.md":  # which is about where the protocol's data come from
+        turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+        Path("rows.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 3, encoding="utf-8")
+        raw = {"question": "is it raining", "passage": "It rains.", "answer": True}
+        Path("downloads/BoolQ").mkdir(parents=True)
+        for split in ("train", "dev"):
+            Path(f"downloads/BoolQ/{split}.jsonl").write_text(f"{json.dumps(raw)}\n" * 4)
+    else:
+        shutil.copytree(POCKET, "data/commonsense")
+        Path("data/commonsense/train.json").rename("data/commonsense/commonsense_170k.json")
+    if page in BEFORE:
+        run(BEFORE[page], page, command)
+
+
+def smaller(words: list[str]) -> list[str]:
+    for start, more in SMALL.items():
+        if words[: len(start.split())] == start.split() and "--resume" not in words:
+            return [*words, *more]
+    return words
+
+
+@pytest.mark.parametrize("page", [page for page, commands in SESSIONS.items() if commands])
+def test_a_page_is_a_session_that_works(page, here, base, command, monkeypatch):
+    start(page, base, command)
+    monkeypatch.setenv("EDITOR", "true")
+    for block in blocks(page):
+        if block.title is not None:
+            assert not Path(block.title).is_absolute()
+            Path(block.title).parent.mkdir(parents=True, exist_ok=True)
+            Path(block.title).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, f"{page}:{block.line}", "exec"), {"__name__": "__page__"})
+        elif block.language in ("sh", "console"):
+            for line in block.commands():
+                if line not in NOT_HERE:
+                    run(line, f"{page}:{block.line}: {line}", command)
+
+
+def run(line: str, where: str, command: Any) -> None:
+    """Run a line: our own commands and scripts in this process, others in a shell."""
+    line, _, target = line.partition(" > ")
+    words = shlex.split(line)
+    if words[0] == "san-llm":
+        done = command(*smaller(words[1:]))
+        assert done.returncode == 0, f"{where}\n{done.stderr}"
+        if target:
+            Path(target).write_text(done.stdout, encoding="utf-8")
+    else:
+        assert words[0] in SHELL, f"{where}: neither run nor in NOT_HERE"
+        subprocess.run(["bash", "-euc", line], check=True, timeout=60)
