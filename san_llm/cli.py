@@ -28,6 +28,7 @@ from san_llm.commands.complete import recipes_and_runs, run_folders
 from san_llm.commands.doctor import doctor_app
 from san_llm.commands.push import push_app
 from san_llm.commands.recipes import recipes_app
+from san_llm.commands.report import report_app
 from san_llm.commands.runs import runs_app
 from san_llm.commands.show import show_app
 from san_llm.commands.talk import talk_app
@@ -69,6 +70,7 @@ app.add_typer(talk_app)
 app.add_typer(doctor_app)
 app.add_typer(push_app)
 app.add_typer(show_app)
+app.add_typer(report_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
 

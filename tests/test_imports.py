@@ -22,6 +22,7 @@ LIGHT = [
     "commands.doctor",
     "commands.push",
     "commands.recipes",
+    "commands.report",
     "commands.runs",
     "commands.show",
     "commands.talk",
@@ -52,6 +53,13 @@ LIGHT = [
     "lock",
     "merge",
     "model_diff",
+    "page.drawings",
+    "page.facts",
+    "page.judged",
+    "page.part",
+    "page.render",
+    "page.repeat",
+    "page.side_by_side",
     "plots",
     "processes",
     "progress",
@@ -84,7 +92,7 @@ ORDER = [
     {"plots", "sketch"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
-COMMANDS += ["generate", "chat", "doctor"]
+COMMANDS += ["generate", "chat", "doctor", "report"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm", "push", "show"]
@@ -243,6 +251,7 @@ def test_help_loads_no_torch_and_shows_examples(here, command):
         ["compare", "here", "there"],
         ["merge"],
         ["diff"],
+        ["report"],
         ["runs"],
         ["runs", "rm", "nothing"],
         ["show", "nothing"],

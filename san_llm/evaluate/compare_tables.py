@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 
@@ -43,23 +44,29 @@ def legend(comparison: Comparison) -> list[str]:
     ]
 
 
-def grids(comparison: Comparison) -> list[Grid]:
-    """Return the accuracies in percent with standard errors, each run's differences, and quotes."""
+def grids(comparison: Comparison, names: Sequence[str] = ()) -> list[Grid]:
+    """Return the accuracies in percent with standard errors, each run's differences, and quotes.
+
+    Args:
+        comparison: Of the runs.
+        names: Short names of theirs; default: their labels.
+    """
     runs = comparison.runs
+    names = names or [label(number) for number in range(len(runs))]
+    first = names[0]
     rows = []
     for task in [*comparison.rows, "average"]:
         cells = (run.accuracies[task] for run in runs)
         rows.append((task, *(f"{percent(mean)} ± {percent(error)}" for mean, error in cells)))
     rows.append(("no answer", *(str(run.unparseable) for run in runs)))
-    header = ("task", *(label(number) for number in range(len(runs))))
+    header = ("task", *names)
     found = [Grid(f"{comparison.metric}, percent", header, tuple(rows))]
-    for number, run in enumerate(runs):
+    for name, run in zip(names, runs, strict=True):
         if run.differences:
-            name = label(number)
-            header = ("task", "difference", f"{LEVEL:.0%} interval", f"only {name}", "only A", "p")
-            found.append(
-                Grid(f"{name} - A, points", header, tuple(map(_difference, run.differences)))
-            )
+            interval = f"{LEVEL:.0%} interval"
+            header = ("task", "difference", interval, f"only {name}", f"only {first}", "p")
+            title = f"{name} - {first}, points"
+            found.append(Grid(title, header, tuple(map(_difference, run.differences))))
     if comparison.quoted:
         quotes = ((f"{q.name} (quoted)", f"{q.average:.1f}") for q in comparison.quoted)
         found.append(Grid("published, percent", ("model", "average"), tuple(quotes)))

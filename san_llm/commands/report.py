@@ -1,0 +1,64 @@
+"""``san-llm report``: one page about runs, for a reader who was not there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from san_llm.commands.complete import run_folders
+from san_llm.errors import InputError, plain
+from san_llm.progress import stderr
+
+report_app = typer.Typer(rich_markup_mode=None)
+
+
+@report_app.command(
+    epilog="""Examples:
+
+    san-llm report
+
+    san-llm report runs/mine --output mine.html --overwrite
+
+    san-llm report runs/san runs/lora"""
+)
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            autocompletion=run_folders,
+            help="Runs, the first of which the others are compared with. Default: the last run.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The page. Default: report.html in the run's folder; of several, here."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in the way.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write one HTML page: what was done, curves, scales, scores, answers, how to repeat it."""
+    from san_llm.page.render import default_output, write_page
+    from san_llm.record import last_run
+
+    chosen = runs or [last_run()]
+    if len({run.resolve() for run in chosen}) < len(chosen):
+        raise InputError("a run is named twice")
+    output = output or default_output(chosen)
+    parts = write_page(chosen, output, overwrite)
+    missing = [(part.facts.folder, one) for part in parts for one in part.missing]
+    if as_json:
+        told = [{"run": str(folder), **asdict(one)} for folder, one in missing]
+        print(json.dumps({"output": str(output), "missing": told}))
+        return
+    for folder, one in missing:
+        stderr.print(plain(f"{folder}: {one.what}"), markup=False)
+        if one.command:
+            stderr.print(plain(f"  {one.command}"), markup=False)
+    print(plain(str(output)))
