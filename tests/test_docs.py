@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,9 +23,11 @@ from typing import Any
 import pytest
 import typer
 from tiny import rows, save_tiny, write_rows
+from tiny_gguf import gguf_model, write_gguf
 
 from san_llm.cli import app
 from san_llm.data.rows import POCKET
+from san_llm.gguf import convert_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"commands.md", "recipe.md"}
@@ -38,6 +41,12 @@ LAUNCHERS = "tests/test_launch.py::test_a_launcher_of_the_users_own_trains_as_on
 ENGINES = "tests/test_engines.py::test_an_engine_gives_the_weights_of_one_process"
 NOT_HERE = {
     "python -m pip install pip-audit": "asks a package index",
+    'pip install "transformers[serving]"': "asks a package index",
+    "transformers serve merged --port 8000": "needs transformers[serving], and stays",
+    "llama-server -m merged/model.gguf --port 8000": "needs llama.cpp, and stays",
+    'curl localhost:8000/v1/completions -H "Content-Type: application/json" -d @ask.json': (
+        "needs one of the two servers"
+    ),
     "pip-audit --no-deps --disable-pip -r constraints.txt": "asks a database of weaknesses",
     "san-llm data build commonsense --from hub": (
         "tests/data/test_build.py::test_the_hubs_parquet_files_give_the_same_rows"
@@ -67,7 +76,10 @@ SMALL = {
     "eval": ("--limit", "1"),
     "generate": ("--max-new-tokens", "4"),
 }
-PROGRAMS = r"(?:san-llm|pip|pip-audit|python3?|make|torchrun|accelerate|pytest|hf|sbatch|git)"
+PROGRAMS = (
+    r"(?:san-llm|pip|pip-audit|python3?|make|torchrun|accelerate|transformers|llama-\w+|curl|hf"
+    r"|pytest|sbatch|git)"
+)
 SHELL = ("$EDITOR", "cat", "ls")
 
 
@@ -235,9 +247,13 @@ def base(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("base") / "tiny", max_position_embeddings=4096)
 
 
-def start(page: str, base: Path, command: Any) -> None:
+def start(page: str, base: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make what a reader of the page has: a base, rows, the protocol's data, perhaps a run."""
-    shutil.copytree(base, "models/smollm2-135m")
+    if page == "docs/serving.md":  # which writes GGUF: a tokenizer of bytes
+        model = gguf_model(hidden_size=64, intermediate_size=96, max_position_embeddings=4096)
+        convert_gguf(write_gguf(Path("tiny.gguf"), model), Path("models/smollm2-135m"))
+    else:
+        shutil.copytree(base, "models/smollm2-135m")
     write_rows(Path("my_rows.json"), rows(20))
     if page == "docs/data.md":  # which is about where the protocol's data come from
         turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
@@ -250,7 +266,7 @@ def start(page: str, base: Path, command: Any) -> None:
         shutil.copytree(POCKET, "data/commonsense")
         Path("data/commonsense/train.json").rename("data/commonsense/commonsense_170k.json")
     if page in BEFORE:
-        run(BEFORE[page], page, command)
+        run(BEFORE[page], page, command, monkeypatch)
 
 
 def smaller(words: list[str]) -> list[str]:
@@ -262,7 +278,7 @@ def smaller(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page, commands in SESSIONS.items() if commands])
 def test_a_page_is_a_session_that_works(page, here, base, command, monkeypatch):
-    start(page, base, command)
+    start(page, base, command, monkeypatch)
     monkeypatch.setenv("EDITOR", "true")
     for block in blocks(page):
         if block.title is not None:
@@ -274,10 +290,10 @@ def test_a_page_is_a_session_that_works(page, here, base, command, monkeypatch):
         elif block.language in ("sh", "console"):
             for line in block.commands():
                 if line not in NOT_HERE:
-                    run(line, f"{page}:{block.line}: {line}", command)
+                    run(line, f"{page}:{block.line}: {line}", command, monkeypatch)
 
 
-def run(line: str, where: str, command: Any) -> None:
+def run(line: str, where: str, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a line: our own commands and scripts in this process, others in a shell."""
     line, _, target = line.partition(" > ")
     words = shlex.split(line)
@@ -286,6 +302,9 @@ def run(line: str, where: str, command: Any) -> None:
         assert done.returncode == 0, f"{where}\n{done.stderr}"
         if target:
             Path(target).write_text(done.stdout, encoding="utf-8")
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     else:
         assert words[0] in SHELL, f"{where}: neither run nor in NOT_HERE"
         subprocess.run(["bash", "-euc", line], check=True, timeout=60)
