@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_it_says_what_the_files_say(run):
     assert "(acc_norm), percent" in text
     assert len(re.findall("potentiated, %", text)) == 1
     assert "left out" not in text
+    assert page.count("data:image/svg+xml") == 5
 
 
 def test_changed_answers_are_rows_of_both_evaluations(run):
@@ -248,6 +250,14 @@ def test_what_a_run_does_not_have_is_said_with_its_command(run, command):
     assert "Training has not begun." in text
 
 
+def test_without_matplotlib_it_has_no_drawings_and_says_so(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = page_of(run)
+    assert "img" not in Reader(page).found
+    assert "drawings need matplotlib: `pip install 'san-llm[plots]'` gets it" in words(page)
+    assert "Losses, a token" in words(page)
+
+
 def test_a_damaged_evaluation_is_left_out_and_told(run):
     (run / "eval" / "base" / "rows.jsonl").write_text("{}\n")
     (run / "eval" / "odd").mkdir()
@@ -280,7 +290,9 @@ def test_runs_stand_side_by_side_and_share_a_base(run, here):
 def test_hostile_texts_are_shown_as_texts(hostile):
     page = page_of(hostile)
     found = Reader(page).found
-    assert not {"script", "img"} & set(found)
+    assert "script" not in found
+    assert re.findall('<img src="[a-z]+:[a-z]+/', page) == ['<img src="data:image/'] * 2
+    assert len(found["img"]) == 2
     assert len(found["style"]) == 1
     assert "example.com" not in found["style"][0]
     assert "49" not in words(page)

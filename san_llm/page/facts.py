@@ -70,6 +70,8 @@ class Metrics(_Read):
     cut_rows: int
     skipped_batches: int
     seconds: float
+    resumed_at: int = 0
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)

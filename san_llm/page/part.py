@@ -73,7 +73,7 @@ def tell(
         wrong: What is wrong with evaluations that are left out.
     """
     judgements = judge(own, others)
-    drawn, undrawn = drawings(facts.folder)
+    drawn, undrawn = drawings(facts)
     return Part(
         label=label(number),
         facts=facts,
@@ -129,7 +129,8 @@ def _came_to(facts: Facts) -> str:
     if metrics is None or facts.run.status != "finished":
         return f"Training is not finished: {facts.run.status} after step {facts.run.steps:,}."
     count = manifest.processes
-    took = f"It took {duration(metrics.seconds)} on {manifest.device or 'an unknown device'}, "
+    steps = f"The steps from {metrics.resumed_at + 1:,} on" if metrics.resumed_at else "It"
+    took = f"{steps} took {duration(metrics.seconds)} on {manifest.device or 'an unknown device'}, "
     took += "1 process" if count == 1 else f"{count} processes ({manifest.engine})"
     if metrics.held_out_loss is None:
         return f"{took}; the mean training loss was {metrics.train_loss:.4f} a token."
@@ -210,10 +211,14 @@ def shown(value: Any) -> str:
 def _costs(facts: Facts) -> Grid:
     metrics, run = facts.metrics, facts.run
     rows = [("optimizer steps", f"{run.steps:,}")]
-    if metrics is not None and metrics.steps:
+    if metrics is not None:
+        done = metrics.steps - metrics.resumed_at
+        peak = metrics.peak_memory
         rows += [
-            ("training time", duration(metrics.seconds)),
-            ("a step", f"{metrics.seconds / metrics.steps:.2f} s"),
+            ("of them timed", f"{done:,} (a resume times its own)"),
+            ("training time", f"{duration(metrics.seconds)}, held-out losses included"),
+            ("a step", f"{metrics.seconds / done:.2f} s" if done else "-"),
+            ("peak memory of a process", "not recorded" if peak is None else decimal(peak)),
             ("rows dropped", f"{metrics.dropped_rows:,} (the cutoff took the whole response)"),
             ("rows cut", f"{metrics.cut_rows:,} (the cutoff took the response's end)"),
             ("batches skipped", f"{metrics.skipped_batches:,}"),
