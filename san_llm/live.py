@@ -7,6 +7,8 @@ thread of rich's, and is of a size that does not grow with the run.
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -211,6 +213,14 @@ def used_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_reserved()
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """Return the bytes this process has held at most, on its GPU if it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager

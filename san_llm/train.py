@@ -29,7 +29,7 @@ from san_llm.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.errors import InputError, SanError, unexpected
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_stopped
-from san_llm.live import watching
+from san_llm.live import peak_memory, watching
 from san_llm.locate import base_folder
 from san_llm.lock import sole_writer
 from san_llm.model import (
@@ -68,6 +68,8 @@ class TrainResult:
         skipped_batches: Batches left out because their loss ran away.
         stopped_by: ``SIGTERM`` or ``SIGINT`` if it was stopped by one and can go on.
         seconds: Training time of this process.
+        resumed_at: The step after which this process went on; 0 if it began the run.
+        peak_memory: Bytes that this process held at most, on its GPU if it has one.
     """
 
     run: str
@@ -84,6 +86,8 @@ class TrainResult:
     skipped_batches: int
     stopped_by: str | None
     seconds: float
+    resumed_at: int
+    peak_memory: int
 
 
 def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]]:
@@ -314,6 +318,8 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         skipped_batches=len(steps) - len(losses),
         stopped_by=stop.name if stop.stopped else None,
         seconds=time.monotonic() - began,
+        resumed_at=0 if resume is None else int(resume.name.split("-")[1]),
+        peak_memory=peak_memory(),
     )
     if result.finished and is_first():
         with whole_folder(run / "adapter", overwrite=True) as folder:

@@ -440,7 +440,10 @@ def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_bas
         "skipped_batches": 0,
         "stopped_by": None,
         "seconds": result.seconds,
+        "resumed_at": 0,
+        "peak_memory": result.peak_memory,
     }
+    assert 1e7 < result.peak_memory < 1e11
     entries = log(run)
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
@@ -521,6 +524,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert not (here / "parts" / "adapter").exists()
     result = train(recipe_of(here / "parts"), here / "parts")
     assert result.finished
+    assert (whole.resumed_at, result.resumed_at) == (0, step)
     assert (result.best_step, result.held_out_loss) == (whole.best_step, whole.held_out_loss)
     assert apart(here / "whole", here / "parts") == 0
     assert log(here / "parts") == log(here / "whole")
