@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from san_llm.data.rows import sha256_of
+from san_llm.errors import InputError
 from san_llm.record import write_json
 
 SEAL = "sha256.json"
@@ -139,6 +140,29 @@ def damage(folder: Path) -> str | None:
         if sha256_of(path) != known.get("sha256"):
             return f"{folder.name}/{name} has changed since it was written"
     return None
+
+
+def check_state(folder: Path) -> None:
+    """Refuse a checkpoint whose checksums are right and whose content no training has written.
+
+    Raises:
+        InputError: naming the file.
+    """
+    path = folder / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not JSON") from None
+    step = int(folder.name.removeprefix("checkpoint-"))
+    if not isinstance(state, dict) or state.get("global_step") != step:
+        raise InputError(f"{path}: expected the state of step {step}")
+    log = state.get("log_history")
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        raise InputError(f"{path}: log_history: expected a list of entries")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder}: has no adapter_model.safetensors")
 
 
 def last_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:

@@ -207,6 +207,7 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
     Raises:
         InputError: when the folder has files and may not, or must not, be emptied.
     """
+    _refuse_other_latest()
     if output is None:
         output = _make_unused(RUNS / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_files(output, overwrite)
@@ -287,16 +288,28 @@ def refuse_links(run: Path) -> None:
                 raise InputError(f"{one}: a symbolic link out of the run's folder; take it away")
 
 
+def _refuse_other_latest() -> None:
+    latest = RUNS / "latest"
+    if latest.exists() and not latest.is_symlink():
+        raise InputError(f"{latest}: expected a link to the last run; move away what stands there")
+
+
 def point_latest(run: Path) -> str | None:
-    """Make ``runs/latest`` name this run, and return what it named before."""
+    """Make ``runs/latest`` name this run, and return what it named before.
+
+    Raises:
+        InputError: when something else stands there.
+    """
     RUNS.mkdir(exist_ok=True)
+    _refuse_other_latest()
+    latest = RUNS / "latest"
     inside = run.resolve().parent == RUNS.resolve()
     target = Path(run.name) if inside else run.resolve()
     temporary = RUNS / f".latest.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
-    before = os.readlink(RUNS / "latest") if (RUNS / "latest").is_symlink() else None
-    os.replace(temporary, RUNS / "latest")
+    before = os.readlink(latest) if latest.is_symlink() else None
+    os.replace(temporary, latest)
     return before
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import set_seed
 
 from san_llm.adapter_card import write_card
 from san_llm.callbacks import BadBatches, Checkpoints, Log, StopOnSignal
-from san_llm.checkpoint import last_checkpoint
+from san_llm.checkpoint import check_state, last_checkpoint
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
@@ -257,9 +257,11 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         )
         resume = last_checkpoint(run / "checkpoints", _warn)
         if resume is not None:
+            check_state(resume)
             _refuse_other_data(run, facts["sha256"])
             stderr.print(f"going on from {resume}", markup=False)
-        write_json(run / "manifest.json", facts)
+        else:  # a resumed run's is written when it ends
+            write_json(run / "manifest.json", facts)
     resume = agree(resume)
     stop = StopOnSignal()
     began = time.monotonic()

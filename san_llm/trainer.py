@@ -287,8 +287,16 @@ class SanTrainer(Trainer):
         super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            for part in ("optimizer", "scheduler"):  # Trainer would start with fresh ones
+                if not any(Path(checkpoint).glob(f"{part}*")):
+                    raise SanError(f"{checkpoint}: has no {part}, so nothing can go on from it")
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SanError(
+                f"{checkpoint}: its optimizer or scheduler is not of this training: {error}"
+            ) from error
         except pickle.UnpicklingError as error:
             raise SanError(
                 f"{checkpoint}: its optimizer or scheduler is more than numbers, and was not "

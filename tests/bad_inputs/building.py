@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import gguf_model, write_gguf
 
+from san_llm.checkpoint import SEAL, _seal
+
 Damage = Callable[[Path], None]
 
 
@@ -721,6 +723,98 @@ def run_whose_checkpoints_are_elsewhere(here: Path) -> None:
     checkpoints = stopped(here).parent
     checkpoints.rename(here / "precious")
     checkpoints.symlink_to("../../precious")
+
+
+def forged(says: str, code: int = 2) -> Callable[[Damage], Damage]:
+    """Register a checkpoint that the decorated function changes and then seals anew."""
+
+    def register(damage: Damage) -> Damage:
+        def seal_anew(here: Path) -> None:
+            checkpoint = stopped(here)
+            damage(checkpoint)
+            (checkpoint / SEAL).unlink()
+            _seal(checkpoint, best=None)
+            (here / "runs" / "latest").unlink()  # the run that goes on is the last one
+            (here / "runs" / "latest").symlink_to("stopped")
+
+        BUILT.append(Case(damage.__name__, "train runs/stopped --resume", says, code, seal_anew))
+        return damage
+
+    return register
+
+
+@forged("optimizer or scheduler is more than numbers", code=1)
+def checkpoint_with_an_optimizer_that_runs_code(checkpoint: Path) -> None:
+    torch.save(Bomb(), checkpoint / "optimizer.pt")
+
+
+@forged("optimizer or scheduler is more than numbers", code=1)
+def checkpoint_with_a_scheduler_that_runs_code(checkpoint: Path) -> None:
+    torch.save(Bomb(), checkpoint / "scheduler.pt")
+
+
+@forged("optimizer or scheduler is more than numbers", code=1)
+def checkpoint_with_an_optimizer_of_text(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").write_text("x" * 100)
+
+
+@forged("its optimizer or scheduler is not of this training", code=1)
+def checkpoint_with_another_optimizer(checkpoint: Path) -> None:
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    state["param_groups"].pop()
+    torch.save(state, checkpoint / "optimizer.pt")
+
+
+@forged("has no optimizer, so nothing can go on from it", code=1)
+def checkpoint_without_an_optimizer(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").unlink()
+
+
+@forged("has no scheduler, so nothing can go on from it", code=1)
+def checkpoint_without_a_scheduler(checkpoint: Path) -> None:
+    (checkpoint / "scheduler.pt").unlink()
+
+
+@forged("trainer_state.json: cannot be read: No such file or directory")
+def checkpoint_without_a_state(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").unlink()
+
+
+@forged("trainer_state.json: not JSON")
+def checkpoint_with_half_a_state(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").write_text("{")
+
+
+@forged("trainer_state.json: not JSON")
+def checkpoint_with_a_deep_state(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").write_text("[" * 100_000)
+
+
+@forged("trainer_state.json: expected the state of step 2")
+def checkpoint_of_another_step(checkpoint: Path) -> None:
+    patch(checkpoint / "trainer_state.json", {"global_step": 10**9})
+
+
+@forged("log_history: expected a list of entries")
+def checkpoint_with_a_number_for_a_log(checkpoint: Path) -> None:
+    patch(checkpoint / "trainer_state.json", {"log_history": 5})
+
+
+@forged("has no adapter_model.safetensors")
+def checkpoint_with_a_pickled_adapter(checkpoint: Path) -> None:
+    (checkpoint / "adapter_model.safetensors").unlink()
+    torch.save(Bomb(), checkpoint / "adapter_model.bin")
+
+
+@forged("it has no base_model.model.model.layers.0.mlp.down_proj.san_gamma")
+def checkpoint_of_another_adapter(checkpoint: Path) -> None:
+    rewrite(checkpoint / "adapter_model.safetensors", lambda tensors: tensors.pop(first(tensors)))
+
+
+@bad("train good.yaml", "runs/latest: expected a link to the last run")
+def latest_that_is_a_folder(here: Path) -> None:
+    (here / "runs" / "latest").unlink()
+    (here / "runs" / "latest").mkdir()
 
 
 @bad("train good.yaml --output precious --overwrite", "not a run of ours")
