@@ -93,6 +93,11 @@ def together(command: list[str], here: Path, recipes: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def skip_without(config: Path) -> None:
+    if engine_of(config) == "DeepSpeed" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "processes", "cases"),
@@ -107,8 +112,7 @@ def test_an_engine_gives_the_weights_of_one_process(
     here: Path, bases: dict[bool, Path], engine: str, processes: int, cases: list[str]
 ) -> None:
     config = CONFIGS / f"{engine}.yaml"
-    if engine_of(config) == "DeepSpeed" and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
+    skip_without(config)
     recipes = {case: recipe_of(case, here, bases) for case in cases}
     together(accelerate_command([], processes, config), here, recipes)
     found = {}
@@ -175,17 +179,23 @@ def test_a_node_that_dies_ends_the_other(here: Path, bases: dict[bool, Path], lo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "case"),
+    [("fsdp2", "dora"), ("deepspeed_zero2", "lora"), ("deepspeed_zero3", "scale")],
+)
 def test_a_sharded_run_is_stopped_and_goes_on(
-    cli: Cli, here: Path, bases: dict[bool, Path]
+    cli: Cli, here: Path, bases: dict[bool, Path], engine: str, case: str
 ) -> None:
-    path = recipe_of("dora", here, bases)
-    how = ("--accelerate", CONFIGS / "fsdp2.yaml", "--processes", 2)
+    config = CONFIGS / f"{engine}.yaml"
+    skip_without(config)
+    path = recipe_of(case, here, bases)
+    how = ("--accelerate", config, "--processes", 2)
     process = start(here, "train", path, "--output", "two", *how)
     reach(here / "two", 9, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "2 processes, FSDP2" in errors
+    assert f"2 processes, {engine_of(config)}" in errors
     assert steps(here / "two")[-1] < STEPS
     done = cli("train", "two", "--resume", *how)
     assert done.returncode == 0, done.stderr
