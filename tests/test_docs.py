@@ -48,6 +48,7 @@ NOT_HERE = {
         "needs one of the two servers"
     ),
     "pip-audit --no-deps --disable-pip -r constraints.txt": "asks a database of weaknesses",
+    "san-llm download smollm2-135m": "asks a package index",
     "san-llm data build commonsense --from hub": (
         "tests/data/test_build.py::test_the_hubs_parquet_files_give_the_same_rows"
     ),
