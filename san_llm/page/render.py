@@ -38,8 +38,12 @@ def refuse_page(output: Path, overwrite: bool) -> None:
     """Refuse to write where something is.
 
     Raises:
-        InputError: when a folder is there, or a file and ``overwrite`` is not set.
+        InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
+            its folder should be.
     """
+    above = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise InputError(f"{output}: {above.name} is not a folder")
     if output.is_dir():
         raise InputError(f"{output}: a folder stands there; expected a file to write to")
     if os.path.lexists(output) and not overwrite:
@@ -74,10 +78,7 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
         .get_template("page.html")
         .render(parts=parts, both=side_by_side(parts) if len(parts) > 1 else None)
     )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, text)
     return parts
 
