@@ -117,6 +117,8 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _sealed(folder: Path) -> dict[str, Any]:
+    if not (folder / SEAL).is_file():  # nor a pipe, which never ends
+        return {}
     try:
         value = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -175,6 +175,7 @@ def train(
         new_run,
         point_latest,
         recipe_of,
+        restore_latest,
         write_text,
     )
     from san_llm.trackers import check_trackers
@@ -253,6 +254,8 @@ def train(
     except InputError:
         if made:
             discard_run(run, before)
+        else:
+            restore_latest(before)
         raise
     if as_json:
         print(json.dumps(asdict(result)))

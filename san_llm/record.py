@@ -268,11 +268,16 @@ def discard_run(run: Path, latest: str | None) -> None:
     if any(run.glob("checkpoints/checkpoint-*")):
         return
     shutil.rmtree(run, ignore_errors=True)
-    (RUNS / "latest").unlink(missing_ok=True)
-    if latest is not None:
-        (RUNS / "latest").symlink_to(latest)
+    restore_latest(latest)
     with suppress(OSError):  # other runs are in it
         RUNS.rmdir()
+
+
+def restore_latest(before: str | None) -> None:
+    """Make ``runs/latest`` name what it named ``before``, or nothing; see :func:`point_latest`."""
+    (RUNS / "latest").unlink(missing_ok=True)
+    if before is not None:
+        (RUNS / "latest").symlink_to(before)
 
 
 def refuse_links(run: Path) -> None:

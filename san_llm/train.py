@@ -256,6 +256,11 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             },
         )
         resume = last_checkpoint(run / "checkpoints", _warn)
+        if resume is None and any(run.glob("checkpoints/checkpoint-*")):
+            raise InputError(
+                f"{run}/checkpoints: none is whole, so there is nothing to go on from; "
+                "--output with --overwrite begins again"
+            )
         if resume is not None:
             check_state(resume)
             _refuse_other_data(run, facts["sha256"])

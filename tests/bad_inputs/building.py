@@ -734,8 +734,9 @@ def forged(says: str, code: int = 2) -> Callable[[Damage], Damage]:
             damage(checkpoint)
             (checkpoint / SEAL).unlink()
             _seal(checkpoint, best=None)
-            (here / "runs" / "latest").unlink()  # the run that goes on is the last one
-            (here / "runs" / "latest").symlink_to("stopped")
+            if code == 1:  # a run that was begun is the last one
+                (here / "runs" / "latest").unlink()
+                (here / "runs" / "latest").symlink_to("stopped")
 
         BUILT.append(Case(damage.__name__, "train runs/stopped --resume", says, code, seal_anew))
         return damage
@@ -809,6 +810,26 @@ def checkpoint_with_a_pickled_adapter(checkpoint: Path) -> None:
 @forged("it has no base_model.model.model.layers.0.mlp.down_proj.san_gamma")
 def checkpoint_of_another_adapter(checkpoint: Path) -> None:
     rewrite(checkpoint / "adapter_model.safetensors", lambda tensors: tensors.pop(first(tensors)))
+
+
+@bad("train runs/stopped --resume", "checkpoints: none is whole")
+def checkpoint_with_a_flipped_bit(here: Path) -> None:
+    file = stopped(here) / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+@bad("train runs/stopped --resume", "checkpoints: none is whole")
+def checkpoint_cut_short(here: Path) -> None:
+    file = stopped(here) / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@bad("train runs/stopped --resume", "checkpoints: none is whole")
+def checkpoint_sealed_by_a_pipe(here: Path) -> None:
+    (stopped(here) / SEAL).unlink()
+    os.mkfifo(stopped(here) / SEAL)
 
 
 @bad("train good.yaml", "runs/latest: expected a link to the last run")
