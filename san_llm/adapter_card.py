@@ -12,6 +12,7 @@ from typing import Any
 
 from san_llm import __version__
 from san_llm.errors import InputError, first_line
+from san_llm.evaluate.report import with_error
 from san_llm.recipe import Recipe
 from san_llm.record import read_json, recipe_of, write_text
 
@@ -125,9 +126,8 @@ def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
 
 
 def _row(name: str, score: dict[str, Any]) -> str:
-    error = score["standard_error"]
-    shown = "" if error is None else f" ± {100 * error:.1f}"
-    return f"| {name} | {100 * score['accuracy']:.1f}{shown} | {score['n']:,} |"
+    shown = with_error(score["accuracy"], score["standard_error"])
+    return f"| {name} | {shown} | {score['n']:,} |"
 
 
 def hub_id(base: str) -> str | None:

@@ -27,6 +27,11 @@ def checkpoint_of(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 @contextmanager
 def whole_checkpoint(
     folder: Path, step: int, best: int | None, first: bool, together: Callable[[], None]
@@ -157,7 +162,7 @@ def check_state(folder: Path) -> None:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON") from None
-    step = int(folder.name.removeprefix("checkpoint-"))
+    step = step_of(folder)
     if not isinstance(state, dict) or state.get("global_step") != step:
         raise InputError(f"{path}: expected the state of step {step}")
     log = state.get("log_history")

@@ -26,11 +26,12 @@ from rich.text import Text
 
 from san_llm import progress
 from san_llm.progress import Bar, bar
+from san_llm.sketch import BLOCKS, block
 
 DRAWN_PER_SECOND = 2.0
 SPEED_STEPS = 20  # the last steps, of which the speed is the mean
 CURVE = 64  # points of a loss curve that are kept at least, and at most twice as many
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
+ASCII_BLOCKS = "_.-=+*%#"
 
 
 class Curve:
@@ -65,8 +66,7 @@ class Curve:
         if len(points) > width:
             points = [sum(points[a:b]) / (b - a) for a, b in pairwise(edges)]
         low, high = min(points), max(points)
-        span = (high - low) or 1.0
-        return "".join(blocks[round((p - low) / span * (len(blocks) - 1))] for p in points)
+        return "".join(block(point, low, high, blocks) for point in points)
 
 
 class View:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,15 @@ import numpy as np
 from san_llm.diff import STILL, place_of
 from san_llm.errors import InputError, plain
 from san_llm.record import whole_folder
-from san_llm.run_numbers import Curve, RunNumbers, Scores, SynapseScale, in_blocks, numbers_of
+from san_llm.run_numbers import (
+    Curve,
+    RunNumbers,
+    Scores,
+    SynapseScale,
+    block_maps,
+    in_blocks,
+    numbers_of,
+)
 from san_llm.shards import Numbers
 
 if TYPE_CHECKING:
@@ -217,8 +225,14 @@ def _plain_ticks() -> Any:
 
 def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
     """Draw what the paper does of LTP and LTD: a cell for each module of each block."""
-    modules, blocks, placed = in_blocks(gammas)
-    modules = [name for name in modules if any((block, name) in placed for block in blocks)]
+    modules, blocks, maps = block_maps(
+        gammas,
+        lambda g: 100 * (g > 1 + STILL).mean(),
+        lambda g: 100 * (g < 1 - STILL).mean(),
+        lambda g: np.abs(g - 1).mean(),
+        lambda g: g.mean(),
+    )
+    more, less, far, mean = (found.T for found in maps)  # (blocks, modules): drawn upwards
     every = np.concatenate(list(gammas.values()))
     title = f"{_percent((every > 1 + STILL).mean())} of the channels potentiated, "
     title += f"{_percent((every < 1 - STILL).mean())} depressed; "
@@ -226,13 +240,6 @@ def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
     figure = _new(11, max(4.5, min(10, 3 + 0.14 * len(blocks))), title)
     panels = figure.subplots(1, 4, sharey=True)
 
-    def grid_of(measure: Callable[[Numbers], Any]) -> Numbers:
-        cells = [[placed.get((block, module)) for module in modules] for block in blocks]
-        return np.array([[np.nan if g is None else measure(g) for g in row] for row in cells])
-
-    more = grid_of(lambda g: 100 * (g > 1 + STILL).mean())
-    less = grid_of(lambda g: 100 * (g < 1 - STILL).mean())
-    far, mean = grid_of(lambda g: np.abs(g - 1).mean()), grid_of(lambda g: g.mean())
     shares = _limits(np.stack([more, less]))  # one scale for the two that belong together
     minus = "\N{MINUS SIGN}"
     for panel, label, colours, grid, norm in zip(

@@ -221,6 +221,21 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
     return output
 
 
+def read_log(run: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over the entries of a run's ``log.jsonl`` that have a step; none if there is no log.
+
+    What is no entry is left out: the last line of a killed run, say.
+    """
+    with suppress(FileNotFoundError), (run / "log.jsonl").open("rb") as log:
+        for line in log:
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield entry
+
+
 def not_ours(folder: Path) -> str | None:
     """Return why a folder is not a run with nothing else in it, or None where it is."""
     # Hidden files are what a killed run did not come to rename.

@@ -6,8 +6,7 @@ torch is not needed. What cannot be had is said in a line instead.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from san_llm.diff import neuron_scales, place_of, san_options
 from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.locate import locate
 from san_llm.recipe import Base
-from san_llm.record import adapter_of, read_json, recipe_of
+from san_llm.record import adapter_of, read_json, read_log, recipe_of
 from san_llm.san.graph import EMBEDDING, PARENTS, Node, propagation_graph
 from san_llm.shards import Numbers
+from san_llm.streamed import carried
 
 # What two evaluations must have in common for their scores to stand side by side.
 SAME = ("model", "data", "limit", "protocol", "prompt", "strict")
@@ -124,7 +124,8 @@ def numbers_of(run: Path, weight: str | None = None) -> RunNumbers:
     """
     recipe = recipe_of(run)
     left_out: list[str] = []
-    curves = {key: _curve(run, key) for key in ("loss", "eval_loss", "learning_rate")}
+    log = list(read_log(run))
+    curves = {key: _curve(log, key) for key in ("loss", "eval_loss", "learning_rate")}
     if curves["loss"] is None:
         left_out.append("losses: no step is in log.jsonl yet")
     gammas = synapse = None
@@ -151,14 +152,12 @@ class WeightError(InputError):
     """A weight that was asked for, and is not there or has no synapse scale."""
 
 
-def _curve(run: Path, key: str) -> Curve | None:
-    """Return one quantity of the log; entries that are null or cut short are not counted."""
+def _curve(log: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
+    """Return one quantity of the log; what is null or no number is not counted."""
     points = []
-    with suppress(FileNotFoundError), (run / "log.jsonl").open("rb") as log:
-        for line in log:
-            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                entry = json.loads(line)
-                points.append((int(entry["step"]), float(entry[key])))
+    for entry in log:
+        with suppress(ValueError, KeyError, TypeError):
+            points.append((entry["step"], float(entry[key])))
     found = [point for point in points if np.isfinite(point[1])]
     if not found:
         return None
@@ -218,10 +217,7 @@ def _synapse(node: Node, gammas: Mapping[str, Numbers], own: bool) -> SynapseSca
     """Return a linked node's scale; its rows are left alone where the mode says so."""
     assert node.anterior is not None
     assert node.carry is not None
-    start, stop, groups, head_dim = node.carry
-    s = gammas[node.anterior][start:stop]
-    if groups > 1:
-        s = np.repeat(s.reshape(-1, head_dim), groups, axis=0).reshape(-1)
+    s = carried(gammas[node.anterior], node.carry)
     gamma = gammas[node.name] if own and node.name in gammas else np.ones(node.d_out)
     return SynapseScale(node.name, node.anterior, gamma, s)
 
@@ -237,6 +233,23 @@ def in_blocks(gammas: Mapping[str, Numbers]) -> tuple[list[str], list[int], dict
     modules = sorted({module for _, module in placed}, key=known.index)
     blocks = sorted({block for block, _ in placed if block is not None})
     return modules, blocks, placed
+
+
+def block_maps(
+    gammas: Mapping[str, Numbers], *measures: Callable[[Numbers], Any]
+) -> tuple[list[str], list[int], list[Numbers]]:
+    """Return the modules and blocks of a map, and each measure of their gamma.
+
+    A measure's map is (modules, blocks), nan where there is no scale. The embedding is in no block.
+    """
+    modules, blocks, placed = in_blocks(gammas)
+    modules = [name for name in modules if any((block, name) in placed for block in blocks)]
+    cells = [[placed.get((block, module)) for block in blocks] for module in modules]
+    maps = [
+        np.array([[np.nan if g is None else measure(g) for g in line] for line in cells])
+        for measure in measures
+    ]
+    return modules, blocks, maps
 
 
 def _scores(run: Path, left_out: list[str]) -> Scores | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.lock import refuse_busy, seems_busy
-from san_llm.record import RUNS, not_ours, read_json, recipe_of
+from san_llm.record import RUNS, not_ours, read_json, read_log, recipe_of
 
 Status = Literal["running", "finished", "stopped", "damaged"]
 
@@ -155,16 +154,11 @@ def look_at(path: Path) -> Run:
 def _progress(run: Path) -> tuple[int, float | None]:
     """Return the steps done and the best held-out loss, by the log, which every run has."""
     steps, best = 0, None
-    with suppress(FileNotFoundError), (run / "log.jsonl").open("rb") as log:
-        for line in log:
-            try:
-                entry = json.loads(line)
-                steps = max(steps, int(entry["step"]))
-                loss = entry.get("eval_loss")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                continue  # the last line of a killed run, say
-            if isinstance(loss, float) and (best is None or loss < best):
-                best = loss
+    for entry in read_log(run):
+        steps = max(steps, entry["step"])
+        loss = entry.get("eval_loss")
+        if isinstance(loss, float) and (best is None or loss < best):
+            best = loss
     return steps, best
 
 

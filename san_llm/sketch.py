@@ -5,8 +5,7 @@ Heights, not colours, carry the numbers: the picture is the same in a log, in gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from rich.markup import escape
@@ -15,10 +14,10 @@ from rich.table import Table
 from san_llm.diff import STILL
 from san_llm.errors import plain
 from san_llm.evaluate.report import percent
-from san_llm.run_numbers import Curve, RunNumbers, Scores, in_blocks
+from san_llm.run_numbers import Curve, RunNumbers, Scores, block_maps
 from san_llm.shards import Numbers
 
-LEVELS = "▁▂▃▄▅▆▇█"
+BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE, MAP, SCORES = 28, 46, 24  # characters of each at most: all fits 80 columns
 
 
@@ -27,14 +26,21 @@ def sketches(numbers: RunNumbers) -> Iterator[Table]:
     if numbers.train_loss is not None:
         yield _curves(numbers)
     if numbers.gammas is not None:
-        modules, blocks, placed = in_blocks(numbers.gammas)
-        modules = [name for name in modules if any((block, name) in placed for block in blocks)]
-        far = _grid(modules, blocks, placed, lambda gamma: np.abs(gamma - 1).mean())
-        more = _grid(modules, blocks, placed, lambda gamma: 100 * (gamma > 1 + STILL).mean())
+        modules, blocks, (far, more) = block_maps(
+            numbers.gammas,
+            lambda gamma: np.abs(gamma - 1).mean(),
+            lambda gamma: 100 * (gamma > 1 + STILL).mean(),
+        )
         yield _map("mean distance of gamma from 1", "{:.4f}", modules, blocks, far)
         yield _map("LTP: channels with gamma > 1, %", "{:.0f}", modules, blocks, more)
     if numbers.scores is not None:
         yield _scores(numbers.scores)
+
+
+def block(value: float, low: float, high: float, blocks: str = BLOCKS) -> str:
+    """Return the character whose height tells where a value stands from ``low`` to ``high``."""
+    share = (value - low) / (high - low) if high > low else 0.0
+    return blocks[round(float(share) * (len(blocks) - 1))]
 
 
 def sparkline(values: Numbers, low: float, high: float, width: int) -> str:
@@ -50,8 +56,7 @@ def sparkline(values: Numbers, low: float, high: float, width: int) -> str:
     bars = []
     for part in parts:
         there = part[np.isfinite(part)]
-        share = (there.mean() - low) / (high - low) if len(there) and high > low else 0.0
-        bars.append(LEVELS[round(float(share) * (len(LEVELS) - 1))] if len(there) else " ")
+        bars.append(block(there.mean(), low, high) if len(there) else " ")
     return "".join(bars)
 
 
@@ -74,24 +79,6 @@ def _curves(numbers: RunNumbers) -> Table:
         told = [f"{value:.4g}" for value in (values[0], values[-1], values[at])]
         table.add_row(f"[bold]{name}[/]", bars, *told, f"{int(curve.steps[at]):,}")
     return table
-
-
-def _grid(
-    modules: list[str],
-    blocks: list[int],
-    placed: dict[Any, Numbers],
-    measure: Callable[[Numbers], Any],
-) -> Numbers:
-    """Return a measure of each module's gamma, (modules, blocks); nan where there is none."""
-    return np.array(
-        [
-            [
-                measure(placed[block, module]) if (block, module) in placed else np.nan
-                for block in blocks
-            ]
-            for module in modules
-        ]
-    )
 
 
 def _map(title: str, form: str, modules: list[str], blocks: list[int], grid: Numbers) -> Table:

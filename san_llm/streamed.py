@@ -30,6 +30,16 @@ from san_llm.shards import (
 PREFIX = "base_model.model."
 
 
+def carried(gamma: Numbers, carry: tuple[int, int, int, int]) -> Numbers:
+    """Return the synapse scale s (d_in,) that a gamma (d_out,) becomes; ``graph.Node.carry``."""
+    start, stop, groups, head_dim = carry
+    if groups == 1:
+        return gamma[start:stop]
+    heads = gamma[start:stop].reshape(-1, head_dim)  # (kv_heads, head_dim)
+    repeated: Numbers = np.repeat(heads, groups, axis=0).reshape(-1)
+    return repeated
+
+
 class Folded:
     """The tensors of the merged checkpoint, each with how its rows come about."""
 
@@ -149,11 +159,7 @@ class Folded:
         gamma = self.scales(self._nodes[node.anterior])[1]
         if gamma is None:
             return None
-        start, stop, groups, head_dim = node.carry
-        if groups == 1:
-            return gamma[start:stop]
-        heads = gamma[start:stop].reshape(-1, head_dim)  # (kv_heads, head_dim)
-        return np.repeat(heads, groups, axis=0).reshape(-1)
+        return carried(gamma, node.carry)
 
     def outputs(self, dtype: str) -> list[Output]:
         """Return the tensors of the merged checkpoint as ``dtype``, in the base's order.

@@ -21,7 +21,7 @@ from transformers.trainer_utils import set_seed
 
 from san_llm.adapter_card import write_card
 from san_llm.callbacks import BadBatches, Checkpoints, Log, StopOnSignal
-from san_llm.checkpoint import check_state, last_checkpoint
+from san_llm.checkpoint import check_state, last_checkpoint, step_of
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
@@ -268,6 +268,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         else:  # a resumed run's is written when it ends
             write_json(run / "manifest.json", facts)
     resume = agree(resume)
+    resumed_at = 0 if resume is None else step_of(resume)
     stop = StopOnSignal()
     began = time.monotonic()
     try:
@@ -299,8 +300,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 ],
             )
             if is_first() and "tensorboard" in recipe.training.report_to:
-                done = 0 if resume is None else int(resume.name.split("-")[1])
-                go_on_in_tensorboard(trainer, run / "tensorboard", done)
+                go_on_in_tensorboard(trainer, run / "tensorboard", resumed_at)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finally:
         stop.close()
@@ -309,13 +309,13 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         tell_stopped(stop.name)
     steps = [entry for entry in state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in steps if "skipped" not in entry]
-    best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else ""
+    best = state.best_model_checkpoint
     result = TrainResult(
         run=str(run),
         finished=not stop.stopped,
         steps=state.global_step,
         max_steps=state.max_steps,
-        best_step=int(best.split("-")[1]) if best else state.global_step,
+        best_step=step_of(Path(best)) if best else state.global_step,
         held_out_loss=state.best_metric,
         train_loss=sum(losses) / max(len(losses), 1),
         trained_numbers=trained,
@@ -325,7 +325,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
         skipped_batches=len(steps) - len(losses),
         stopped_by=stop.name if stop.stopped else None,
         seconds=time.monotonic() - began,
-        resumed_at=0 if resume is None else int(resume.name.split("-")[1]),
+        resumed_at=resumed_at,
         peak_memory=peak_memory(),
     )
     if result.finished and is_first():

@@ -37,9 +37,7 @@ from san_llm.engine import Engine
 from san_llm.errors import SanError, first_line
 from san_llm.live import View
 from san_llm.loss import learned_tokens, token_losses
-from san_llm.model import (
-    save_adapter,
-)
+from san_llm.model import save_adapter
 from san_llm.recipe import Recipe
 from san_llm.samples import Samples
 
@@ -206,8 +204,9 @@ class SanTrainer(Trainer):
     def samples_due(self) -> bool:
         """Whether the chosen prompts are to be asked now, and have not been."""
         step = self.state.global_step
-        known = any("sample_1" in e for e in self.state.log_history if e["step"] == step)
-        return self._samples.due(step, self.state.max_steps) and not known
+        return self._samples.due(step, self.state.max_steps) and not any(
+            "sample_1" in e for e in self.state.log_history if e["step"] == step
+        )
 
     def _sample(self) -> None:
         """Ask the chosen prompts where that is due, and log the answers."""

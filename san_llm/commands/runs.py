@@ -111,8 +111,9 @@ def _table(runs: list[Run]) -> Table:
 
 def _score(run: Run, of: str) -> str:
     """Return the last evaluation's average in percent, with its standard error."""
+    from san_llm.evaluate.report import with_error
+
     last = next((score for score in reversed(run.scores) if score.of == of), None)
     if last is None:
         return "-"
-    error = "" if last.standard_error is None else f" ± {100 * last.standard_error:.1f}"
-    return f"{100 * last.accuracy:.1f}{error}"
+    return with_error(last.accuracy, last.standard_error)

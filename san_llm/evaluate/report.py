@@ -66,6 +66,11 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
+def with_error(accuracy: float, error: float | None) -> str:
+    """Return an accuracy in percent with its standard error, if it has one."""
+    return percent(accuracy) if error is None else f"{percent(accuracy)} ± {percent(error)}"
+
+
 def table(result: EvalResult) -> Table:
     """Return the scores as a table for the terminal; accuracies in percent."""
     drawn = Table(title=escape(str(result.about.get("title", ""))) or None, title_justify="left")

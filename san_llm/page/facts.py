@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +14,7 @@ from san_llm.adapter_card import trained_on
 from san_llm.diff import DiffResult, diff
 from san_llm.errors import InputError, SanError
 from san_llm.recipe import Recipe
-from san_llm.record import read_json, recipe_of
+from san_llm.record import read_json, read_log, recipe_of
 from san_llm.runs import Run, look_at
 
 
@@ -126,7 +124,7 @@ def read_facts(folder: Path) -> Facts:
     manifest = _as(Manifest, written, folder / "manifest.json")
     metrics = _as(Metrics, came_to, folder / "metrics.json") if came_to else None
     missing = []
-    log = _log(folder)
+    log = tuple(read_log(folder))
     if run.status == "running":
         missing.append(Missing(f"It is running: this is what it was after step {run.steps:,}."))
     elif not (folder / "adapter" / "adapter_config.json").is_file():
@@ -158,14 +156,3 @@ def _as(kind: type[_Kind], values: Mapping[str, Any], path: Path) -> _Kind:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"{path}: {where}: {first['msg']}") from None
-
-
-def _log(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    entries = []
-    with suppress(FileNotFoundError), (folder / "log.jsonl").open("rb") as file:
-        for line in file:
-            with suppress(ValueError, RecursionError):  # the last line of a killed run, say
-                entry = json.loads(line)
-                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                    entries.append(entry)
-    return tuple(entries)

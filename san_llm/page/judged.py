@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import LEVEL, Change, Comparison, compare
 from san_llm.evaluate.compare_tables import Grid, p_value, points
-from san_llm.evaluate.report import percent
+from san_llm.evaluate.report import with_error
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.page.facts import Facts, Missing
@@ -232,7 +232,7 @@ def table(judgement: Judgement) -> list[Grid]:
         rows = tuple(
             (
                 *(str(name), f"{score['n']:,}"),
-                *(_with_error(score["accuracy"], score["standard_error"]),),
+                *(with_error(score["accuracy"], score["standard_error"]),),
                 f"{score['unparseable']:,}",
             )
             for name, score in scores
@@ -251,7 +251,7 @@ def _beside(comparison: Comparison) -> Grid:
         (
             found.task,
             f"{comparison.rows.get(found.task, sum(comparison.rows.values())):,}",
-            *(_with_error(*run.accuracies[found.task]) for run in (base, adapted)),
+            *(with_error(*run.accuracies[found.task]) for run in (base, adapted)),
             points(found.difference),
             f"{points(found.low)} to {points(found.high)}",
             *(f"{found.gained:,}", f"{found.lost:,}", p_value(found.p)),
@@ -261,10 +261,6 @@ def _beside(comparison: Comparison) -> Grid:
     rows.append(("no answer", "", str(base.unparseable), str(adapted.unparseable), *[""] * 5))
     name = "Accuracy" if comparison.metric == "acc" else "Accuracy by likelihood a character"
     return Grid(f"{name} ({comparison.metric}), percent", header, tuple(rows))
-
-
-def _with_error(accuracy: float, error: float | None) -> str:
-    return percent(accuracy) if error is None else f"{percent(accuracy)} ± {percent(error)}"
 
 
 def overview(evaluated: Iterable[Evaluated]) -> Grid:
@@ -278,7 +274,7 @@ def overview(evaluated: Iterable[Evaluated]) -> Grid:
             (
                 *(one.stored.folder.name, one.of, Path(str(results["data"])).name),
                 *(str(one.question[0]), str(one.question[1]), f"{len(one.stored.rows):,}"),
-                *(_with_error(average["accuracy"], average["standard_error"]), f"{lost:,}"),
+                *(with_error(average["accuracy"], average["standard_error"]), f"{lost:,}"),
                 one.made,
             )
         )

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from san_llm.evaluate.compare import LEVEL
 from san_llm.evaluate.compare_tables import Grid, label, p_value, points
-from san_llm.evaluate.report import percent
+from san_llm.evaluate.report import percent, with_error
 from san_llm.page.drawings import Drawing, drawings
 from san_llm.page.facts import Facts, Missing
 from san_llm.page.judged import Evaluated, Judgement, evenly, judge, overview
@@ -160,9 +160,7 @@ def _scored(judgement: Judgement) -> str:
 
 
 def _percent(accuracy: float, error: float | None) -> str:
-    return (
-        f"{percent(accuracy)} %" if error is None else f"{percent(accuracy)} ± {percent(error)} %"
-    )
+    return f"{with_error(accuracy, error)} %"
 
 
 def duration(seconds: float) -> str:
