@@ -26,6 +26,7 @@ from rich.table import Table
 from san_llm import __version__
 from san_llm.commands.complete import recipes_and_runs, run_folders
 from san_llm.commands.doctor import doctor_app
+from san_llm.commands.plan import plan_app
 from san_llm.commands.push import push_app
 from san_llm.commands.recipes import recipes_app
 from san_llm.commands.report import report_app
@@ -68,6 +69,7 @@ app = typer.Typer(
 app.add_typer(runs_app, name="runs")
 app.add_typer(talk_app)
 app.add_typer(doctor_app)
+app.add_typer(plan_app)
 app.add_typer(push_app)
 app.add_typer(show_app)
 app.add_typer(report_app)

@@ -386,6 +386,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: with one line for each mistake: where, what was found, what would be right.
     """
+    return parse_recipe(_text_of(path), str(path), overrides)
+
+
+def given_keys(path: Path, overrides: Sequence[str] = ()) -> set[str]:
+    """Return the dotted keys that a recipe's file or arguments give; all others are defaults."""
+    return set(leaves(_raw(_text_of(path), _Source(str(path)), overrides)))
+
+
+def micro_batch(training: Training, processes: int) -> int:
+    """Return how many rows a process computes at once: a divisor of its share of a batch.
+
+    Raises:
+        InputError: when the processes cannot share a batch evenly.
+    """
+    share, rest = divmod(training.batch_size, processes)
+    if rest:
+        raise InputError(
+            f"training.batch_size: {training.batch_size} is not a multiple of {processes} processes"
+        )
+    limit = min(training.micro_batch_size, share)
+    return next(size for size in range(limit, 0, -1) if share % size == 0)
+
+
+def _text_of(path: Path) -> str:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: a pipe or a device; expected a recipe, a YAML file")
     try:
@@ -393,26 +417,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raw = file.read(LONGEST + 1)
         if len(raw) > LONGEST:
             raise InputError(f"{path}: more than {LONGEST // 2**10} KiB; a recipe is a small file")
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: byte {error.start} is not valid") from None
-    return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     """Check a recipe given as text; ``file`` names it in messages. See :func:`load_recipe`."""
     source = _Source(file)
-    raw = _parse_yaml(text, source)
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{file}: expected a mapping with the sections "
-            f"{', '.join(name for name in Recipe.model_fields if name != 'name')}"
-        )
-    # The method's name first: it decides which other keys there are.
-    for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
-        _override(raw, argument, source)
+    raw = _raw(text, source, overrides)
     _check_texts(raw, (), source)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).lstrip("._-").rstrip("-")
     raw.setdefault("name", stem or "recipe")
@@ -428,6 +443,19 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
         ]
         # A value that may be of two kinds gives one error for each.
         raise InputError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _raw(text: str, source: _Source, overrides: Sequence[str]) -> dict[str, Any]:
+    raw = _parse_yaml(text, source)
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{source.file}: expected a mapping with the sections "
+            f"{', '.join(name for name in Recipe.model_fields if name != 'name')}"
+        )
+    # The method's name first: it decides which other keys there are.
+    for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
+        _override(raw, argument, source)
+    return raw
 
 
 def _check_texts(value: Any, path: PathInProject, source: _Source) -> None:

@@ -42,7 +42,7 @@ from san_llm.model import (
 from san_llm.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.processes import agree, is_first, rank, told_once, world_size
 from san_llm.progress import stderr
-from san_llm.recipe import Recipe
+from san_llm.recipe import Recipe, micro_batch
 from san_llm.record import manifest, whole_folder, write_json
 from san_llm.samples import Samples
 from san_llm.trackers import go_on_in_tensorboard, reported
@@ -113,19 +113,9 @@ def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]
     return rows, held_out, {str(file): sha256_of(file) for file in files}
 
 
-def _micro_batch(recipe: Recipe) -> int:
-    share, rest = divmod(recipe.training.batch_size, world_size())
-    if rest:
-        raise InputError(
-            f"training.batch_size: {recipe.training.batch_size} is not a multiple of "
-            f"{world_size()} processes"
-        )
-    limit = recipe.training.micro_batch_size
-    return next(size for size in range(min(limit, share), 0, -1) if share % size == 0)
-
-
 def _arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArguments:
-    training, micro = recipe.training, _micro_batch(recipe)
+    training = recipe.training
+    micro = micro_batch(training, world_size())
     arguments = TrainingArguments(
         output_dir=str(run / "checkpoints"),
         num_train_epochs=training.epochs,
@@ -209,7 +199,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     if engine == "DeepSpeed":
         load_weights_only()
     rows, held_out_rows, hashes = split_held_out(recipe)
-    _micro_batch(recipe)  # before anything is loaded
+    micro_batch(recipe.training, world_size())  # before anything is loaded
     tokenizer = load_tokenizer(recipe.base)
     samples = Samples(recipe, tokenizer)
     data = recipe.data

@@ -20,6 +20,7 @@ LIGHT = [
     "cli",
     "commands.complete",
     "commands.doctor",
+    "commands.plan",
     "commands.push",
     "commands.recipes",
     "commands.report",
@@ -38,6 +39,7 @@ LIGHT = [
     "download",
     "engine",
     "errors",
+    "estimate",
     "evaluate.compare",
     "evaluate.compare_tables",
     "evaluate.fingerprint",
@@ -60,6 +62,7 @@ LIGHT = [
     "page.render",
     "page.repeat",
     "page.side_by_side",
+    "plan",
     "plots",
     "processes",
     "progress",
@@ -92,7 +95,7 @@ ORDER = [
     {"plots", "sketch"},
 ]
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
-COMMANDS += ["generate", "chat", "doctor", "report"]
+COMMANDS += ["generate", "chat", "doctor", "report", "plan"]
 COMMANDS += ["data", "data build", "data inspect"]
 COMMANDS += ["recipes list", "recipes show", "recipes copy"]
 COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm", "push", "show"]
@@ -255,6 +258,7 @@ def test_help_loads_no_torch_and_shows_examples(here, command):
         ["runs"],
         ["runs", "rm", "nothing"],
         ["show", "nothing"],
+        ["plan", "llama7b_commonsense"],
         ["merge", "--dtype", "fp16"],
         ["download", "smollm"],
     ],

@@ -1,0 +1,179 @@
+"""``san-llm plan``: what a run would be, before it costs anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from san_llm.commands.complete import recipe_names
+from san_llm.errors import plain
+from san_llm.progress import quiet_libraries
+
+if TYPE_CHECKING:
+    from san_llm.plan import Plan
+
+plan_app = typer.Typer(rich_markup_mode=None)
+
+
+@plan_app.command(
+    epilog="""Examples:
+
+    san-llm plan llama7b_commonsense --memory 24GB
+
+    san-llm plan mine.yaml training.micro_batch_size=4 --data
+
+    san-llm plan llama13b_commonsense --device cuda --devices 8 --sharded --json"""
+)
+def plan(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Override any key.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What a device has, such as 24GB: the exit code is 1 where the run does not fit.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="cpu|cuda", help="Where it would run. Default: this machine's."),
+    ] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, max=2**20, help="How many, with a process for each.")
+    ] = 1,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="They share the base among them (FSDP2).")
+    ] = False,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data", help="Tokenize the rows, for their real lengths and what the cutoff takes."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Tell what a run would train, its steps and its memory, from config files alone."""
+    quiet_libraries()
+    from san_llm.plan import as_values, bytes_of, find_device, fits, make_plan
+    from san_llm.recipe import find_recipe, given_keys, load_recipe, micro_batch
+
+    limit = None if memory is None else bytes_of(memory)
+    where = find_device(device)
+    file, changes = find_recipe(recipe), overrides or []
+    chosen = load_recipe(file, changes)
+    seen = None
+    if data:
+        at_once = micro_batch(chosen.training, devices)
+        from san_llm.data.largest import look_at
+
+        seen = look_at(chosen, at_once)
+    made = make_plan(chosen, given_keys(file, changes), where, devices, sharded, seen)
+    if as_json:
+        print(json.dumps(as_values(made, limit)))
+    else:
+        stdout = Console(highlight=False)
+        for part in _report(made):
+            stdout.print(part)
+            stdout.print()
+        stdout.print(_verdict(made, limit))
+    if limit is not None and not fits(made, limit):
+        raise typer.Exit(1)
+
+
+def _report(made: Plan) -> Iterator[Text | Table | object]:
+    from san_llm.plan import marked_recipe
+
+    text = Text()
+    for line, default in marked_recipe(made):
+        text.append(plain(line), style="dim" if default else "")
+        text.append("  # default\n" if default else "\n", style="dim")
+    text.rstrip()
+    yield text
+    if made.graph is not None:
+        yield made.graph
+    yield _facts(made)
+    yield _memory(made)
+
+
+def _facts(made: Plan) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    training = made.recipe.training
+    total = sum(made.trained.values())
+    table.add_row("base", Text(plain(f"{made.recipe.base.model} ({made.config_from})")))
+    table.add_row(
+        "trained numbers",
+        f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in made.trained.items()),
+    )
+    table.add_row("adapter", f"{size(made.adapter_bytes)}, in fp32")
+    if made.missing is not None:
+        rows = f"not known: {plain(made.missing)} is not here"
+    else:
+        rows = f"{made.rows:,}"
+    table.add_row("rows", Text(rows))
+    each = f"batches of {training.batch_size}, {made.micro_batch} at once on a device"
+    if made.steps is None:
+        steps = f"{training.epochs:g} epochs of {each}"
+    elif made.epochs is None:
+        steps = f"{made.steps:,} of {each}"
+    else:
+        steps = f"{made.steps:,} ({made.epochs:.3g} epochs) of {each}"
+    table.add_row("steps", steps)
+    return table
+
+
+def _memory(made: Plan) -> Table:
+    where = "memory" if made.devices == 1 else "memory of each device"
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"{where}, GB")
+    for name in made.memory:
+        table.add_column(name, justify="right")
+    kinds = list(made.memory.values())
+    for name, values in (
+        ("weights", [one.weights for one in kinds]),
+        ("adapter", [one.adapter for one in kinds]),
+        ("gradients", [one.gradients for one in kinds]),
+        ("optimizer", [one.optimizer for one in kinds]),
+        ("activations", [one.activations for one in kinds]),
+        ("logits", [one.logits for one in kinds]),
+        ("other work", [one.work - one.logits for one in kinds]),
+        ("cache", [one.cache for one in kinds]),
+        ("runtime", [one.runtime for one in kinds]),
+    ):
+        table.add_row(name, *(f"{value / 1e9:.2f}" for value in values))
+    table.add_section()
+    table.add_row("[bold]all[/]", *(f"[bold]{one.total / 1e9:.2f}[/]" for one in kinds))
+    return table
+
+
+def _verdict(made: Plan, limit: int | None) -> str:
+    from san_llm.plan import fits
+
+    name, first = next(iter(made.memory.items()))
+    needs = f"{name} needs {size(first.total)} of {made.device} memory"
+    if limit is None:
+        return needs
+    if fits(made, limit):
+        return f"[green]fits[/]: {needs}, {size(limit)} are there"
+    return f"[bold red]does not fit[/]: {needs}, {size(limit)} are there"
+
+
+def size(count: int) -> str:
+    """Return bytes in a unit that leaves three digits, of 1000."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if count >= one:
+            return f"{count / one:,.2f} {unit}"
+    return f"{count / 1e3:,.2f} kB"
