@@ -80,7 +80,9 @@ class Base(_Section):
 
 class _Targets(_Section):
     name: str  # first, so that a printed recipe begins with it
-    target_modules: tuple[str, ...] = Field(default=TARGETS, min_length=1)
+    target_modules: tuple[str, ...] = Field(
+        default=TARGETS, min_length=1, description="the projections that are adapted, by name"
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -96,15 +98,41 @@ class SanMethod(_Targets):
     carrier: Literal["scale", "lora", "dora"] = Field(
         default="scale", description="what holds the neuron scale: a vector, or a low-rank weight"
     )
-    mode: Literal["both", "neuron", "synapse"] = "both"
-    shift: bool = False
-    links: tuple[Kind, ...] = KINDS
-    adapt_embedding: bool = False
-    rank: int | None = Field(
-        default=None, ge=1, le=MOST_RANKS, description="of the lora and dora carriers"
+    mode: Literal["both", "neuron", "synapse"] = Field(
+        default="both",
+        description="where the scale acts: on a channel's features, on the weights that read them, "
+        "or on both, as in the paper",
     )
-    alpha: float | None = Field(default=None, gt=0, le=1e6)
-    dropout: float | None = Field(default=None, ge=0, lt=1)
+    shift: bool = Field(
+        default=False, description="train a shift of each channel, too; only a Llama can merge it"
+    )
+    links: tuple[Kind, ...] = Field(
+        default=KINDS,
+        description="where scales are carried on: attention (v to o), mlp (up to down), residual "
+        "(o to gate and up; down to the next block's q, k and v)",
+    )
+    adapt_embedding: bool = Field(
+        default=False,
+        description="train a scale of the embedding's channels, too; block 0's q, k and v carry it",
+    )
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_RANKS,
+        description="of the lora and dora carriers, 32 unless told; the scale carrier has none",
+    )
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="likewise, 64 unless told: the low-rank product counts alpha / rank",
+    )
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="likewise, 0.05 unless told: the share of inputs that the low-rank path drops",
+    )
     form: Literal["lean", "plain"] = Field(
         default="lean", description="how it is computed, never what: in little memory, or as told"
     )
@@ -130,9 +158,13 @@ class SanMethod(_Targets):
 
 
 class _LowRank(_Targets):
-    rank: int = Field(default=32, ge=1, le=MOST_RANKS)
-    alpha: float = Field(default=64.0, gt=0, le=1e6)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
+    rank: int = Field(default=32, ge=1, le=MOST_RANKS, description="rows of A, columns of B")
+    alpha: float = Field(
+        default=64.0, gt=0, le=1e6, description="the low-rank product counts alpha / rank"
+    )
+    dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="the share of inputs that the low-rank path drops"
+    )
 
 
 class LoraMethod(_LowRank):
@@ -151,8 +183,14 @@ class Ia3Method(_Targets):
     """IA3 (Liu et al. 2022) through PEFT: k, v and down, as PEFT's own default for LLaMA."""
 
     name: Literal["ia3"]
-    target_modules: tuple[str, ...] = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
-    feedforward_modules: tuple[str, ...] = ("down_proj",)
+    target_modules: tuple[str, ...] = Field(
+        default=("k_proj", "v_proj", "down_proj"),
+        min_length=1,
+        description="the projections that are scaled, by name",
+    )
+    feedforward_modules: tuple[str, ...] = Field(
+        default=("down_proj",), description="those of them whose input is scaled, not their output"
+    )
 
 
 Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discriminator="name")]
@@ -168,9 +206,20 @@ class Data(_Section):
         default=120,
         description="rows taken out of the training rows, or a file, to choose the best checkpoint",
     )
-    prompt: PromptStyle = "llm-adapters"
-    loss: Literal["response", "all"] = Field(description="which tokens are learned")
-    cutoff: int = Field(default=256, ge=8, le=2**24, description="tokens a row may have")
+    prompt: PromptStyle = Field(
+        default="llm-adapters",
+        description="the text around a row: LLM-Adapters' (aligned: asked as trained), Alpaca's "
+        "or the model's own chat template",
+    )
+    loss: Literal["response", "all"] = Field(
+        description="which tokens are learned: the response's and its end token, or all of the text"
+    )
+    cutoff: int = Field(
+        default=256,
+        ge=8,
+        le=2**24,
+        description="tokens a row may have, prompt included; what is longer loses its end",
+    )
     limit: int | None = Field(default=None, ge=1, le=MOST, description="use the first rows only")
     workers: int = Field(default=4, ge=1, le=1024, description="more than 1 tokenizes on threads")
 
@@ -185,7 +234,9 @@ class Data(_Section):
 class Training(_Section):
     """How it is learned."""
 
-    epochs: float = Field(default=3.0, gt=0, le=1_000_000)
+    epochs: float = Field(
+        default=3.0, gt=0, le=1_000_000, description="passes over the rows; 0.5 is half of one"
+    )
     max_steps: int | None = Field(
         default=None, ge=1, le=MOST, description="stop here, whatever the epochs"
     )
@@ -198,11 +249,24 @@ class Training(_Section):
         le=2**16,
         description="rows a process computes at most at once; never changes a result",
     )
-    learning_rate: float = Field(gt=0, lt=1)
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    warmup_steps: int = Field(default=100, ge=0, le=MOST)
-    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(
+        gt=0, lt=1, description="AdamW's, at the end of the warmup; scales take more than matrices"
+    )
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        default="linear", description="how the rate falls after the warmup: to 0 by the end, or not"
+    )
+    warmup_steps: int = Field(
+        default=100, ge=0, le=MOST, description="optimizer steps in which the rate rises from 0"
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="AdamW's pull of what is trained towards 0; for scales, which start at 1, 0",
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="a longer gradient of a batch is cut to this length"
+    )
     evaluate_every: int = Field(
         default=80,
         ge=1,
@@ -234,18 +298,29 @@ class Training(_Section):
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations twice, to keep fewer"
     )
-    seed: int = Field(default=42, ge=0, lt=2**32)
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="of the order of rows, the held-out rows, low-rank starts and dropout",
+    )
 
 
 class Evaluation(_Section):
     """How the result is judged."""
 
-    tasks: tuple[str, ...] = Field(default=tuple(TASKS), min_length=1)
+    tasks: tuple[str, ...] = Field(
+        default=tuple(TASKS), min_length=1, description="which of the eight are asked, in order"
+    )
     data: _Name = Field(
         default="pocket", description="'pocket', or a directory with <task>/test.json"
     )
-    prompt: PromptStyle | None = Field(default=None, description="default: data.prompt")
-    limit: int | None = Field(default=None, ge=1, le=MOST, description="rows a task")
+    prompt: PromptStyle | None = Field(
+        default=None, description="the text around a question; default: data.prompt"
+    )
+    limit: int | None = Field(
+        default=None, ge=1, le=MOST, description="ask the first rows of each task only"
+    )
 
     @field_validator("tasks")
     @classmethod

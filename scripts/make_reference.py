@@ -138,10 +138,17 @@ def _kind(field: dict[str, Any]) -> str:
 
 
 def _range(field: dict[str, Any]) -> str:
-    least = f"≥ {field['minimum']:g}" if "minimum" in field else ""
-    least = f"> {field['exclusiveMinimum']:g}" if "exclusiveMinimum" in field else least
-    most = f"< {field['exclusiveMaximum']:g}" if "exclusiveMaximum" in field else ""
-    return "".join(f" {bound}" for bound in (least, most) if bound)
+    """Return what bounds a number, but for the bounds that only slips exceed."""
+    bounds = [
+        (sign, field[key])
+        for sign, key in (
+            ("≥", "minimum"),
+            (">", "exclusiveMinimum"),
+            ("<", "exclusiveMaximum"),
+        )
+        if key in field
+    ]
+    return ",".join(f" {sign} {value}" for sign, value in bounds)
 
 
 def _standard(field: dict[str, Any]) -> str:

@@ -171,6 +171,14 @@ def test_the_reference_is_what_the_program_says(page):
     )
 
 
+def test_every_key_of_a_recipe_says_what_it_means():
+    table = re.findall(
+        r"^\| `(\w+\.\w+)` .*\| (.*?) ?\|$", script("make_reference").recipe_page(), re.M
+    )
+    assert len(table) > 50
+    assert {key for key, meaning in table if not meaning} == {"method.name"}
+
+
 # --- command lines ---
 
 
