@@ -171,15 +171,7 @@ def train(
     from san_llm.processes import agree, is_first
     from san_llm.progress import stderr
     from san_llm.recipe import find_recipe, harmful_changes, load_recipe
-    from san_llm.record import (
-        discard_run,
-        last_run,
-        new_run,
-        point_latest,
-        recipe_of,
-        restore_latest,
-        write_text,
-    )
+    from san_llm.record import begun, last_run, new_run, recipe_of, write_text
     from san_llm.trackers import check_trackers
 
     launched, accelerate = "WORLD_SIZE" in os.environ, find_config(accelerate)
@@ -236,29 +228,22 @@ def train(
 
     if run is not None and recipe_of(run) != chosen:
         write_text(run / "recipe.yaml", chosen.to_yaml())
+    made = run is None
     if command is not None:
         run = run or new_run(chosen, output, overwrite)
-        point_latest(run)
         child = ["train", str(run), "--resume", *(["--json"] if as_json else [])]
-        code = run_launched([*command, *(["--debug"] if debugging() else []), *child])
+        with begun(run, made):
+            code = run_launched([*command, *(["--debug"] if debugging() else []), *child])
         raise typer.Exit(code if code in (0, *STOPPED.values()) else 1)
 
     from san_llm.train import train as start
 
     if not launched:
         signal.signal(signal.SIGTERM, _stop_at_once)
-    made = run is None
     run, chosen = agree((run or new_run(chosen, output, overwrite), chosen))
-    before = point_latest(run)
-    stderr.print(f"run: {run}", markup=False)
-    try:
+    with begun(run, made):
+        stderr.print(f"run: {run}", markup=False)
         result = start(chosen, run)
-    except InputError:
-        if made:
-            discard_run(run, before)
-        else:
-            restore_latest(before)
-        raise
     if as_json:
         print(json.dumps(asdict(result)))
     elif result.finished:

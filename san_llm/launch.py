@@ -29,6 +29,7 @@ from san_llm.progress import stderr
 
 NOTES = "SAN_LLM_NOTES"  # the environment's name for the folder of notes
 _VERDICT, _FAILURE, _READY, _STOPPED = "verdict", "failure", "ready", "stopped"
+_FAILED, _REFUSED = "failed", "refused"  # the first line of a failure's note
 FROZEN = 20.0  # seconds after which a worker that SIGSTOP holds counts as lost
 
 
@@ -133,6 +134,7 @@ def run_launched(command: list[str]) -> int:
     the step that they are in; a second Ctrl-C ends them all at once.
 
     Raises:
+        InputError: when a worker refused its input, with its message.
         SanError: when a worker failed, with its message.
         KeyboardInterrupt: when Ctrl-C ended the workers at once.
     """
@@ -171,7 +173,8 @@ def run_launched(command: list[str]) -> int:
             raise KeyboardInterrupt
         for failure in (Path(folder, _VERDICT), Path(folder, _FAILURE)):
             if failure.is_file():
-                raise SanError(failure.read_text(encoding="utf-8"))
+                kind, _, message = failure.read_text(encoding="utf-8").partition("\n")
+                raise (InputError if kind == _REFUSED else SanError)(message)
         stopped = Path(folder, _STOPPED)
         return STOPPED[stopped.read_text()] if code == 0 and stopped.is_file() else code
 
@@ -200,20 +203,23 @@ def _tell(kind: str, text: str) -> None:
             note.rename(note.with_name(kind))
 
 
-def tell_failure(message: str, first: bool = True, verdict: bool = False) -> bool:
+def tell_failure(
+    message: str, first: bool = True, verdict: bool = False, refused: bool = False
+) -> bool:
     """Leave a worker's error for the command to tell; say whether there is a command that will.
 
     Args:
         message: What went wrong.
         first: Keep an earlier message. What fails next fails because of the first, mostly.
         verdict: It is certain that this came first: no other message counts.
+        refused: The input was wrong; nothing has failed.
     """
     if NOTES not in os.environ:
         return False
     note = Path(os.environ[NOTES], _VERDICT if verdict else _FAILURE)
     try:
         with note.open("x" if first else "w", encoding="utf-8") as file:
-            file.write(message)
+            file.write(f"{_REFUSED if refused else _FAILED}\n{message}")
     except FileExistsError:
         pass
     except OSError:  # the command is gone, and its notes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from san_llm.errors import SanError, debugging, unexpected
+from san_llm.errors import InputError, SanError, debugging, unexpected
 from san_llm.launch import tell_failure
 
 T = TypeVar("T")
@@ -67,7 +67,8 @@ def told_once(told: Callable[[Exception], str] = in_one_line) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not debugging() and tell_failure(told(error)):
+        refused = isinstance(error, InputError)
+        if not debugging() and tell_failure(told(error), refused=refused):
             raise SystemExit(1) from None
         raise
 

@@ -273,26 +273,29 @@ def new_eval_folder(run: Path | None, kind: str) -> Path:
     return _unused((run or RUNS) / "eval" / f"{datetime.now():%Y%m%d-%H%M%S}-{kind}")
 
 
-def discard_run(run: Path, latest: str | None) -> None:
-    """Take back a run that input refused late has left without a checkpoint.
+@contextmanager
+def begun(run: Path, made: bool) -> Iterator[None]:
+    """Make a run the last one while the block runs, and after it; input refused late undoes that.
 
     Args:
-        run: Its folder, made by :func:`new_run`.
-        latest: What ``runs/latest`` named before, or None.
+        run: Its folder.
+        made: It was made for this, by :func:`new_run`, and goes away if it has no checkpoint.
     """
-    if any(run.glob("checkpoints/checkpoint-*")):
-        return
-    shutil.rmtree(run, ignore_errors=True)
-    restore_latest(latest)
-    with suppress(OSError):  # other runs are in it
-        RUNS.rmdir()
-
-
-def restore_latest(before: str | None) -> None:
-    """Make ``runs/latest`` name what it named ``before``, or nothing; see :func:`point_latest`."""
-    (RUNS / "latest").unlink(missing_ok=True)
-    if before is not None:
-        (RUNS / "latest").symlink_to(before)
+    before = point_latest(run)
+    try:
+        yield
+    except InputError:
+        if made and any(run.glob("checkpoints/checkpoint-*")):
+            raise
+        if made:
+            shutil.rmtree(run, ignore_errors=True)
+        (RUNS / "latest").unlink(missing_ok=True)
+        if before is not None:
+            (RUNS / "latest").symlink_to(before)
+        if made:
+            with suppress(OSError):  # other runs are in it
+                RUNS.rmdir()
+        raise
 
 
 def refuse_links(run: Path) -> None:

@@ -260,11 +260,14 @@ def test_a_batch_that_the_processes_cannot_share_is_told_before_they_start(
 
 
 @pytest.mark.slow
-def test_a_failing_worker_ends_the_run_with_one_message(cli: Cli, recipe: Path) -> None:
-    # Both workers find it out.
+def test_input_that_workers_refuse_ends_with_one_message_and_leaves_no_run(
+    cli: Cli, recipe: Path
+) -> None:
+    # Both workers find it out, and it is the input that is wrong.
     process = cli("train", recipe, "data.cutoff=8", "--processes", 2)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert process.stdout == ""
+    assert not (recipe.parent / "runs").exists()
     assert process.stderr.count("error:") == 1
     assert "error: no tokens to learn: the cutoff of 8 tokens" in process.stderr
     assert "Traceback" not in process.stderr

@@ -172,7 +172,7 @@ def test_what_one_of_two_processes_finds_wrong_is_told_once(cli, here, tiny_base
     file = write_rows(here / "data" / "boolq" / "test.json", long)
     asked = ("eval", "--model", tiny_base, "--tasks", "boolq", "--data", "data", "--output", "out")
     done = cli(*asked, "--processes", 2)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("error:") == 1
     assert f"{file.relative_to(here)}: row 4: its prompt has" in done.stderr
