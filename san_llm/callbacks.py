@@ -83,9 +83,9 @@ class Checkpoints(TrainerCallback):
         Trainer would keep the last weights without a word.
         """
         self._saved = time.monotonic()
-        if state.best_global_step:
-            best = checkpoint_of(Path(args.output_dir), state.best_global_step)
-            state.best_model_checkpoint = str(best)
+        best = state.best_global_step
+        place = checkpoint_of(Path(args.output_dir), best) if best else None
+        state.best_model_checkpoint = place and str(place)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError
 from san_llm.record import write_json
 
 SEAL = "sha256.json"
@@ -106,8 +105,8 @@ def remove_old(folder: Path, keep: int) -> None:
     steps = _steps(folder)
     kept = set(steps[:keep])
     for step in steps[:keep]:
-        best = _sealed(checkpoint_of(folder, step)).get("best")
-        kept |= {best} if isinstance(best, int) else set()
+        best = best_of(checkpoint_of(folder, step))
+        kept |= set() if best is None else {best}
     for step in steps:
         if step not in kept:
             # Renamed first, so that a kill leaves no half checkpoint.
@@ -131,6 +130,12 @@ def _sealed(folder: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def best_of(folder: Path) -> int | None:
+    """Return the step of the best checkpoint that a checkpoint knows of."""
+    best = _sealed(folder).get("best")
+    return best if isinstance(best, int) else None
+
+
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is what was written."""
     if not folder.is_dir():
@@ -149,29 +154,6 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_state(folder: Path) -> None:
-    """Refuse a checkpoint whose checksums are right and whose content no training has written.
-
-    Raises:
-        InputError: naming the file.
-    """
-    path = folder / "trainer_state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON") from None
-    step = step_of(folder)
-    if not isinstance(state, dict) or state.get("global_step") != step:
-        raise InputError(f"{path}: expected the state of step {step}")
-    log = state.get("log_history")
-    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise InputError(f"{path}: log_history: expected a list of entries")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder}: has no adapter_model.safetensors")
-
-
 def last_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
     """Return the latest checkpoint that a run can go on from, or None.
 
@@ -183,9 +165,9 @@ def last_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -> 
     """
     for step in _steps(folder):
         path = checkpoint_of(folder, step)
-        best = _sealed(path).get("best")
+        best = best_of(path)
         wrong = damage(path)
-        if wrong is None and isinstance(best, int) and best != step:
+        if wrong is None and best not in (None, step):
             wrong = damage(checkpoint_of(folder, best))
             wrong = wrong and f"{wrong}, which {path.name} counts on"
         if wrong is None:

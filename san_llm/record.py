@@ -298,17 +298,22 @@ def begun(run: Path, made: bool) -> Iterator[None]:
         raise
 
 
-def refuse_links(run: Path) -> None:
-    """Refuse a run, which may be another's gift, that would be written to somewhere else.
+def refuse_strange(run: Path) -> None:
+    """Refuse a run, which may be another's gift, that would be written to elsewhere, or cannot be.
 
     Raises:
-        InputError: naming the symbolic link that leads out of the run's folder.
+        InputError: naming the symbolic link that leads out of the run's folder, or the file that
+            stands where a folder belongs, or the other way round.
     """
     inside = run.resolve()
     for path in (run / name for name in CONTENTS):
         for one in (path, *(path.glob("*") if path.name in ("checkpoints", "eval") else ())):
             if one.is_symlink() and not one.resolve().is_relative_to(inside):
                 raise InputError(f"{one}: a symbolic link out of the run's folder; take it away")
+        a_file = path.name == "lock" or path.suffix != ""
+        if path.exists() and not (path.is_file() if a_file else path.is_dir()):
+            kind = "file" if a_file else "folder"
+            raise InputError(f"{path}: expected a {kind}; move away what stands there")
 
 
 def _refuse_other_latest() -> None:
@@ -364,7 +369,7 @@ def recipe_of(run: Path) -> Recipe:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise InputError(f"{run}: not a run: no recipe.yaml in it")
-    refuse_links(run)
+    refuse_strange(run)
     return load_recipe(path)
 
 

@@ -21,7 +21,8 @@ from transformers.trainer_utils import set_seed
 
 from san_llm.adapter_card import write_card
 from san_llm.callbacks import BadBatches, Checkpoints, Log, StopOnSignal
-from san_llm.checkpoint import check_state, last_checkpoint, step_of
+from san_llm.checkpoint import last_checkpoint, step_of
+from san_llm.checkpoint_content import check_content
 from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad_id
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
@@ -252,7 +253,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 "--output with --overwrite begins again"
             )
         if resume is not None:
-            check_state(resume)
+            check_content(resume, model, engine)
             _refuse_other_data(run, facts["sha256"])
             stderr.print(f"going on from {resume}", markup=False)
         else:  # a resumed run's is written when it ends

@@ -9,7 +9,6 @@ run throws what a straight one throws, on another number of processes too.
 
 from __future__ import annotations
 
-import pickle
 import random
 import shutil
 import time
@@ -31,6 +30,7 @@ from transformers import (
 
 from san_llm.callbacks import SLOW, BadBatches, StopOnSignal
 from san_llm.checkpoint import checkpoint_of, damage, remove_old, whole_checkpoint
+from san_llm.checkpoint_content import check_optimizer
 from san_llm.data.encode import Rows
 from san_llm.drift import Drift
 from san_llm.engine import Engine
@@ -287,20 +287,9 @@ class SanTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
-            for part in ("optimizer", "scheduler"):  # Trainer would start with fresh ones
-                if not any(Path(checkpoint).glob(f"{part}*")):
-                    raise SanError(f"{checkpoint}: has no {part}, so nothing can go on from it")
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SanError(
-                f"{checkpoint}: its optimizer or scheduler is not of this training: {error}"
-            ) from error
-        except pickle.UnpicklingError as error:
-            raise SanError(
-                f"{checkpoint}: its optimizer or scheduler is more than numbers, and was not "
-                "loaded: it could have run code"
-            ) from error
+            # Trainer would start with fresh ones, if one of them were missing.
+            check_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save nothing: see :meth:`training_step`."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import gguf_model, write_gguf
 
-from san_llm.checkpoint import SEAL, _seal
+from san_llm.checkpoint import SEAL, _seal, best_of
 
 Damage = Callable[[Path], None]
 
@@ -725,53 +727,158 @@ def run_whose_checkpoints_are_elsewhere(here: Path) -> None:
     checkpoints.symlink_to("../../precious")
 
 
-def forged(says: str, code: int = 2) -> Callable[[Damage], Damage]:
+def forged(says: str) -> Callable[[Damage], Damage]:
     """Register a checkpoint that the decorated function changes and then seals anew."""
 
     def register(damage: Damage) -> Damage:
         def seal_anew(here: Path) -> None:
             checkpoint = stopped(here)
+            best = best_of(checkpoint)
             damage(checkpoint)
             (checkpoint / SEAL).unlink()
-            _seal(checkpoint, best=None)
-            if code == 1:  # a run that was begun is the last one
-                (here / "runs" / "latest").unlink()
-                (here / "runs" / "latest").symlink_to("stopped")
+            _seal(checkpoint, best)
 
-        BUILT.append(Case(damage.__name__, "train runs/stopped --resume", says, code, seal_anew))
+        BUILT.append(Case(damage.__name__, "train runs/stopped --resume", says, damage=seal_anew))
         return damage
 
     return register
 
 
-@forged("optimizer or scheduler is more than numbers", code=1)
+def resave(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a file of torch's holds."""
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+def remember(checkpoint: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change one of the moments of the first parameter."""
+
+    def anew(state: dict[str, Any]) -> None:
+        state["state"][0][name] = change(state["state"][0][name])
+
+    resave(checkpoint / "optimizer.pt", anew)
+
+
+@forged("optimizer.pt: is more than numbers, and was not loaded")
 def checkpoint_with_an_optimizer_that_runs_code(checkpoint: Path) -> None:
     torch.save(Bomb(), checkpoint / "optimizer.pt")
 
 
-@forged("optimizer or scheduler is more than numbers", code=1)
+@forged("scheduler.pt: is more than numbers, and was not loaded")
 def checkpoint_with_a_scheduler_that_runs_code(checkpoint: Path) -> None:
     torch.save(Bomb(), checkpoint / "scheduler.pt")
 
 
-@forged("optimizer or scheduler is more than numbers", code=1)
+@forged("optimizer.pt: not a file that torch wrote")
 def checkpoint_with_an_optimizer_of_text(checkpoint: Path) -> None:
     (checkpoint / "optimizer.pt").write_text("x" * 100)
 
 
-@forged("its optimizer or scheduler is not of this training", code=1)
+@forged("optimizer.pt: not a file that torch wrote")
+def checkpoint_with_an_optimizer_of_zeros(checkpoint: Path) -> None:
+    file = checkpoint / "optimizer.pt"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@forged("scheduler.pt: cannot be read: ")
+def checkpoint_with_a_scheduler_of_another_archive(checkpoint: Path) -> None:
+    with zipfile.ZipFile(checkpoint / "scheduler.pt", "w") as archive:
+        archive.writestr("readme", "nothing of torch's")
+
+
+@forged("optimizer.pt: is a packed file, which torch does not write")
+def checkpoint_with_an_optimizer_that_unpacks_to_a_gib(checkpoint: Path) -> None:
+    torch.save({"state": torch.zeros(2**20)}, checkpoint / "big.pt")
+    with (
+        zipfile.ZipFile(checkpoint / "big.pt") as big,
+        zipfile.ZipFile(checkpoint / "optimizer.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for part in big.infolist():
+            small.writestr(part.filename, big.read(part))
+        small.writestr("more", bytes(2**30))
+    (checkpoint / "big.pt").unlink()
+
+
+@forged("optimizer.pt: is not this training's optimizer")
 def checkpoint_with_another_optimizer(checkpoint: Path) -> None:
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    state["param_groups"].pop()
-    torch.save(state, checkpoint / "optimizer.pt")
+    resave(checkpoint / "optimizer.pt", lambda state: state["param_groups"].pop())
 
 
-@forged("has no optimizer, so nothing can go on from it", code=1)
+@forged("optimizer.pt: is not this training's optimizer")
+def checkpoint_with_a_number_for_an_optimizer(checkpoint: Path) -> None:
+    torch.save({"param_groups": 1, "state": 2}, checkpoint / "optimizer.pt")
+
+
+@forged("optimizer.pt: betas: expected (0.9, 0.999)")
+def checkpoint_with_other_betas(checkpoint: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["param_groups"][0]["betas"] = (torch.zeros(9), 2.0)
+
+    resave(checkpoint / "optimizer.pt", change)
+
+
+@forged("optimizer.pt: state 7000: belongs to no parameter")
+def checkpoint_with_moments_of_nothing(checkpoint: Path) -> None:
+    resave(checkpoint / "optimizer.pt", lambda s: s["state"].update({7000: s["state"].pop(0)}))
+
+
+@forged("exp_avg: float32 [5] found")
+def checkpoint_with_moments_of_another_shape(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg", lambda numbers: numbers[:5].clone())
+
+
+@forged("exp_avg: float32 [1000000, 1000000] found")
+def checkpoint_with_moments_of_an_endless_shape(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg", lambda numbers: numbers[:1].expand(10**6, 10**6))
+
+
+@forged("exp_avg_sq: float16")
+def checkpoint_with_moments_of_another_type(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg_sq", lambda numbers: numbers.half())
+
+
+@forged("exp_avg: expected a tensor")
+def checkpoint_with_sparse_moments(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg", lambda numbers: numbers.to_sparse())
+
+
+@forged("exp_avg: has numbers that are not finite")
+def checkpoint_with_a_nan_in_its_moments(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg", lambda numbers: numbers * float("nan"))
+
+
+@forged("exp_avg_sq: has numbers that are not finite")
+def checkpoint_with_an_infinity_in_its_moments(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg_sq", lambda numbers: numbers + float("inf"))
+
+
+@forged("exp_avg_sq: squares below 0")
+def checkpoint_with_negative_squares(checkpoint: Path) -> None:
+    remember(checkpoint, "exp_avg_sq", lambda numbers: -numbers - 1)
+
+
+@forged("step: expected 1 to 2")
+def checkpoint_of_a_thousand_updates(checkpoint: Path) -> None:
+    remember(checkpoint, "step", lambda number: number + 1000)
+
+
+@forged("scheduler.pt: base_lrs: expected [0.")
+def checkpoint_with_another_rate(checkpoint: Path) -> None:
+    resave(checkpoint / "scheduler.pt", lambda state: state.update(base_lrs=[1.0, 1.0]))
+
+
+@forged("scheduler.pt: last_epoch: expected 2")
+def checkpoint_with_a_schedule_of_another_step(checkpoint: Path) -> None:
+    resave(checkpoint / "scheduler.pt", lambda state: state.update(last_epoch=10**9))
+
+
+@forged("has no optimizer.pt, so nothing can go on from it")
 def checkpoint_without_an_optimizer(checkpoint: Path) -> None:
     (checkpoint / "optimizer.pt").unlink()
 
 
-@forged("has no scheduler, so nothing can go on from it", code=1)
+@forged("scheduler.pt: is missing, so nothing can go on from it")
 def checkpoint_without_a_scheduler(checkpoint: Path) -> None:
     (checkpoint / "scheduler.pt").unlink()
 
@@ -791,25 +898,83 @@ def checkpoint_with_a_deep_state(checkpoint: Path) -> None:
     (checkpoint / "trainer_state.json").write_text("[" * 100_000)
 
 
-@forged("trainer_state.json: expected the state of step 2")
-def checkpoint_of_another_step(checkpoint: Path) -> None:
-    patch(checkpoint / "trainer_state.json", {"global_step": 10**9})
+def forged_state(says: str, **changes: Any) -> None:
+    """Register a checkpoint with other values in its state."""
+
+    def damage(checkpoint: Path) -> None:
+        patch(checkpoint / "trainer_state.json", changes)
+
+    damage.__name__ = f"checkpoint_with {changes}"
+    forged(f"trainer_state.json: {says}")(damage)
 
 
-@forged("log_history: expected a list of entries")
-def checkpoint_with_a_number_for_a_log(checkpoint: Path) -> None:
-    patch(checkpoint / "trainer_state.json", {"log_history": 5})
+ENTRY = {"step": 1, "loss": 1.0}
+forged_state("expected the state of step 2", global_step=10**9)
+forged_state("expected the state of step 2", global_step=-1)
+forged_state("log_history: Input should be a valid list", log_history=5)
+forged_state("log_history: expected the steps 1 to 2", log_history=[])
+forged_state("log_history: expected the steps 1 to 2", log_history=[ENTRY] * 2)
+forged_state("log_history.0.step: Field required", log_history=[{"loss": 1.0}])
+forged_state(
+    "log_history.0.loss: Input should be a valid number", log_history=[ENTRY | {"loss": "x"}]
+)
+forged_state("epoch: Input should be a finite number", epoch=float("nan"))
+forged_state("total_flos: Input should be a valid number", total_flos="many")
+forged_state("best_metric: Input should be a finite number", best_metric=float("inf"))
+forged_state("best_global_step: expected 2, as in sha256.json", best_global_step=10**9)
+forged_state("best_global_step: Input should be a valid integer", best_global_step="../../precious")
+NO_BEST = {"best_global_step": None, "best_model_checkpoint": "/elsewhere"}
+forged_state("best_global_step: Field required", **NO_BEST)
+forged_state("'evil': Trainer's state has no such key", evil=1)
 
 
 @forged("has no adapter_model.safetensors")
 def checkpoint_with_a_pickled_adapter(checkpoint: Path) -> None:
-    (checkpoint / "adapter_model.safetensors").unlink()
+    (checkpoint / "adapter_model.safetensors").rename(checkpoint / ".hidden")
+
+
+@forged("adapter_model.bin: is no part of a checkpoint")
+def checkpoint_with_a_pickle_beside_its_adapter(checkpoint: Path) -> None:
     torch.save(Bomb(), checkpoint / "adapter_model.bin")
 
 
-@forged("it has no base_model.model.model.layers.0.mlp.down_proj.san_gamma")
+@forged("second: is no part of a checkpoint")
+def checkpoint_with_an_adapter_inside(checkpoint: Path) -> None:
+    (checkpoint / "second").mkdir()
+    torch.save(Bomb(), checkpoint / "second" / "adapter_model.bin")
+
+
+@forged("has no base_model.model.model.layers.0.mlp.down_proj.san_gamma")
 def checkpoint_of_another_adapter(checkpoint: Path) -> None:
     rewrite(checkpoint / "adapter_model.safetensors", lambda tensors: tensors.pop(first(tensors)))
+
+
+@forged("san_gamma: has numbers that are not finite")
+def checkpoint_with_a_nan_in_its_adapter(checkpoint: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[first(tensors)][0] = float("nan")
+
+    rewrite(checkpoint / "adapter_model.safetensors", change)
+
+
+@forged("san_gamma: float32 [64] found, float32 [32] expected")
+def checkpoint_of_a_wider_adapter(checkpoint: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[first(tensors)] = tensors[first(tensors)].repeat(2)
+
+    rewrite(checkpoint / "adapter_model.safetensors", change)
+
+
+@bad("train runs/stopped --resume", "checkpoints: expected a folder; move away what stands there")
+def run_with_a_file_for_checkpoints(here: Path) -> None:
+    shutil.rmtree(stopped(here).parent)
+    (here / "runs" / "stopped" / "checkpoints").write_text("none")
+
+
+@bad("train runs/stopped --resume", "log.jsonl: expected a file; move away what stands there")
+def run_with_a_folder_for_a_log(here: Path) -> None:
+    (here / "runs" / "stopped" / "log.jsonl").unlink()
+    (here / "runs" / "stopped" / "log.jsonl").mkdir()
 
 
 @bad("train runs/stopped --resume", "checkpoints: none is whole")
