@@ -75,8 +75,8 @@ def check_content(folder: Path, model: PeftModel, engine: Engine) -> None:
         return
     if not (folder / OPTIMIZER).is_file():
         raise InputError(
-            f"{folder}: has no {OPTIMIZER}, so nothing can go on from it; what DeepSpeed wrote goes "
-            "on with DeepSpeed"
+            f"{folder}: has no {OPTIMIZER}, so nothing can go on from it; what DeepSpeed wrote "
+            "goes on with DeepSpeed"
         )
     step, best = step_of(folder), best_of(folder)
     for one in {step, best or step}:
