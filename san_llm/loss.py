@@ -112,23 +112,14 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, len(hidden), step):
-            part, right = hidden[start : start + step], targets[start : start + step, None]
-            logits = F.linear(part, weight, bias).to(wide)  # (step, vocabulary)
-            if cap is not None:
-                slope = 1 - logits.div_(cap).tanh_().square()
-                logits.mul_(cap)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(-1, right)).sum()
-            if gradient is not None:
-                chances = logits.sub_(log_sum).exp_()
-                chances.scatter_add_(-1, right, torch.full_like(log_sum, -1.0))
-                if cap is not None:
-                    chances.mul_(slope)
-                gradient[start : start + step] = chances.to(weight.dtype) @ weight
+            chosen = slice(start, start + step)
+            into = None if gradient is None else gradient[chosen]
+            logits = F.linear(hidden[chosen], weight, bias).to(wide)
+            total += _chunk_loss(logits, targets[chosen, None], weight, cap, into)
+            del logits  # before there are the next ones
         ctx.save_for_backward(gradient)
         return total
 
@@ -136,3 +127,29 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grads[0], None, None, None, None
+
+
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, weight: Tensor, cap: float | None, gradient: Tensor | None
+) -> Tensor:
+    """Return the loss of logits (n, vocabulary), in whose memory all is computed.
+
+    Args:
+        logits: Overwritten: fresh memory for a chunk takes longer than its arithmetic.
+        targets: (n, 1).
+        weight: (vocabulary, hidden).
+        cap: See ``_HeadLoss``.
+        gradient: (n, hidden), written unless None: that of what the logits were made of.
+    """
+    if cap is not None:
+        slope = 1 - logits.div_(cap).tanh_().square()
+        logits.mul_(cap)
+    largest, right = logits.amax(-1, keepdim=True), logits.gather(-1, targets)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    if gradient is not None:
+        chances = logits.div_(sums)
+        chances.scatter_add_(-1, targets, torch.full_like(sums, -1.0))
+        if cap is not None:
+            chances.mul_(slope)
+        torch.mm(chances.to(weight.dtype), weight, out=gradient)
+    return (sums.log() + largest - right).sum()

@@ -43,16 +43,16 @@ class Scaled(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the gradients to features and scale."""
         features, scale = ctx.saved_tensors
-        d_features, d_scale = _like(grads[0]), torch.zeros_like(scale)
+        d_features, d_scale = _like(grads[0]), _Summed()
         parts = _blocks(grads[0], features, d_features, scratch=2, dtype=scale.dtype)
         for grad, x, d_x, wide, work in parts:
             grad = _wide(grad, wide)
-            d_scale += torch.mul(grad, _wide(x, work), out=work).sum(0)
+            d_scale.add(grad, _wide(x, work))
             _times(grad, scale, d_x, wide)
-        return d_features, d_scale
+        return d_features, d_scale.gradient()
 
 
 class ScaledNorm(torch.autograd.Function):
@@ -80,19 +80,20 @@ class ScaledNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Return the gradients to x and the weight."""
         x, weight, rstds = ctx.saved_tensors
-        d_x, d_weight = _like(x), torch.zeros_like(weight)
+        d_x, d_weight = _like(x), _Summed()
         parts = _blocks(x, rstds, grads[0], d_x, scratch=3, dtype=weight.dtype)
         for x_, rstd, grad, d_x_, n, wide, work in parts:
             torch.mul(_wide(x_, n), rstd, out=n)
             grad = _wide(grad, wide)
-            d_weight += torch.mul(n, grad, out=work).sum(0)
-            inner = work.mul_(weight).mean(-1, keepdim=True)
-            torch.mul(grad, weight, out=work).sub_(n.mul_(inner))
+            d_weight.add(n, grad)
+            torch.mul(grad, weight, out=work)
+            inner = torch.linalg.vecdot(work, n).unsqueeze(-1)
+            work.addcmul_(n, inner.div_(-n.shape[-1]))
             _times(work, rstd, d_x_, work)
-        return d_x, d_weight, None, None
+        return d_x, d_weight.gradient(), None, None
 
 
 class ScaledSwiGLU(torch.autograd.Function):
@@ -121,16 +122,15 @@ class ScaledSwiGLU(torch.autograd.Function):
         """Return the gradients to gate, up, g and c."""
         gate, up, g, c = ctx.saved_tensors
         d_gate, d_up = _like(gate), _like(up)
-        d_g = None if g is None else torch.zeros_like(g)
-        d_c = None if c is None else torch.zeros_like(c)
+        d_g, d_c = _Summed(), _Summed()
         wide = _widest(gate, g, c)
         parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=6, dtype=wide)
         for gate_, up_, d_h, d_gate_, d_up_, a, work, more, *wides in parts:
             gate_, up_, d_h = map(_wide, (gate_, up_, d_h), wides)
             _times(gate_, g, a, a)
-            torch.mul(_activate(a, ctx.gelu, out=work), d_h, out=work)
-            if d_c is not None:
-                d_c += torch.mul(work, up_, out=more).sum(0)
+            _activate(a, ctx.gelu, out=work).mul_(d_h)
+            if c is not None:
+                d_c.add(work, up_)
             _times(work, c, d_up_, more)
             _times(d_h, c, work, more).mul_(up_)
             if ctx.gelu:
@@ -138,10 +138,30 @@ class ScaledSwiGLU(torch.autograd.Function):
                 gradient(work, a, approximate="tanh", grad_input=work)
             else:
                 torch.ops.aten.silu_backward.grad_input(work, a, grad_input=work)
+            if g is not None:
+                d_g.add(work, gate_)
             _times(work, g, d_gate_, more)
-            if d_g is not None:
-                d_g += work.mul_(gate_).sum(0)
-        return d_gate, d_up, d_g, d_c, None
+        return d_gate, d_up, d_g.gradient(), d_c.gradient(), None
+
+
+class _Summed:
+    """The gradient of a scale: products added up block by block, over tokens only at the end."""
+
+    def __init__(self) -> None:
+        self.products: Tensor | None = None
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Add ``one * other`` of a block (tokens, d), which has at most the first one's tokens."""
+        if self.products is not None:
+            self.products[: len(one)].addcmul_(one, other)
+            return
+        products = one * other
+        # Elsewhere than on a CPU the first block is the only one.
+        self.products = products if one.device.type == "cpu" else products.sum(0, keepdim=True)
+
+    def gradient(self) -> Tensor | None:
+        """Return the sum (d,), or None where nothing was added."""
+        return None if self.products is None else self.products.sum(0)
 
 
 def _activate(features: Tensor, gelu: bool, out: Tensor) -> Tensor:
@@ -191,9 +211,9 @@ def _blocks(
     tokens, width = flat[0].shape
     step = max(1, BLOCK // width) if flat[0].device.type == "cpu" else max(1, tokens)
     work = [flat[0].new_empty(min(step, tokens), width, dtype=dtype) for _ in range(scratch)]
-    for start in range(0, tokens, step):
-        parts = [tensor[start : start + step] for tensor in flat]
-        yield parts + [tensor[: len(parts[0])] for tensor in work]
+    for parts in zip(*(tensor.split(step) for tensor in flat), strict=True):
+        rows = len(parts[0])
+        yield [*parts, *(work if rows == len(work[0]) else (tensor[:rows] for tensor in work))]
 
 
 def _like(features: Tensor) -> Tensor:
