@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -22,12 +23,14 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from tiny import rows, save_tiny, write_rows
 from tiny_gguf import gguf_model, write_gguf
 
 from san_llm.cli import app
 from san_llm.data.rows import POCKET
 from san_llm.gguf import convert_gguf
+from san_llm.recipe import LoraMethod, Recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"commands.md", "recipe.md"}
@@ -248,6 +251,68 @@ def test_the_reading_of_a_command_line_sees_mistakes():
             check(wrong)
 
 
+# --- recipes translated from other programs ---
+
+
+def translated() -> tuple[dict[str, Any], Recipe, dict[str, Any], Recipe]:
+    """Return what the page of the move shows: a command line and a YAML, each with its recipe."""
+    page = blocks("docs/moving.md")
+    (line,) = [block.text for block in page if "finetune.py" in block.text]
+    flags = dict(re.findall(r"--(\w+) '?([^'\s]+)", line))
+    named = {block.title: block.text for block in page if block.title}
+    return (
+        {key: yaml.safe_load(value) for key, value in flags.items()},
+        parse_recipe(named["math.yaml"], "math.yaml"),
+        yaml.safe_load(named["llama3_lora_sft.yaml"]),
+        parse_recipe(named["alpaca.yaml"], "alpaca.yaml"),
+    )
+
+
+def test_a_translated_command_line_of_llm_adapters_says_the_same():
+    flags, recipe, _, _ = translated()
+    training, data, method = recipe.training, recipe.data, recipe.method
+    assert flags == {
+        "base_model": recipe.base.model,
+        "data_path": data.train,
+        "output_dir": "./trained_models/llama-lora",
+        "batch_size": training.batch_size,
+        "micro_batch_size": training.micro_batch_size,
+        "num_epochs": training.epochs,
+        "learning_rate": f"{training.learning_rate * 1e4:g}e-4",  # text, by YAML 1.1
+        "cutoff_len": data.cutoff,
+        "val_set_size": data.held_out,
+        "adapter_name": method.name,
+    }
+    # Defaults of its script that are not ours.
+    assert isinstance(method, LoraMethod)
+    assert (method.rank, method.alpha, method.dropout) == (8, 16, 0.05)
+    assert (training.warmup_steps, training.schedule, data.loss) == (100, "linear", "all")
+
+
+def test_a_translated_file_of_llama_factory_says_the_same():
+    _, _, told, recipe = translated()
+    training, data, method = recipe.training, recipe.data, recipe.method
+    assert told["model_name_or_path"] == recipe.base.model
+    assert told["trust_remote_code"] == recipe.base.trust_remote_code
+    assert isinstance(method, LoraMethod)
+    assert (told["lora_rank"], 2 * told["lora_rank"]) == (method.rank, method.alpha)
+    assert method.dropout == 0
+    names = tuple(f"data/{name}.json" for name in told["dataset"].split(","))
+    assert (names, told["cutoff_len"]) == (data.train, data.cutoff)
+    assert told["preprocessing_num_workers"] == data.workers
+    rows = told["per_device_train_batch_size"] * told["gradient_accumulation_steps"]
+    assert (rows, told["per_device_train_batch_size"]) == (
+        training.batch_size,
+        training.micro_batch_size,
+    )
+    assert told["learning_rate"] == training.learning_rate
+    assert told["num_train_epochs"] == training.epochs
+    assert told["lr_scheduler_type"] == training.schedule
+    assert told["save_steps"] == training.evaluate_every
+    steps = training.epochs * math.ceil((91 + told["max_samples"]) / rows)
+    assert training.warmup_steps == math.ceil(told["warmup_ratio"] * steps)
+
+
 # --- sessions ---
 
 
@@ -258,8 +323,8 @@ def base(tmp_path_factory) -> Path:
 
 def start(page: str, base: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make what a reader of the page has: a base, rows, the protocol's data, perhaps a run."""
-    if page == "docs/serving.md":  # which writes GGUF: a tokenizer of bytes
-        model = gguf_model(hidden_size=64, intermediate_size=96, max_position_embeddings=4096)
+    if page in ("docs/four-bit.md", "docs/serving.md"):  # which write GGUF: a tokenizer of bytes
+        model = gguf_model(hidden_size=64, intermediate_size=128, max_position_embeddings=4096)
         convert_gguf(write_gguf(Path("tiny.gguf"), model), Path("models/smollm2-135m"))
     else:
         shutil.copytree(base, "models/smollm2-135m")
