@@ -39,6 +39,19 @@ def place() -> str:
     return f"{socket.gethostname()} {space}".strip()
 
 
+def boot() -> str:
+    """Return what names this run of the machine, until it starts again."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not on Linux
+        return ""
+
+
+def started(process: psutil.Process) -> float:
+    """Return the seconds from the machine's start to a process's, which no set clock moves."""
+    return process.create_time() - psutil.boot_time()
+
+
 def refuse_busy(run: Path) -> None:
     """Refuse a run that another process trains into at this moment.
 
@@ -75,7 +88,8 @@ def sole_writer(run: Path) -> Iterator[None]:
     path = run / NAME
     mine = {
         "process": os.getpid(),
-        "created": psutil.Process().create_time(),
+        "created": started(psutil.Process()),
+        "boot": boot(),
         "place": place(),
         "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
     }
@@ -140,9 +154,8 @@ def _alive(path: Path, owner: dict[str, Any]) -> bool:
         try:
             process = psutil.Process(number)
             # The same number may have gone to another process since; the kernel's clock is coarse.
-            return abs(process.create_time() - created) < 2 and (
-                process.status() != psutil.STATUS_ZOMBIE
-            )
+            same = owner.get("boot") == boot() and abs(started(process) - created) < 2
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
     stderr.print(

@@ -21,7 +21,8 @@ def write(run: Path, **changes: object) -> Path:
     """Write a lock of this very process, but for the changes."""
     owner = {
         "process": os.getpid(),
-        "created": psutil.Process().create_time(),
+        "created": lock.started(psutil.Process()),
+        "boot": lock.boot(),
         "place": place(),
         "since": "2026-11-24 10:00:00+00:00",
     }
@@ -44,6 +45,19 @@ def test_the_lock_is_held_while_the_block_runs(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_clock_that_is_set_does_not_free_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path)
+    # As the kernel tells after the clock went back by an hour: all its times are behind.
+    created, booted = psutil.Process().create_time() - 3600, psutil.boot_time() - 3600
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created)
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted)
+    with pytest.raises(InputError, match=f"process {os.getpid()} has been training"):
+        refuse_busy(tmp_path)
+    path.unlink()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"process": "x"}', "null"])
 def test_a_lock_that_says_nothing_is_no_obstacle(tmp_path: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)
@@ -59,7 +73,11 @@ def test_the_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
     with sole_writer(tmp_path):
         pass
     # Its number may belong to another process by now.
-    write(tmp_path, created=psutil.Process().create_time() - 60)
+    write(tmp_path, created=lock.started(psutil.Process()) - 60)
+    with sole_writer(tmp_path):
+        pass
+    # Or the machine has started again, and gave the same numbers at the same time.
+    write(tmp_path, boot="another")
     with sole_writer(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
