@@ -17,10 +17,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -31,6 +33,7 @@ from san_llm.cli import app
 from san_llm.data.rows import POCKET
 from san_llm.gguf import convert_gguf
 from san_llm.recipe import LoraMethod, Recipe, parse_recipe
+from san_llm.san.carriers import merged_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"commands.md", "recipe.md"}
@@ -249,6 +252,44 @@ def test_the_reading_of_a_command_line_sees_mistakes():
     for wrong in (["evla"], ["eval", "--limits", "3"], ["eval", "-x"], ["recipes", "chek"]):
         with pytest.raises(AssertionError, match="no such"):
             check(wrong)
+
+
+# --- pictures ---
+
+
+def drawn(picture: str) -> dict[str, np.ndarray]:
+    """Return the numbers of each grid in one of the pictures of the method, by its id."""
+    root = ElementTree.parse(ROOT / "docs" / "pictures" / f"san-{picture}.svg").getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    grids = {}
+    for group in root.iter(f"{svg}g"):
+        texts = [
+            (float(text.attrib["y"]), float(str(text.text).replace("\N{MINUS SIGN}", "-")))
+            for text in group.iter(f"{svg}text")
+        ]
+        rows = sorted({y for y, _ in texts})
+        grids[group.attrib["id"]] = np.array([[n for y, n in texts if y == row] for row in rows])
+    return grids
+
+
+def test_the_numbers_in_the_pictures_are_those_of_the_method():
+    neuron, synapse, merge = drawn("neuron"), drawn("synapse"), drawn("merge")
+    wx = neuron["W"] @ neuron["x"]
+    assert np.array_equal(neuron["Wx"], wx)
+    assert np.array_equal(neuron["y"], neuron["gamma"] * wx)
+
+    gamma, v = synapse["gamma"], synapse["V"]
+    assert np.array_equal(gamma, neuron["gamma"])
+    assert np.array_equal(synapse["s"], gamma.T)
+    assert np.array_equal(synapse["Vs"], v * gamma.T)
+    assert np.array_equal(synapse["z"].T, synapse["Vs"] @ neuron["y"])
+    assert np.array_equal(synapse["base"].T, v @ wx)
+
+    assert np.array_equal(merge["s"], gamma.T)
+    assert np.array_equal(merge["V"], v)
+    # The merge's own arithmetic, on the numbers of the picture.
+    merged = merged_weight(v, merge["gamma"][:, 0], None, merge["s"][0])
+    assert np.array_equal(merge["merged"], merged)
 
 
 # --- recipes translated from other programs ---
