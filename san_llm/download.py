@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError, SanError, did_you_mean, first_line, plain
+from san_llm.errors import InputError, SanError, did_you_mean, first_line, nearest_file, plain
 from san_llm.progress import bar, stderr
 from san_llm.record import refuse_files, whole_folder
 
@@ -164,7 +164,8 @@ def fetch(
         if local_dir is not None:
             raise SanError(f"{name}: could not be downloaded: the hub cannot be reached") from None
         raise InputError(
-            f"{name}: no such folder, and not in the hub's cache; the hub cannot be reached"
+            f"{name}: no such folder{nearest_file(Path(name))}, and not in the hub's cache; "
+            "the hub cannot be reached"
         ) from None
     except RepositoryNotFoundError:
         raise InputError(

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class SanError(Exception):
@@ -31,6 +32,15 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     close = get_close_matches(found.lower(), list(names), n=1, cutoff=0.5)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
+
+
+def nearest_file(path: Path) -> str:
+    """Return ``" (did you mean 'folder/x'?)"`` for the nearest name in the path's folder."""
+    try:
+        close = get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.6)
+    except OSError:
+        return ""
+    return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""
 
 
 def not_one_of(found: object, known: Collection[str]) -> str:

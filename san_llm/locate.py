@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from san_llm.download import PINNED, fetch, model_folder
-from san_llm.errors import InputError, SanError, did_you_mean, plain
+from san_llm.errors import InputError, SanError, did_you_mean, nearest_file, plain
 from san_llm.recipe import Base
 from san_llm.record import cache_folder, read_json
 
@@ -25,7 +25,9 @@ def locate(model: str) -> str:
     folder = model_folder(model)
     if folder is not None and not Path(model).exists():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{model}: not here yet: `san-llm download {model}` gets it")
+            raise InputError(
+                f"{model}: not here yet: `san-llm download {model}` gets it, into {folder}"
+            )
         return str(folder.resolve())
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
@@ -38,7 +40,8 @@ def locate(model: str) -> str:
         raise InputError(f"{model}: a file; expected a folder, a .gguf file or a hub id")
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local or ("/" not in model and did_you_mean(model, PINNED)):
-        raise InputError(f"{model}: no such folder{did_you_mean(model, PINNED)}")
+        near = did_you_mean(model, PINNED) or nearest_file(path)
+        raise InputError(f"{model}: no such folder{near}")
     return model
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from san_llm.data.prompts import PromptStyle
 from san_llm.data.tasks import TASKS, find_tasks
-from san_llm.errors import InputError, did_you_mean, masked, not_one_of
+from san_llm.errors import InputError, did_you_mean, masked, nearest_file, not_one_of
 from san_llm.san.graph import KINDS, TARGETS, check_combination, check_targets
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -526,6 +526,7 @@ def _raw(text: str, source: _Source, overrides: Sequence[str]) -> dict[str, Any]
         raise InputError(
             f"{source.file}: expected a mapping with the sections "
             f"{', '.join(name for name in Recipe.model_fields if name != 'name')}"
+            f"{'; rows belong in data.train of a recipe' if isinstance(raw, list) else ''}"
         )
     # The method's name first: it decides which other keys there are.
     for argument in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
@@ -779,7 +780,8 @@ def find_recipe(text: str) -> Path:
     """
     path = Path(text)
     if path.is_dir():
-        raise InputError(f"{text}: a directory; expected a recipe, a YAML file")
+        hint = "; a run goes on with --resume" if (path / "recipe.yaml").is_file() else ""
+        raise InputError(f"{text}: a directory; expected a recipe, a YAML file{hint}")
     if path.exists():
         return path
     shipped = shipped_recipes()
@@ -787,8 +789,9 @@ def find_recipe(text: str) -> Path:
     name = path.stem if path.suffix in ("", ".yaml") and path.parent.name in ("", "recipes") else ""
     if name in shipped:
         return shipped[name]
+    near = nearest_file(path) if path.suffix or len(path.parts) > 1 else ""
     raise InputError(
-        f"{text}: no such recipe{did_you_mean(path.stem, shipped)}; "
+        f"{text}: no such recipe{near or did_you_mean(path.stem, shipped)}; "
         f"shipped are {', '.join(shipped)}"
     )
 

@@ -41,7 +41,7 @@ def find_subject(
 
     Args:
         model: A base, or a model of its own when no adapter is named.
-        adapter: An adapter's folder.
+        adapter: An adapter's folder, or its run's.
         base_only: Leave the adapter of the last run out.
         dtype: Instead of the base's.
 
@@ -60,6 +60,8 @@ def find_subject(
         run = last_run()
         recipe = recipe_of(run)
         return Subject(recipe.base, None if base_only else adapter_of(run), run, recipe)
+    if (adapter / "recipe.yaml").is_file():  # a run's folder instead of its adapter's
+        adapter = adapter_of(adapter)
     owner = run_of(adapter)
     recipe_or_none = recipe_of(owner) if owner else None
     if recipe_or_none is not None and model is None:

@@ -106,7 +106,8 @@ def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]
     else:
         if data.held_out >= len(rows):
             raise InputError(
-                f"data.held_out: {data.held_out} of {len(rows)} rows leave none to train on"
+                f"data.held_out: {data.held_out} of {len(rows)} rows leave none to train on; "
+                f"expected 0 to {len(rows) - 1}, or a file"
             )
         chosen = set(random.Random(recipe.training.seed).sample(range(len(rows)), data.held_out))
         held_out = [row for number, row in enumerate(rows) if number in chosen]

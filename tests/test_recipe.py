@@ -1,5 +1,6 @@
 """Recipes: strict, every mistake at once with its line, overrides, and a faithful printed form."""
 
+import re
 from dataclasses import fields
 from typing import get_args
 
@@ -183,6 +184,11 @@ def test_all_mistakes_are_reported_at_once():
         ("", "mine.yaml: the file is empty"),
         ("# only a comment\n", "mine.yaml: the file is empty"),
         ("- a\n- b\n", "mine.yaml: expected a mapping with the sections base, method, data, "),
+        (
+            '[{"output": "a"}]',
+            "mine.yaml: expected a mapping with the sections base, method, data, training, "
+            "evaluation; rows belong in data.train of a recipe",
+        ),
         ("hello", "mine.yaml: expected a mapping with the sections base, method, data, "),
         (GOOD + "\tname: x\n", "mine.yaml:10: not valid YAML: "),
         (GOOD + "name: [a\n", "mine.yaml:11: not valid YAML: "),
@@ -376,6 +382,16 @@ def test_a_recipe_is_found_by_path_or_by_shipped_name(here):
         find_recipe("elsewhere/smollm2_demo.yaml")
     with pytest.raises(InputError, match="a directory; expected a recipe"):
         find_recipe(".")
+    (here / "runs" / "mine-1").mkdir(parents=True)
+    (here / "runs" / "mine-1" / "recipe.yaml").write_text(GOOD)
+    (here / "mine.yaml").write_text(GOOD)
+    for typed, hint in (
+        ("mine.yml", "(did you mean 'mine.yaml'?)"),
+        ("runs/mine1", "(did you mean 'runs/mine-1'?)"),
+        ("runs/mine-1", "; a run goes on with --resume"),
+    ):
+        with pytest.raises(InputError, match=re.escape(hint)):
+            find_recipe(typed)
 
 
 # --- the printed form ---

@@ -46,8 +46,10 @@ def test_base_only_leaves_the_adapter_out_and_keeps_how_the_base_is_loaded(run):
 
 
 def test_an_adapter_in_a_run_takes_the_runs_base_and_one_elsewhere_the_base_it_names(run, here):
-    subject = find_subject(adapter=run / "adapter")
-    assert (subject.base.model, subject.run) == ("models/mine", run)
+    for named in (run / "adapter", run):
+        subject = find_subject(adapter=named)
+        assert (subject.base.model, subject.run) == ("models/mine", run)
+        assert subject.adapter == run / "adapter"
     alone = adapter(here / "alone", base_model_name_or_path="models/other")
     subject = find_subject(adapter=alone)
     assert (subject.base.model, subject.base.dtype) == ("models/other", "float32")

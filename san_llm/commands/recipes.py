@@ -47,11 +47,11 @@ def list_recipes(as_json: Json = False) -> None:
         print(json.dumps({name: {"hardware": about} for name, (_, about) in found.items()}))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "base", "bits", "hardware"):
-        table.add_column(column)
+    for column in ("recipe", "hardware"):
+        table.add_column(column, overflow="fold")
     for name, (recipe, about) in found.items():
-        bits = recipe.base.quantization or recipe.base.dtype
-        table.add_row(f"[bold]{name}[/]", recipe.base.model, bits, about)
+        in_4_bits = f", in {recipe.base.quantization}" if recipe.base.quantization else ""
+        table.add_row(f"[bold]{name}[/]", f"{recipe.base.model}{in_4_bits}: {about}")
     Console(highlight=False).print(table)
 
 

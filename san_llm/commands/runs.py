@@ -51,7 +51,13 @@ def runs(
     elif not found:
         stderr.print("no run yet in this directory: `san-llm train RECIPE` makes one")
     else:
-        Console(highlight=False).print(_table(found))
+        console = Console(highlight=False)
+        table = _table(found)
+        width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        if width > console.width and console.is_terminal:
+            console.print(_lines(table))
+        else:
+            Console(highlight=False, width=width).print(table)
 
 
 @runs_app.command(
@@ -89,12 +95,14 @@ def rm(
         stderr.print(plain(f"removed {path}, {decimal(known[str(path)].bytes)}"), markup=False)
 
 
+COLUMNS = ("run", "status", "method", "steps", "best loss", "score %", "of base", "size")
+
+
 def _table(runs: list[Run]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for column in ("status", "method", "steps", "best loss", "score", "of base", "size"):
+    for column in COLUMNS:
         right = column in ("steps", "best loss", "size")
-        table.add_column(column, justify="right" if right else "left")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for run in runs:
         name = escape(plain(run.run))
         table.add_row(
@@ -107,6 +115,17 @@ def _table(runs: list[Run]) -> Table:
             decimal(run.bytes),
         )
     return table
+
+
+def _lines(table: Table) -> str:
+    """Return a table that is too wide as two lines a run: its folder, and what is known of it."""
+    lines = []
+    for name, status, method, *known in zip(
+        *(column.cells for column in table.columns), strict=True
+    ):
+        told = [f"{of} {cell}" for of, cell in zip(COLUMNS[3:], known, strict=True) if cell != "-"]
+        lines += [str(name), f"  {status}, {method}, {', '.join(told)}"]
+    return "\n".join(lines)
 
 
 def _score(run: Run, of: str) -> str:

@@ -114,7 +114,7 @@ def inspect(
     from san_llm.recipe import find_recipe, load_recipe
 
     changes = list(overrides or [])
-    is_file = Path(what).suffix.lower() in (".json", ".jsonl")
+    is_file = Path(what).suffix.lower() not in ("", ".yaml", ".yml")
     if is_file:
         changes.insert(0, f"data.train={json.dumps(what)}")
     recipe = load_recipe(find_recipe("smollm2_demo" if is_file else what), changes)

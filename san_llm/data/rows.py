@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from san_llm.data.tasks import Task
-from san_llm.errors import InputError, did_you_mean, not_one_of
+from san_llm.errors import InputError, did_you_mean, nearest_file, not_one_of
 
 POCKET = Path(__file__).parent / "pocket"
 ROLES = ("system", "user", "assistant", "tool")
+KEYS = {"instruction": True, "input": False, "output": True, "answer": False}  # whether needed
 # A row is read whole, a list of rows at once: larger than this, neither is what it says it is.
 LONGEST_LINE, LONGEST_LIST = 16 * 2**20, 256 * 2**20  # bytes
 
@@ -131,13 +132,17 @@ def stream_values(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: a pipe or a device; expected a file")
         with path.open("rb") as file:
             if suffix not in (".json", ".jsonl"):
-                raise InputError(f"{path}: expected a .json or .jsonl file")
+                table = suffix in (".csv", ".tsv", ".xlsx", ".parquet")
+                hint = "; docs/data.md turns tables into one" if table else ""
+                raise InputError(f"{path}: expected a .json or .jsonl file{hint}")
             if suffix == ".json" and os.fstat(file.fileno()).st_size > LONGEST_LIST:
                 raise InputError(
                     f"{path}: a list of more than {LONGEST_LIST // 2**20} MiB; write it as .jsonl, "
                     "one row a line"
                 )
             yield from _lines(path, file) if suffix == ".jsonl" else _list(path, file.read())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}{nearest_file(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -222,17 +227,15 @@ def _row(path: Path, where: str, value: Any) -> Row:
         messages = _messages(path, where, value["messages"])
         return Row(messages=messages, where=f"{path}: {where}")
     texts = {}
-    for key, needed in (
-        ("instruction", True),
-        ("input", False),
-        ("output", True),
-        ("answer", False),
-    ):
+    for key, needed in KEYS.items():
         if key not in value:
             if needed:
+                others = [name for name in value if name not in KEYS]
+                hint = did_you_mean(key, others)
                 raise InputError(
                     f"{path}: {where}: key {key!r} is missing; found "
-                    f"{', '.join(map(repr, value)) or 'no keys'}{did_you_mean(key, value)}"
+                    f"{', '.join(map(repr, value)) or 'no keys'}"
+                    f"{hint or '; expected instruction and output, or messages'}"
                 )
             texts[key] = ""
             continue

@@ -71,7 +71,7 @@ def test_a_real_run_is_listed_with_what_it_came_to(command, here, recipe):
         assert part in line
 
 
-def test_each_state_is_told_the_oldest_run_first(command, here, make):
+def test_each_state_is_told_the_oldest_run_first(command, here, make, monkeypatch):
     make("broken", age=3)
     (here / "runs" / "broken" / "recipe.yaml").write_text("{")
     os.utime(here / "runs" / "broken" / "recipe.yaml", (1, 1))
@@ -86,6 +86,14 @@ def test_each_state_is_told_the_oldest_run_first(command, here, make):
         ("runs/busy", "running", 9, None),
     ]
     assert [run["latest"] for run in found] == [False, False, True]
+    monkeypatch.setenv("COLUMNS", "60")
+    piped = command("runs").stdout.splitlines()
+    assert piped[2].split()[:7] == ["runs/stopped", "stopped", "san", "7", "1.5000", "-", "-"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    narrow = command("runs").stdout.splitlines()
+    assert narrow[2] == "runs/stopped"
+    assert narrow[3].startswith("  stopped, san, steps 7, best loss 1.5000, size ")
     assert json.loads(command("runs", "--json").stdout)[2]["status"] == "stopped"
 
 

@@ -108,7 +108,11 @@ def test_a_limit_gives_the_first_rows_and_still_checks_the_others(tmp_path):
         ([GOOD, 3], ": row 2: expected an object, found a number"),
         ([GOOD, None], ": row 2: expected an object, found null"),
         ([GOOD, []], ": row 2: expected an object, found a list"),
-        ([GOOD, {}], ": row 2: key 'instruction' is missing; found no keys"),
+        ([GOOD, {}], ": row 2: key 'instruction' is missing; found no keys; expected instr"),
+        (
+            [{"conversations": []}],
+            "found 'conversations'; expected instruction and output, or messages",
+        ),
         (
             [GOOD, {"instrution": "a", "output": "b"}],
             ": row 2: key 'instruction' is missing; found 'instrution', 'output' "
@@ -195,6 +199,9 @@ def test_a_directory_instead_of_a_file_is_refused(tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.json: cannot be read: No such file"):
         read_rows(tmp_path / "nowhere.json")
+    write(tmp_path / "tickets.json", [GOOD])
+    with pytest.raises(InputError, match=r"\(did you mean '.*/tickets\.json'\?\)"):
+        read_rows(tmp_path / "ticket.jsonl")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -205,10 +212,13 @@ def test_a_file_without_read_permission_is_refused(tmp_path):
         read_rows(path)
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows"])
-def test_another_kind_of_file_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("rows.csv", "; docs/data.md turns tables into one"), ("rows.txt", ""), ("rows", "")],
+)
+def test_another_kind_of_file_is_refused(tmp_path, name, hint):
     message = refused(tmp_path / name, "instruction,output\n")
-    assert message == ": expected a .json or .jsonl file"
+    assert message == f": expected a .json or .jsonl file{hint}"
 
 
 JSON = st.recursive(
