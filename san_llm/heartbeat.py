@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from san_llm.launch import tell_failure
+from san_llm.launch import launcher_is_gone, tell_failure
 from san_llm.lock import place
 from san_llm.progress import stderr
 
@@ -65,6 +65,9 @@ def _watch(store: Any, rank: int, world: int, done: threading.Event) -> None:
     ended = False
     while not ended:
         ended = done.wait(EVERY)
+        if launcher_is_gone():  # killed: nobody is left who would tell, or end, the others
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         began = time.monotonic()
         # What this process slept itself (a laptop that was closed) is not the other's silence.
         silent += min(began - last, 2 * EVERY)

@@ -30,6 +30,7 @@ from san_llm.progress import stderr
 NOTES = "SAN_LLM_NOTES"  # the environment's name for the folder of notes
 _VERDICT, _FAILURE, _READY, _STOPPED = "verdict", "failure", "ready", "stopped"
 _FAILED, _REFUSED = "failed", "refused"  # the first line of a failure's note
+_PARENT = os.getppid()  # of a worker: its launcher
 FROZEN = 20.0  # seconds after which a worker that SIGSTOP holds counts as lost
 
 
@@ -141,7 +142,10 @@ def run_launched(command: list[str]) -> int:
     ended = 0
     with tempfile.TemporaryDirectory(prefix="san-llm-") as folder:
         # In a session of its own the launcher does not get the terminal's Ctrl-C.
-        child = subprocess.Popen(command, start_new_session=True, env={**os.environ, NOTES: folder})
+        # Torch's own warnings, pages of frames, would hide the line that counts.
+        quiet = {} if debugging() else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = {**quiet, **os.environ, NOTES: folder}
+        child = subprocess.Popen(command, start_new_session=True, env=environment)
         asked = 0
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -175,6 +179,11 @@ def run_launched(command: list[str]) -> int:
             if failure.is_file():
                 kind, _, message = failure.read_text(encoding="utf-8").partition("\n")
                 raise (InputError if kind == _REFUSED else SanError)(message)
+        if code < 0:
+            raise SanError(
+                f"the launcher of the processes was ended by {signal.Signals(-code).name}; a "
+                "training saves its step and stops, and --resume goes on"
+            )
         stopped = Path(folder, _STOPPED)
         return STOPPED[stopped.read_text()] if code == 0 and stopped.is_file() else code
 
@@ -183,6 +192,11 @@ def _send(number: int, processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)
+
+
+def launcher_is_gone() -> bool:
+    """Whether the launcher that started this worker has ended."""
+    return os.getppid() != _PARENT
 
 
 def tell_ready() -> None:

@@ -442,6 +442,23 @@ def test_workers_stop_politely_when_their_command_is_gone(
     assert (here / "run" / "checkpoints" / f"checkpoint-{last}" / "sha256.json").is_file()
 
 
+def test_a_worker_asks_itself_to_stop_when_its_launcher_is_gone(here: Path) -> None:
+    (here / "worker.py").write_text(
+        "import pathlib, signal, threading\n"
+        "from torch.distributed import HashStore\n"
+        "from san_llm import heartbeat\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked to stop'))\n"
+        "heartbeat.EVERY = 0.1\n"
+        "pathlib.Path('ready').touch()\n"
+        "heartbeat._watch(HashStore(), 0, 1, threading.Event())\n"
+    )
+    launcher = f"{sys.executable} worker.py & while [ ! -e ready ]; do sleep 0.1; done; sleep 0.5"
+    done = subprocess.run(
+        ["sh", "-c", launcher], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "asked to stop\n", done.stderr
+
+
 @pytest.mark.slow
 def test_ctrl_c_before_the_first_step_leaves_no_process(
     spawn: Spawn, here: Path, long_recipe: Path
