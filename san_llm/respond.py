@@ -76,7 +76,7 @@ def usual_style(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def question(
-    prompt: str, style: PromptStyle | None, tokenizer: PreTrainedTokenizerFast
+    prompt: str, style: PromptStyle | None, tokenizer: PreTrainedTokenizerFast, context: str = ""
 ) -> tuple[str, list[int]]:
     """Return the text that a model goes on from, and its tokens.
 
@@ -84,6 +84,7 @@ def question(
         prompt: What is asked.
         style: As in evaluation; None: the prompt as it stands.
         tokenizer: The model's.
+        context: What a training row has as ``input``; for styles with a place for it.
 
     Raises:
         InputError: when the style is ``chat`` and there is no chat template.
@@ -92,7 +93,9 @@ def question(
         return prompt, tokenizer(prompt)["input_ids"]
     if style == "chat":
         refuse_no_template(tokenizer)
-    return evaluation_text(style, Row(instruction=prompt, where="the prompt"), tokenizer)
+    return evaluation_text(
+        style, Row(instruction=prompt, context=context, where="the prompt"), tokenizer
+    )
 
 
 def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:

@@ -52,7 +52,9 @@ Seed = Annotated[
 
     san-llm generate "Why is the sky blue?"
 
-    san-llm generate --compare --prompt-style alpaca < question.txt
+    san-llm generate --compare "Translate into French." --input "It is raining."
+
+    san-llm generate --prompt-style alpaca < question.txt
 
     san-llm generate --model runs/latest/merged --json "Is ice lighter than water?" """
 )
@@ -60,6 +62,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What is asked. Default: what stdin has.")
     ] = None,
+    context: Annotated[
+        str, typer.Option("--input", help="What a training row has as its input, if any.")
+    ] = "",
     model: Model = None,
     adapter: Adapter = None,
     base_only: BaseOnly = False,
@@ -86,13 +91,16 @@ def generate(
     asked = _asked(prompt)
 
     from san_llm.model import load_config, load_subject, load_tokenizer
-    from san_llm.respond import Sampling, question, respond, room, usual_style
+    from san_llm.respond import NO_STYLE, Sampling, question, respond, room, usual_style
 
     tokenizer = load_tokenizer(subject.base)
-    if style is None:
-        style = usual_style(subject, tokenizer)
-        stderr.print(f"prompt style: {style}")
-    text, tokens = question(asked, None if style == "none" else prompt_style(style), tokenizer)
+    style = style or usual_style(subject, tokenizer)
+    if context and style == NO_STYLE:
+        raise InputError("--input: prompt style none has no place for one; put it in the prompt")
+    if not as_json:
+        stderr.print(f"asking {subject} in prompt style {style}", markup=False)
+    named = None if style == NO_STYLE else prompt_style(style)
+    text, tokens = question(asked, named, tokenizer, context)
     room(tokens, load_config(subject.base))  # told before the weights are loaded
     loaded, _ = load_subject(subject)
     how = Sampling(max_new_tokens, temperature, seed)
@@ -151,7 +159,7 @@ def chat(
         _, tokens = talk(turns[by], tokenizer)
         return respond(loaded, tokenizer, tokens, how, told, by)
 
-    for said in _lines():
+    for said in _lines(subject):
         if said == "/exit":
             return
         if said == "/clear":
@@ -204,12 +212,12 @@ def _asked(prompt: str | None) -> str:
     return prompt
 
 
-def _lines() -> Iterator[str]:
+def _lines(subject: Subject) -> Iterator[str]:
     """Give what is typed or piped in, line by line; empty ones are left out."""
     if sys.stdin.isatty():
         import readline  # noqa: F401 - input() then has a history and arrow keys
 
-        stderr.print("/clear begins anew, /exit or Ctrl-D ends")
+        stderr.print(f"asking {subject}; /clear begins anew, /exit or Ctrl-D ends", markup=False)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -241,6 +249,7 @@ def _show(
 
         answers = [ask(voices[0], told)]
         print(flush=True)
+        _say_cut(answers)
         return answers
     texts = dict.fromkeys(voices, "")
     console = Console(highlight=False)
@@ -255,7 +264,14 @@ def _show(
 
             answers.append(ask(voice, grow))
     console.print(_side_by_side({answer.by: answer.text for answer in answers}))
+    _say_cut(answers)
     return answers
+
+
+def _say_cut(answers: list[Answer]) -> None:
+    for answer in answers:
+        if not answer.ended:
+            stderr.print(f"{answer.by}: cut after {answer.tokens} tokens (--max-new-tokens)")
 
 
 def _side_by_side(texts: dict[str, str]) -> Table:

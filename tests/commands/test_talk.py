@@ -20,6 +20,7 @@ from san_llm.recipe import load_recipe
 from san_llm.record import new_run, point_latest
 
 NEW = 12
+CUT = f"model: cut after {NEW} tokens (--max-new-tokens)\n"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,8 @@ def ask(command, folder, monkeypatch):
 
 def test_a_base_answers_greedily_in_its_chat_template(ask, folder):
     done = ask("generate", "Why?", "--model", folder / "base")
-    assert (done.returncode, done.stderr) == (0, "prompt style: chat\n")
+    assert done.returncode == 0
+    assert done.stderr == f"asking {folder / 'base'} in prompt style chat\n{CUT}"
     assert done.stdout.strip() == greedy(tiny_model(), chat_text("Why?")).strip()
 
 
@@ -103,8 +105,13 @@ def test_a_run_is_asked_in_the_style_that_it_was_trained_in(ask, folder, here):
     point_latest(run)
     for which in ((), ("--base-only",)):
         done = ask("generate", "Why?", *which, "--json")
-        assert done.stderr == "prompt style: alpaca\n"
+        assert (done.stderr, json.loads(done.stdout)["style"]) == ("", "alpaca")
         assert json.loads(done.stdout)["prompt"] == evaluation_prompt("alpaca", "Why?")
+    done = ask("generate", "Why?", "--input", "Snow", "--json")
+    assert json.loads(done.stdout)["prompt"] == evaluation_prompt("alpaca", "Why?", "Snow")
+    done = ask("generate", "Why?", "--input", "Snow", "--prompt-style", "none")
+    assert done.returncode == 2
+    assert "prompt style none has no place for one" in done.stderr
     save_tiny(run / "merged")
     done = ask("generate", "Why?", "--model", run / "merged", "--json")
     assert json.loads(done.stdout)["style"] == "alpaca"
@@ -124,7 +131,7 @@ def test_sampling_repeats_with_a_seed_and_differs_from_greedy(ask, folder):
 def test_chat_keeps_the_conversation_until_it_is_cleared(ask, folder):
     said = "Hello\n\nAnd then?\n/clear\nHello\n/exit\nnever\n"
     done = ask("chat", "--model", folder / "base", said=said)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, CUT * 3)
     model = tiny_model()
     first = greedy(model, chat_text("Hello"))
     second = greedy(model, chat_text("Hello", first.strip(), "And then?"))
@@ -151,7 +158,7 @@ def test_a_conversation_that_fills_the_context_is_told_and_taken_back(ask, folde
     done = ask("chat", "--model", folder / "base", said=f"{'x' * 1100}\nHello\n")
     assert done.returncode == 0
     assert done.stderr == (
-        "the prompt has 1,123 tokens, the model's context is 1,024; /clear begins anew\n"
+        f"the prompt has 1,123 tokens, the model's context is 1,024; /clear begins anew\n{CUT}"
     )
     assert done.stdout.strip() == greedy(tiny_model(), chat_text("Hello")).strip()
 
@@ -176,7 +183,8 @@ def test_what_cannot_be_asked_is_one_line(ask, folder, here):
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert message in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert ask("generate", "x", "--model", bare).stderr == "prompt style: none\n"
+    asked = ask("generate", "x", "--model", bare)
+    assert asked.stderr.startswith(f"asking {bare} in prompt style none\n")
 
 
 def test_what_a_model_says_cannot_steer_a_terminal():
