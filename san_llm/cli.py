@@ -42,6 +42,7 @@ from san_llm.errors import (
     check_one_of,
     debugging,
     masked,
+    of_the_disk,
     plain,
     unexpected,
 )
@@ -702,8 +703,11 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if debugging():
-            raise
-        told = escape(plain(unexpected(error)))
-        stderr.print(f"[bold red]error:[/] {told}", markup=True)
-        stderr.print("san-llm --debug COMMAND ... shows where it happened")
+            sys.stderr.write(masked(traceback.format_exc()))
+            sys.exit(1)
+        told = of_the_disk(error)
+        line = escape(plain(told or unexpected(error)))
+        stderr.print(f"[bold red]error:[/] {line}", markup=True)
+        if told is None:
+            stderr.print("san-llm --debug COMMAND ... shows where it happened")
         sys.exit(1)

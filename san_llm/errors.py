@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 
 
@@ -67,6 +68,18 @@ def unexpected(error: BaseException) -> str:
     """Return the kind and the first line of an error that is not one of ours."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def of_the_disk(error: BaseException) -> str | None:
+    """Return in one line what is wrong with a place that is full or closed; None of all else."""
+    if not isinstance(error, OSError):
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (ENOSPC, EDQUOT, EFBIG):
+        return f"{where}cannot be written: {error.strerror}; make room"
+    if error.errno in (EROFS, EACCES, EPERM):
+        return f"{where}{error.strerror}; open it, or name another place"
+    return None
 
 
 def debugging() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from san_llm.errors import InputError, SanError, debugging, unexpected
+from san_llm.errors import InputError, SanError, debugging, of_the_disk, unexpected
 from san_llm.launch import tell_failure
 
 T = TypeVar("T")
@@ -51,8 +51,8 @@ def gather(values: list[T]) -> list[T]:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return what one of our errors says, and of another its kind and first line."""
-    return str(error) if isinstance(error, SanError) else unexpected(error)
+    """Return what an error of ours or of the disk says, and of another its kind and first line."""
+    return str(error) if isinstance(error, SanError) else of_the_disk(error) or unexpected(error)
 
 
 @contextmanager

@@ -55,8 +55,10 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names no file
         raise
 
 
@@ -140,7 +142,9 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # the disk is full
+            error.filename = str(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # somebody else's files are in it

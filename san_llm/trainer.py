@@ -10,6 +10,7 @@ run throws what a straight one throws, on another number of processes too.
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -262,7 +263,7 @@ class SanTrainer(Trainer):
             if isinstance(error, OSError):
                 why = error.strerror or why
             elif isinstance(error, RuntimeError):
-                if "inline_container" not in why and "PytorchStreamWriter" not in why:
+                if not re.search("inline_container|PytorchStreamWriter|iostream error", why):
                     raise  # not of torch's writer, which says only at which byte it failed
                 why = "the disk is full, or the file is over a limit"
             free = shutil.disk_usage(folder if folder.exists() else folder.parent).free

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(cli, debug):
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback (most recent call last)" in done.stderr
     assert "InputError: nope.yaml: no such recipe" in done.stderr
+
+
+def test_a_disk_that_is_full_is_told_in_one_line_and_nothing_half_is_left(command, here):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # bytes
+    try:
+        done = command("recipes", "copy", "smollm2_demo", "mine.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.returncode == 1
+    assert done.stderr == "error: mine.yaml: cannot be written: File too large; make room\n"
+    assert list(here.iterdir()) == []
 
 
 def test_no_arguments_show_the_help_and_the_version_is_one_line(cli):
