@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from errno import EDQUOT, EFBIG, ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from san_llm.data.encode import Encoded, Pad, Rows, encode_rows, label_rows, pad
 from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.engine import Engine, check_engine, load_weights_only, take_engine
-from san_llm.errors import InputError, SanError, unexpected
+from san_llm.errors import InputError, SanError, of_the_disk, unexpected
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_stopped
 from san_llm.live import peak_memory, watching
@@ -170,29 +170,33 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
         InputError: when the data, the base or the number of processes cannot serve.
         SanError: when the training fails.
     """
+    told = partial(_told, run=run)
     try:
-        with told_once(_told), sole_writer(run) if is_first() else nullcontext():
+        with told_once(told), sole_writer(run) if is_first() else nullcontext():
             return _train(recipe, run)
     except Exception as error:
-        told = _told(error)
-        if isinstance(error, SanError) or told.startswith(type(error).__name__):
+        line = told(error)
+        if isinstance(error, SanError) or line.startswith(type(error).__name__):
             raise
-        raise SanError(told) from error
+        raise SanError(line) from error
     except KeyboardInterrupt:
         if is_first():
             stderr.print(f"`san-llm train {run} --resume` goes on", markup=False)
         raise
 
 
-def _told(error: Exception) -> str:
+def _told(error: Exception, run: Path) -> str:
     """Return an error in one line; an unexpected one with the process that it comes from."""
     if isinstance(error, SanError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}cannot be written: {error.strerror}; make room, then --resume goes on"
-    told = unexpected(error)
-    return f"process {rank()}: {told}" if world_size() > 1 else told
+    if isinstance(error, OSError) and not run.is_dir():
+        return f"{run}: was taken away while the run went on: nothing is left to go on from"
+    if isinstance(error, OSError) and error.filename is None:  # the lock or the log
+        error.filename = str(run)
+    if line := of_the_disk(error):
+        return f"{line}; then `san-llm train {run} --resume` goes on"
+    line = unexpected(error)
+    return f"process {rank()}: {line}" if world_size() > 1 else line
 
 
 def _train(recipe: Recipe, run: Path) -> TrainResult:
