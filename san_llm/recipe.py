@@ -247,13 +247,18 @@ class Training(_Section):
         default=4,
         ge=1,
         le=2**16,
-        description="rows a process computes at most at once; never changes a result",
+        description="rows a process computes at once at most; changes no result but dropout's dice",
     )
     learning_rate: float = Field(
-        gt=0, lt=1, description="AdamW's, at the end of the warmup; scales take more than matrices"
+        gt=0,
+        lt=1,
+        description="AdamW's, at the end of the warmup; scales take 1e-3 to 5e-3 where matrices "
+        "take 2e-4",
     )
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
-        default="linear", description="how the rate falls after the warmup: to 0 by the end, or not"
+        default="linear",
+        description="the rate after the warmup: linear and cosine fall to 0 by the end, "
+        "constant_with_warmup stays",
     )
     warmup_steps: int = Field(
         default=100, ge=0, le=MOST, description="optimizer steps in which the rate rises from 0"
@@ -280,7 +285,7 @@ class Training(_Section):
         default=2, ge=1, le=10_000, description="the last ones; the best is kept besides"
     )
     bad_batches: Literal["stop", "skip"] = Field(
-        default="stop", description="what a loss that is not finite, or explodes, does"
+        default="stop", description="a batch whose loss explodes: ends the run, or is left out"
     )
     packing: bool = Field(
         default=True,
