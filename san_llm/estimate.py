@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from san_llm.recipe import DType, Ia3Method, Method, SanMethod
+from san_llm.allocator import spares_memory
+from san_llm.recipe import DoraMethod, DType, Ia3Method, Method, SanMethod
 from san_llm.san.graph import (
     PARENTS,
     PropagationGraph,
@@ -32,7 +33,10 @@ ADAM = 2 * WIDE  # AdamW's two moments of a number
 FULL_OPTIMIZER = 12
 # Python, the libraries and a trainer before the first weight, measured once on Linux (x86-64) with
 # a base of a few thousand numbers; and what a CUDA context with its libraries takes, which was not.
-RUNTIME: dict[Device, int] = {"cpu": 760_000_000, "cuda": 600_000_000}
+RUNTIME: dict[Device, int] = {"cpu": 640_000_000, "cuda": 600_000_000}
+# What malloc's holes come to, of what autograd keeps of tokens: 0.2 to 0.6 were measured. A run
+# that spares memory has none (``allocator``).
+HOLES = 0.4
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Batch:
         queries: Tokens that attention asks for: rows times the most of one.
         longest: Tokens of the longest row.
         packed: Whether rows lie behind one another, without padding.
+        masked: Whether attention needs a mask: packed rows do, and rows of different lengths.
     """
 
     tokens: int
@@ -114,6 +119,7 @@ class Batch:
     queries: int
     longest: int
     packed: bool
+    masked: bool
 
 
 def full_batch(rows: int, length: int, packed: bool) -> Batch:
@@ -121,7 +127,7 @@ def full_batch(rows: int, length: int, packed: bool) -> Batch:
     # The last token of a packed row is only predicted.
     seen = length - 1 if packed else length
     tokens = rows * seen
-    return Batch(tokens, rows * (length - 1), tokens, tokens, seen, packed)
+    return Batch(tokens, rows * (length - 1), tokens, tokens, seen, packed, masked=True)
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,10 @@ class Memory:
         gradients: Of what is trained.
         optimizer: AdamW's state.
         activations: What autograd keeps from the forward pass.
-        work: What is used for a moment: by the loss or by one block, whichever is more.
-        logits: The part of ``work`` that the loss would take.
+        logits: What the loss works on.
+        work: What is used for a moment by a block's backward pass, beyond what the loss had; and
+            weights that are gathered or dequantized.
+        holes: What malloc leaves unused between tensors.
         cache: Keys and values of earlier tokens: none while a model trains.
     """
 
@@ -180,15 +188,17 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    work: int
     logits: int
+    work: int
+    holes: int
     cache: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in all."""
         kept = self.runtime + self.weights + self.adapter + self.gradients + self.optimizer
-        return kept + self.activations + self.work + self.cache
+        used = self.activations + self.logits + self.work + self.holes
+        return kept + used + self.cache
 
 
 def memory(setting: Setting) -> Memory:
@@ -204,6 +214,8 @@ def memory(setting: Setting) -> Memory:
         trained = sum(trained_numbers(shape, setting.method).values())
         adapter = gradients = trained * WIDE
         optimizer = trained * ADAM
+    if setting.devices > 1 and not (setting.sharded and setting.method is None):
+        gradients *= 2  # DDP's buckets are copies of them
     block = _kept_by_block(setting)
     stream = batch.tokens * shape.hidden * width
     kept = shape.blocks * (stream if setting.checkpointing else block)
@@ -211,6 +223,9 @@ def memory(setting: Setting) -> Memory:
     kept += batch.tokens * shape.hidden * (WIDE + width)
     if batch.packed or setting.method is None:
         kept += _mask(setting)
+    holes = 0.0
+    if setting.device == "cpu" and not spares_memory(setting.checkpointing, setting.bits):
+        holes = HOLES * (kept - shape.blocks * _kept_of_weights(setting))
     logits = _loss(setting)
     work = _backward(setting) + (block if setting.checkpointing else 0)
     return Memory(
@@ -220,9 +235,34 @@ def memory(setting: Setting) -> Memory:
         gradients=gradients,
         optimizer=optimizer,
         activations=kept,
-        work=gathered + max(logits, work),
         logits=logits,
+        work=gathered + max(0, work - logits),
+        holes=round(holes),
     )
+
+
+def traffic(setting: Setting, micro_batches: int = 1) -> int:
+    """Return the bytes that each device sends in an optimizer step, and as many that it receives.
+
+    By rings, as ZeRO counts them (arXiv:1910.02054, sections 7.1 and 7.2): of n bytes on N devices
+    an all-gather and a reduce-scatter send ``n (N - 1) / N`` each, an all-reduce both. FSDP2
+    gathers embedding and head once, and each block twice, for its forward and its backward pass;
+    gradients are exchanged once a step, whatever it accumulates.
+
+    Args:
+        setting: The step.
+        micro_batches: Those that each device accumulates in a step.
+    """
+    shape, width = setting.shape, setting.width
+    whole = (shape.linear_numbers + shape.other_numbers) * width
+    if setting.method is None:
+        exchanged = whole if setting.sharded else 2 * whole
+    else:
+        exchanged = 2 * sum(trained_numbers(shape, setting.method).values()) * WIDE
+    if setting.sharded:
+        once = shape.other_numbers * width
+        exchanged += micro_batches * (2 * shape.linear_numbers * width + once)
+    return exchanged * (setting.devices - 1) // setting.devices
 
 
 def trained_numbers(shape: Shape, method: Method) -> dict[str, int]:
@@ -278,8 +318,9 @@ def _weights(setting: Setting) -> tuple[int, int]:
     whole = shape.linear_numbers * width + others
     if not setting.sharded:
         return whole, 0
-    # The block at work and the next one, and what belongs to no block, for as long as a step.
-    return whole // setting.devices, 2 * shape.linear_numbers * width // shape.blocks + others
+    # The block at work and the next one; and the head, from the loss until its backward pass.
+    head = shape.vocabulary * shape.hidden * width
+    return whole // setting.devices, 2 * shape.linear_numbers * width // shape.blocks + head
 
 
 def _kept_by_block(setting: Setting) -> int:
@@ -293,7 +334,6 @@ def _kept_by_block(setting: Setting) -> int:
     read = sum(shape.linears[name][1] for name in targets)
     written = sum(shape.linears[name][0] for name in targets)
     noise = wide = 0
-    extra = 0  # bytes that do not depend on tokens
     # Attention's output is read as it lies, or brought back into the order of packed tokens.
     out = q if batch.packed else 0
     # A plain norm widens its input, and keeps that.
@@ -320,8 +360,6 @@ def _kept_by_block(setting: Setting) -> int:
             wide += _inputs(setting, read, targets, bool(method.dropout))
             noise = read * width if method.dropout else 0
             low += q + kv + 2 * hidden if method.carrier == "dora" else 0
-            if method.carrier == "lora":  # the norms of rows keep their products
-                extra = (2 * written + 4 * hidden) * rank * WIDE
     elif isinstance(method, Ia3Method):
         low += sum(
             shape.linears[name][0] for name in targets if name not in method.feedforward_modules
@@ -336,17 +374,32 @@ def _kept_by_block(setting: Setting) -> int:
         if method.name == "dora":
             wide += 2 * written if method.dropout or width == WIDE else written
             low += 0 if method.dropout or width == WIDE else written
-            # PEFT multiplies B A by an identity matrix, and keeps that.
-            each = [shape.linears[name] for name in targets]
-            extra = WIDE * sum(d_in * (d_in + method.rank) for _, d_in in each)
-            if width < WIDE and method.dropout:
-                extra += WIDE * sum(d_out * d_in for d_out, d_in in each)
     if setting.device == "cuda":
         noise = read if noise else 0  # a byte says what was dropped
     per_token = wide * WIDE + low * width + noise
     attention = width * q * 2 * batch.queries + WIDE * shape.heads * batch.queries
-    attention += 2 * width * kv * batch.keys
-    return per_token * batch.tokens + attention + extra
+    # Packed keys and values are shared by a group's query heads; SDPA is given a copy for each.
+    attention += 2 * width * (kv if batch.packed else q) * batch.keys
+    if batch.masked and not batch.packed:  # else one mask serves all blocks
+        attention += batch.queries * batch.longest * width
+    return per_token * batch.tokens + attention + _kept_of_weights(setting)
+
+
+def _kept_of_weights(setting: Setting) -> int:
+    """Return the part of what is kept of a block that does not depend on tokens."""
+    shape, method = setting.shape, setting.method
+    each = [] if method is None else [shape.linears[name] for name in _targets(shape, method)]
+    if isinstance(method, SanMethod) and method.carrier == "lora":
+        # The norms of rows keep their products.
+        written = sum(d_out for d_out, _ in each)
+        return (2 * written + 4 * shape.hidden) * (method.rank or 0) * WIDE
+    if isinstance(method, DoraMethod):
+        # PEFT multiplies B A by an identity matrix, and keeps that.
+        numbers = sum(d_in * (d_in + method.rank) for _, d_in in each)
+        if setting.width < WIDE and method.dropout:
+            numbers += sum(d_out * d_in for d_out, d_in in each)
+        return numbers * WIDE
+    return 0
 
 
 def _inputs(setting: Setting, read: int, targets: list[str], dropout: bool) -> int:
@@ -379,9 +432,7 @@ def _loss(setting: Setting) -> int:
         # gradient.
         return numbers * (3 * WIDE + (width if width < WIDE else 0)) + hidden
     chunk = min(numbers, LOGITS_AT_ONCE)
-    # Logits and a copy for their sum; or the last chunk's beside the next, low and wide.
-    two = 2 * WIDE if width == WIDE or numbers <= LOGITS_AT_ONCE else 2 * WIDE + width
-    return chunk * two + hidden
+    return chunk * (WIDE + (width if width < WIDE else 0)) + hidden  # wide, and as they come
 
 
 def _backward(setting: Setting) -> int:

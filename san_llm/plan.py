@@ -17,6 +17,7 @@ import yaml
 
 from san_llm.data.rows import stream_rows, training_files
 from san_llm.download import PINNED, model_folder
+from san_llm.engine import check_engine
 from san_llm.errors import InputError, check_one_of
 from san_llm.estimate import (
     WIDE,
@@ -103,6 +104,7 @@ class Plan:
         epochs: What they come to in epochs; None likewise.
         micro_batch: Rows at once on a device.
         batch: The largest that a device computes at once.
+        looked: Whether that is the rows' own, not what the cutoff allows.
         device: What the memory is told for.
         devices: How many, each with a process.
         sharded: Whether the base is spread over them.
@@ -120,6 +122,7 @@ class Plan:
     epochs: float | None
     micro_batch: int
     batch: Batch
+    looked: bool
     device: Device
     devices: int
     sharded: bool
@@ -151,12 +154,24 @@ def make_plan(
             taken to be as long as the cutoff and to share nothing.
 
     Raises:
-        InputError: when the base is not known or not supported, or a row is wrong.
+        InputError: when the base is not known or not supported, a row is wrong, or devices cannot
+            work together as asked.
     """
     config, config_from = config_of(recipe.base)
+    bits = recipe.base.quantization or stored_bits(recipe.base.model, config)
+    if sharded:
+        check_engine("FSDP2", recipe)
+        if devices == 1:
+            raise InputError("--sharded: one device has nobody to share with; add --devices N")
+        if bits is not None:
+            raise InputError(
+                f"base.model: {recipe.base.model} is stored quantized, which FSDP2 cannot shard; "
+                "leave --sharded out"
+            )
     shape = shape_of(config)
     method, training = recipe.method, recipe.training
     at_once = micro_batch(training, devices)
+    looked = seen is not None
     if seen is None:
         rows, missing = _count_rows(recipe)
         full = full_batch(at_once, recipe.data.cutoff, training.packing)
@@ -168,7 +183,6 @@ def make_plan(
         an_epoch = ceil(rows / training.batch_size)
         steps = steps or ceil(training.epochs * an_epoch)
         epochs = steps / an_epoch
-    bits = recipe.base.quantization or stored_bits(recipe.base.model, config)
     double = bool(recipe.base.double_quant)
     if recipe.base.quantization is None and bits:
         double = bool(config["quantization_config"].get("bnb_4bit_use_double_quant"))
@@ -198,6 +212,7 @@ def make_plan(
         epochs=epochs,
         micro_batch=at_once,
         batch=setting.batch,
+        looked=looked,
         device=device,
         devices=devices,
         sharded=sharded,
@@ -210,7 +225,8 @@ def make_plan(
 
 def _title(method: Any) -> str:
     carrier = getattr(method, "carrier", "scale")
-    name = method.name.upper() + ("" if carrier == "scale" else f" {carrier}")
+    names = {"san": "SAN", "lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
+    name = names[method.name] + ("" if carrier == "scale" else f" {carrier}")
     rank = getattr(method, "rank", None)
     return name if rank is None else f"{name} r{rank}"
 
@@ -235,7 +251,7 @@ def _config_of(base: Base) -> tuple[dict[str, Any], str]:
     if name in KNOWN and not Path(name).exists():
         here = folder is not None and (folder / "config.json").is_file()
         if not here and (name in PINNED or not try_to_load_from_cache(name, "config.json")):
-            return KNOWN[name], "known; the base is not here yet"
+            return KNOWN[name], "its sizes are known; it is not here yet"
     found = locate(name)
     path: Any = Path(found) / "config.json"
     if not path.is_file():
@@ -243,10 +259,10 @@ def _config_of(base: Base) -> tuple[dict[str, Any], str]:
         if not isinstance(path, str):
             try:
                 path = hf_hub_download(found, "config.json", revision=base.revision)
-            except Exception as error:  # of several HTTP libraries, by the hub client's version
+            except Exception:  # of several HTTP libraries, by the hub client's version
                 raise InputError(
-                    f"{name}: its config.json is not here, and was not to be had from the hub "
-                    f"({type(error).__name__}); `san-llm download {name}` gets the base"
+                    f"{name}: no such folder, and its config.json is not in the hub's cache; the "
+                    "hub cannot be reached, or has no such model that is open to you"
                 ) from None
     return read_json(Path(path)), str(path)
 
@@ -283,8 +299,8 @@ def marked_recipe(plan: Plan) -> list[tuple[str, bool]]:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(value, default_flow_style=True, width=56, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...").replace("\n", "\n  ")
 
 
 def find_device(name: str | None) -> Device:
@@ -340,6 +356,7 @@ def as_values(plan: Plan, limit: int | None) -> dict[str, Any]:
         "epochs": plan.epochs,
         "micro_batch": plan.micro_batch,
         "batch": vars(plan.batch),
+        "looked": plan.looked,
         "device": plan.device,
         "devices": plan.devices,
         "sharded": plan.sharded,

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from san_llm.adapter_card import write_card
+from san_llm.allocator import spares_memory, without_holes
 from san_llm.callbacks import BadBatches, Checkpoints, Log, StopOnSignal
 from san_llm.checkpoint import last_checkpoint, step_of
 from san_llm.checkpoint_content import check_content
@@ -31,7 +32,7 @@ from san_llm.errors import InputError, SanError, of_the_disk, unexpected
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_stopped
 from san_llm.live import peak_memory, watching
-from san_llm.locate import base_folder
+from san_llm.locate import base_folder, trained_bits
 from san_llm.lock import sole_writer
 from san_llm.model import (
     add_adapter,
@@ -226,6 +227,10 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
 
     arguments = _arguments(recipe, run, judged=held_out is not None)
     set_seed(recipe.training.seed)
+    if arguments.use_cpu and spares_memory(
+        recipe.training.gradient_checkpointing, trained_bits(recipe.base)
+    ):
+        without_holes()
     base = load_base(recipe.base, sharded=engine == "FSDP2")
     samples.check(base.config)
     model = add_adapter(base, recipe.method)

@@ -16,6 +16,7 @@ LIGHT = [
     "__init__",
     "__main__",
     "adapter_card",
+    "allocator",
     "checkpoint",
     "cli",
     "commands.complete",

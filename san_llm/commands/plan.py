@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,6 +69,7 @@ def plan(
 ) -> None:
     """Tell what a run would train, its steps and its memory, from config files alone."""
     quiet_libraries()
+    from san_llm.data.rows import stream_rows, training_files
     from san_llm.plan import as_values, bytes_of, find_device, fits, make_plan
     from san_llm.recipe import find_recipe, given_keys, load_recipe, micro_batch
 
@@ -74,20 +77,31 @@ def plan(
     where = find_device(device)
     file, changes = find_recipe(recipe), overrides or []
     chosen = load_recipe(file, changes)
-    seen = None
+    inspected = seen = None
     if data:
         at_once = micro_batch(chosen.training, devices)
+        for rows in training_files(chosen.data.train):
+            next(iter(stream_rows(rows)))  # what is not there is found before torch is loaded
+        from san_llm.data.inspect import inspect_recipe
         from san_llm.data.largest import look_at
 
+        inspected = inspect_recipe(chosen)
         seen = look_at(chosen, at_once)
     made = make_plan(chosen, given_keys(file, changes), where, devices, sharded, seen)
     if as_json:
-        print(json.dumps(as_values(made, limit)))
+        found = None if inspected is None else asdict(inspected)
+        print(json.dumps({**as_values(made, limit), "data": found}))
     else:
         stdout = Console(highlight=False)
         for part in _report(made):
             stdout.print(part)
             stdout.print()
+        if inspected is not None:
+            from san_llm.data.inspect import report
+
+            for part in islice(report(inspected, colour=stdout.is_terminal), 2):
+                stdout.print(part)
+                stdout.print()
         stdout.print(_verdict(made, limit))
     if limit is not None and not fits(made, limit):
         raise typer.Exit(1)
@@ -98,7 +112,8 @@ def _report(made: Plan) -> Iterator[Text | Table | object]:
 
     text = Text()
     for line, default in marked_recipe(made):
-        text.append(plain(line), style="dim" if default else "")
+        shown = "\n".join(map(plain, line.split("\n")))
+        text.append(shown, style="dim" if default else "")
         text.append("  # default\n" if default else "\n", style="dim")
     text.rstrip()
     yield text
@@ -132,6 +147,10 @@ def _facts(made: Plan) -> Table:
     else:
         steps = f"{made.steps:,} ({made.epochs:.3g} epochs) of {each}"
     table.add_row("steps", steps)
+    tokens = f"{made.batch.tokens:,} tokens at once"
+    if not made.looked:
+        tokens += ", if all rows are as long as the cutoff; --data looks at them"
+    table.add_row("largest batch", tokens)
     return table
 
 
@@ -149,7 +168,8 @@ def _memory(made: Plan) -> Table:
         ("optimizer", [one.optimizer for one in kinds]),
         ("activations", [one.activations for one in kinds]),
         ("logits", [one.logits for one in kinds]),
-        ("other work", [one.work - one.logits for one in kinds]),
+        ("other work", [one.work for one in kinds]),
+        ("malloc's holes", [one.holes for one in kinds]),
         ("cache", [one.cache for one in kinds]),
         ("runtime", [one.runtime for one in kinds]),
     ):
@@ -163,12 +183,14 @@ def _verdict(made: Plan, limit: int | None) -> str:
     from san_llm.plan import fits
 
     name, first = next(iter(made.memory.items()))
-    needs = f"{name} needs {size(first.total)} of {made.device} memory"
+    needs = f"{name} needs {size(first.total)} on {'a GPU' if made.device == 'cuda' else 'a CPU'}"
+    if made.device == "cuda":
+        needs += ", computed and not measured: leave some room"
     if limit is None:
         return needs
     if fits(made, limit):
-        return f"[green]fits[/]: {needs}, {size(limit)} are there"
-    return f"[bold red]does not fit[/]: {needs}, {size(limit)} are there"
+        return f"[green]fits[/] into {size(limit)}: {needs}"
+    return f"[bold red]does not fit[/] into {size(limit)}: {needs}"
 
 
 def size(count: int) -> str:

@@ -106,11 +106,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model will see of training rows: lengths, cuts, doubles, answers, overlap."""
-    from itertools import chain, islice
-
-    from san_llm.data.rows import read_task, stream_rows, test_file, training_files
-    from san_llm.data.tasks import find_tasks
-    from san_llm.progress import stderr
+    from san_llm.data.rows import stream_rows, training_files
     from san_llm.recipe import find_recipe, load_recipe
 
     changes = list(overrides or [])
@@ -118,33 +114,12 @@ def inspect(
     if is_file:
         changes.insert(0, f"data.train={json.dumps(what)}")
     recipe = load_recipe(find_recipe("smollm2_demo" if is_file else what), changes)
-    files = training_files(recipe.data.train)
-    for file in files:
+    for file in training_files(recipe.data.train):
         next(iter(stream_rows(file)))  # a file that is not there is found before torch is loaded
-    tests = {}
-    for task in find_tasks(recipe.evaluation.tasks):
-        try:
-            tests[task.name] = read_task(test_file(recipe.evaluation.data, task), task)
-        except InputError as error:
-            stderr.print(f"not compared with test rows: {error}", markup=False)
 
-    from san_llm.data.inspect import inspect as start
-    from san_llm.data.inspect import report
-    from san_llm.model import load_tokenizer
+    from san_llm.data.inspect import inspect_recipe, report
 
-    data = recipe.data
-    rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
-    about = {
-        "files": ", ".join(map(str, files)),
-        "tokenizer": recipe.base.model,
-        "prompt": data.prompt,
-        "loss": data.loss,
-        "cutoff": data.cutoff,
-        "test rows": recipe.evaluation.data,
-    }
-    tokenizer = load_tokenizer(recipe.base)
-    how = (data.prompt, data.loss, data.cutoff, data.workers)
-    found = start(rows, tests, tokenizer, *how, about)
+    found = inspect_recipe(recipe)
     if as_json:
         print(json.dumps(asdict(found)))
         return

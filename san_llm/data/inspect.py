@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, tee
+from itertools import chain, groupby, islice, tee
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +21,12 @@ from rich.text import Text
 from san_llm.data.encode import IGNORE, check_tokenizer, label_rows
 from san_llm.data.prompts import PromptStyle
 from san_llm.data.render import LEADS
-from san_llm.data.rows import Row
-from san_llm.data.tasks import TASKS
+from san_llm.data.rows import Row, read_task, stream_rows, test_file, training_files
+from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.errors import InputError
+from san_llm.model import load_tokenizer
+from san_llm.progress import stderr
+from san_llm.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -129,6 +132,33 @@ class _Tests:
             exact[task] += bool(is_exact)
             shared[task] += bool(is_shared)
         return {task: Overlap(count[task], exact[task], shared[task]) for task in count}
+
+
+def inspect_recipe(recipe: Recipe) -> Inspection:
+    """Look at a recipe's training rows; test rows that are not here are left out with a warning.
+
+    Raises:
+        InputError: for a row that is wrong, or a tokenizer that cannot serve.
+    """
+    files = training_files(recipe.data.train)
+    tests = {}
+    for task in find_tasks(recipe.evaluation.tasks):
+        try:
+            tests[task.name] = read_task(test_file(recipe.evaluation.data, task), task)
+        except InputError as error:
+            stderr.print(f"not compared with test rows: {error}", markup=False)
+    data = recipe.data
+    about = {
+        "files": ", ".join(map(str, files)),
+        "tokenizer": recipe.base.model,
+        "prompt": data.prompt,
+        "loss": data.loss,
+        "cutoff": data.cutoff,
+        "test rows": recipe.evaluation.data,
+    }
+    rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
+    how = (data.prompt, data.loss, data.cutoff, data.workers)
+    return inspect(rows, tests, load_tokenizer(recipe.base), *how, about)
 
 
 def inspect(

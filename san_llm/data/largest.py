@@ -36,7 +36,8 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     padded = Pad(pad_id(tokenizer))(batch)
     tokens, width = padded["input_ids"].numel(), padded["input_ids"].shape[1]
     learned = int((padded["labels"][:, 1:] != -100).sum())
-    found = Batch(tokens, learned, tokens, tokens, width, packed=False)
+    masked = not bool(padded["attention_mask"].all())
+    found = Batch(tokens, learned, tokens, tokens, width, packed=False, masked=masked)
     return Seen(len(lengths), found, found)
 
 
@@ -50,4 +51,5 @@ def _packed(rows: list[dict[str, Any]], share: bool) -> Batch:
         queries=layout["queries"].numel(),
         longest=layout["keys"].shape[1],
         packed=True,
+        masked=True,
     )
