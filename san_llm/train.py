@@ -29,6 +29,7 @@ from san_llm.data.pack import Pack
 from san_llm.data.rows import Row, read_rows, sha256_of, training_files
 from san_llm.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.errors import InputError, SanError, of_the_disk, unexpected
+from san_llm.evaluate.fingerprint import folder_sha256
 from san_llm.heartbeat import peers_watched
 from san_llm.launch import tell_stopped
 from san_llm.live import peak_memory, watching
@@ -191,7 +192,7 @@ def _told(error: Exception, run: Path) -> str:
     if isinstance(error, SanError):
         return str(error)
     if isinstance(error, OSError) and not run.is_dir():
-        return f"{run}: was taken away while the run went on: nothing is left to go on from"
+        return f"{run}: was taken away while the run went on; where it lies now, --resume goes on"
     if isinstance(error, OSError) and error.filename is None:  # the lock or the log
         error.filename = str(run)
     if line := of_the_disk(error):
@@ -252,7 +253,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
             processes=world_size(),
             engine=engine if world_size() > 1 else None,
             sha256={
-                "base config": sha256_of(base_folder(recipe.base) / "config.json"),
+                "base": folder_sha256(base_folder(recipe.base)),
                 "data": hashes,
             },
         )
@@ -362,13 +363,15 @@ def _refuse_other_data(run: Path, now: dict[str, Any]) -> None:
     """
     try:
         before = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["sha256"]
-        pairs = [
-            ("the base's config.json", before["base config"], now["base config"]),
-            *((file, before["data"].get(file), hashed) for file, hashed in now["data"].items()),
-        ]
+        data = {file: (before["data"].get(file), hashed) for file, hashed in now["data"].items()}
+        names = before["base"].keys() | now["base"].keys()
+        base = {
+            f"the base's {name}": (before["base"].get(name), now["base"].get(name))
+            for name in sorted(names)
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # no manifest that could tell
-    for name, was, found in pairs:
+    for name, (was, found) in (base | data).items():
         if was != found:
             raise InputError(
                 f"{run}: {name} has changed since the run began; it goes on only as it began: "

@@ -7,11 +7,13 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -325,9 +327,24 @@ def test_a_changed_recipe_goes_on_where_the_change_is_harmless(
     assert recipe_of(here / "run").training.save_minutes == 1
 
 
-def test_changed_rows_are_refused(here: Path, recipe: Path) -> None:
-    straight(recipe, here / "run", "training.max_steps=2", "training.evaluate_every=1")
+def test_changed_rows_weights_and_tokenizers_are_refused(
+    here: Path, tiny_base: Path, recipe: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, here / "base"))
+    how = ("training.max_steps=2", "training.evaluate_every=1", f"base.model={base}")
+    straight(recipe, here / "run", *how)
     unfinish(here / "run")
-    write_rows(here / "rows.json", [{**row, "output": "no"} for row in rows(30)])
-    with pytest.raises(InputError, match=r"rows\.json has changed since the run began"):
-        train(recipe_of(here / "run"), here / "run")
+
+    def refused(file: Path, change: Callable[[bytes], bytes]) -> None:
+        before = file.read_bytes()
+        file.write_bytes(change(before))
+        match = rf"{re.escape(file.name)} has changed since the run began"
+        with pytest.raises(InputError, match=match):
+            train(recipe_of(here / "run"), here / "run")
+        file.write_bytes(before)
+
+    refused(here / "rows.json", lambda text: text.replace(b"correct", b"CORRECT"))
+    refused(base / "model.safetensors", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
+    # One that reads every text as before, but for a word that no row has.
+    refused(base / "tokenizer.json", lambda text: text.replace(b"<unk>", b"<unknown>"))
+    train(recipe_of(here / "run"), here / "run")

@@ -417,7 +417,7 @@ def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_bas
 
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["sha256"] == {
-        "base config": digest(tiny_base / "config.json"),
+        "base": {path.name: digest(path) for path in tiny_base.iterdir()},
         "data": {str(here / "rows.json"): digest(here / "rows.json")},
         "adapter": digest(run / "adapter" / "adapter_model.safetensors"),
     }

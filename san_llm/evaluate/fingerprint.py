@@ -1,4 +1,4 @@
-"""What an evaluation measured, by content: sha256 of weights, data and code.
+"""What an evaluation measured, and a training began with, by content: sha256 of weights and code.
 
 Hashing 16 GB takes half a minute, so a large file's sha256 is remembered. It is found again by what
 cannot stay the same when the content changes: device, inode, size, and the time of the last change
