@@ -5,8 +5,8 @@ resident memory the run's ``metrics.json`` has. Rows are as long as the cutoff a
 for the prompt's template; the estimate knows their tokens as `san-llm plan --data` does. What is
 kept is measured; the table works the estimates out anew, so that it shows today's.
 
-``python benchmarks/plan.py --output benchmarks/results_plan.json`` measures what is not yet in
-there and prints the table of all; ``--only 3 7`` measures these anew.
+``python benchmarks/plan.py --output benchmarks/results_plan_peaks.json`` measures what is not yet
+in there and prints the table of all; ``--only 3 7`` measures these anew.
 """
 
 from __future__ import annotations

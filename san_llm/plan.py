@@ -29,6 +29,7 @@ from san_llm.estimate import (
     graph_of,
     memory,
     shape_of,
+    traffic,
     trained_numbers,
 )
 from san_llm.locate import locate, stored_bits
@@ -109,6 +110,7 @@ class Plan:
         devices: How many, each with a process.
         sharded: Whether the base is spread over them.
         memory: Of a step at its peak on each device, by method; the recipe's is the first.
+        traffic: Bytes that each device sends in a step, and as many that it receives.
     """
 
     recipe: Recipe
@@ -127,6 +129,7 @@ class Plan:
     devices: int
     sharded: bool
     memory: dict[str, Memory]
+    traffic: int
 
     @property
     def adapter_bytes(self) -> int:
@@ -220,6 +223,7 @@ def make_plan(
             name: memory(replace(setting, method=one, batch=seen.batch_for(one)))
             for name, one in beside.items()
         },
+        traffic=traffic(setting, training.batch_size // (at_once * devices)),
     )
 
 
@@ -361,6 +365,7 @@ def as_values(plan: Plan, limit: int | None) -> dict[str, Any]:
         "devices": plan.devices,
         "sharded": plan.sharded,
         "memory": {name: {**vars(one), "total": one.total} for name, one in plan.memory.items()},
+        "traffic": plan.traffic,
         "limit": limit,
         "fits": None if limit is None else fits(plan, limit),
     }

@@ -151,6 +151,8 @@ def _facts(made: Plan) -> Table:
     if not made.looked:
         tokens += ", if all rows are as long as the cutoff; --data looks at them"
     table.add_row("largest batch", tokens)
+    if made.devices > 1:
+        table.add_row("traffic", f"each device sends and receives {size(made.traffic)} a step")
     return table
 
 
