@@ -59,6 +59,8 @@ def attention(
     if own and query.requires_grad and not dropout:
         out: Tensor = _Attention.apply(folded, key, value, mask.expand(batch, -1, -1, -1), scale)
     else:
+        # One of three dimensions keeps torch from its faster kernel on a CPU.
+        mask = mask if mask.dim() == 4 else mask[None]
         how: dict[str, Any] = {"attn_mask": mask, "scale": scale, "dropout_p": dropout}
         out = F.scaled_dot_product_attention(folded, key, value, **how)
     unfolded = out.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)

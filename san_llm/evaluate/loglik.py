@@ -139,17 +139,24 @@ def _plain(
         for choice in choices:
             tokens = torch.tensor([prompt + choice[:-1]], device=model.device)
             logits = model(input_ids=tokens, logits_to_keep=len(choice)).logits[0]
-            scores.append(_score(logits.float().log_softmax(-1), choice))
+            logprobs, rows = logits.float().log_softmax(-1), torch.arange(len(choice))
+            scores.append(_score(logprobs, logprobs.argmax(-1), rows, choice))
         found.append(scores)
         done(1)
     return found
 
 
-def _score(logprobs: Tensor, choice: list[int]) -> tuple[float, bool]:
-    """Return a choice's log-probability and greediness; logprobs are (its tokens, vocabulary)."""
-    wanted = torch.tensor(choice, device=logprobs.device)
-    likely = bool((logprobs.argmax(-1) == wanted).all())
-    return logprobs.gather(1, wanted[:, None]).sum().item(), likely
+def _score(logprobs: Tensor, likely: Tensor, rows: Tensor, choice: list[int]) -> tuple[float, bool]:
+    """Return a choice's log-probability, and whether it is what is likely.
+
+    Args:
+        logprobs: (n, vocabulary).
+        likely: The most likely token of each row, (n,).
+        rows: Which row predicts each of the choice's tokens.
+        choice: Its tokens.
+    """
+    rows, tokens = rows.to(logprobs.device), torch.tensor(choice, device=logprobs.device)
+    return logprobs[rows, tokens].sum().item(), bool((likely[rows] == tokens).all())
 
 
 def _packed(
@@ -173,9 +180,10 @@ def _packed(
             [start + i for start, tree in zip(starts, trees, strict=False) for i in tree.wanted],
             Branches(prefix, trees),
         )
-        row = 0
+        likely, row = logprobs.argmax(-1), 0
         for tree in trees:
-            found.append([_score(logprobs[[row + i for i in p]], c) for p, c in tree.paths])
+            paths = [(torch.tensor(nodes) + row, choice) for nodes, choice in tree.paths]
+            found.append([_score(logprobs, likely, *path) for path in paths])
             row += len(tree.wanted)
         done(len(trees))
     return found
