@@ -180,12 +180,23 @@ def run_launched(command: list[str]) -> int:
                 kind, _, message = failure.read_text(encoding="utf-8").partition("\n")
                 raise (InputError if kind == _REFUSED else SanError)(message)
         if code < 0:
+            _send(signal.SIGTERM, _workers(folder))
             raise SanError(
-                f"the launcher of the processes was ended by {signal.Signals(-code).name}; a "
-                "training saves its step and stops, and --resume goes on"
+                f"the launcher of the processes was ended by {signal.Signals(-code).name}; they "
+                "were asked to stop"
             )
         stopped = Path(folder, _STOPPED)
         return STOPPED[stopped.read_text()] if code == 0 and stopped.is_file() else code
+
+
+def _workers(folder: str) -> list[psutil.Process]:
+    """Return the processes that leave notes in a folder, whosever children they are."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # another user's, or it has just ended
+            if process.environ().get(NOTES) == folder:
+                found.append(process)
+    return found
 
 
 def _send(number: int, processes: list[psutil.Process]) -> None:
