@@ -6,11 +6,14 @@ a table between two marks; whatever else somebody has written into the card stay
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from san_llm import __version__
+from san_llm.data.prompts import PromptStyle, evaluation_prompt
+from san_llm.download import model_folder
 from san_llm.errors import InputError, first_line
 from san_llm.evaluate.report import with_error
 from san_llm.recipe import Recipe
@@ -30,7 +33,18 @@ def write_card(run: Path, folder: Path) -> None:
     from huggingface_hub import ModelCardData
 
     recipe, metrics = recipe_of(run), read_json(run / "metrics.json")
-    method, data = recipe.method.name, recipe.data
+    method, base = recipe.method.name, recipe.base.model
+    named = f"  # san-llm download {base}" if model_folder(base) else ""
+    load = [
+        *(["import san_llm  # makes SAN known to PEFT"] if method == "san" else []),
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"BASE = {str(model_folder(base) or base)!r}{named}",
+        "model = AutoModelForCausalLM.from_pretrained(BASE)",
+        'model = PeftModel.from_pretrained(model, "THIS FOLDER")',
+        "tokenizer = AutoTokenizer.from_pretrained(BASE)",
+    ]
     head = ModelCardData(
         base_model=hub_id(recipe.base.model),
         library_name="peft",
@@ -54,17 +68,9 @@ def write_card(run: Path, folder: Path) -> None:
         _BEGIN,
         _END,
         "",
-        f"Prompts are written in the style `{data.prompt}`, which `san-llm generate --adapter` "
-        "does by itself. In Python:",
+        *asking_section(recipe.data.prompt, load),
         "",
-        "```python",
-        *(["import san_llm  # makes SAN known to PEFT"] if method == "san" else []),
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({recipe.base.model!r})",
-        'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
-        "```",
+        "`san-llm generate --adapter` writes prompts so by itself.",
         "",
         *recipe_section(recipe),
     ]
@@ -148,6 +154,39 @@ def trained_on(recipe: Recipe) -> str:
     """Return the names of a recipe's training data."""
     train = recipe.data.train
     return train if isinstance(train, str) else ", ".join(train)
+
+
+def asking_section(style: PromptStyle, load: list[str]) -> list[str]:
+    """Return the lines of a card that ask a model in Python as it was asked in training.
+
+    Args:
+        style: The prompt style of its training.
+        load: The lines of Python behind which ``model`` and ``tokenizer`` are loaded.
+    """
+    if style == "chat":
+        about, special = "its chat template", ", add_special_tokens=False"
+        prompt = [
+            'turns = [{"role": "user", "content": "QUESTION"}]',
+            "prompt = tokenizer.apply_chat_template(",
+            "    turns, tokenize=False, add_generation_prompt=True",
+            ")",
+        ]
+    else:
+        about, special = "the text below, not its chat template", ""
+        text = evaluation_prompt(style, "QUESTION").splitlines(keepends=True)
+        prompt = ["prompt = (", *(f"    {json.dumps(line)}" for line in text), ")"]
+    return [
+        f"It learned to answer in {about} (prompt style `{style}`). In Python:",
+        "",
+        "```python",
+        *load,
+        *prompt,
+        f'tokens = tokenizer(prompt, return_tensors="pt"{special})',
+        "answer = model.generate(**tokens, max_new_tokens=256, do_sample=False)[0]",
+        'new = answer[tokens["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(new, skip_special_tokens=True))",
+        "```",
+    ]
 
 
 def recipe_section(recipe: Recipe) -> list[str]:

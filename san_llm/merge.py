@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from san_llm import __version__
-from san_llm.adapter_card import hub_id, recipe_section, trained_on
+from san_llm.adapter_card import asking_section, hub_id, recipe_section, trained_on
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError, SanError, first_line
 from san_llm.gguf_export import check_exportable, export_gguf
@@ -305,18 +305,28 @@ def _copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
+LOAD = [  # a merged checkpoint, in the words of its card
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+    'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+]
+
+
 def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
     """Return the README of a merged checkpoint."""
+    name = Path(result.base).name
     base_card = hub_id(result.base)
+    base = f"[{base_card}](https://huggingface.co/{base_card})" if base_card else name
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base_card}"] if base_card else []
     head += ["tags:", "- san-llm", f"- {method.lower()}", "---"]
     lines = [
         *head,
         "",
-        f"# {Path(result.base).name} tuned with {method}",
+        f"# {name} tuned with {method}",
         "",
-        f"[{result.base}]({_link(result.base)}) with a {method} adapter merged into its weights "
+        f"{base} with a {method} adapter merged into its weights "
         f"by san-llm {__version__}. It is a stock checkpoint: `transformers` loads it as it is.",
         "",
         f"- Parameters: {result.parameters:,}, stored as {stored_as(result)}.",
@@ -338,6 +348,8 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
         lines += [
             f"- Data: {trained_on(recipe)}; prompt style `{recipe.data.prompt}`.",
             "",
+            *asking_section(recipe.data.prompt, LOAD),
+            "",
             *recipe_section(recipe),
         ]
     return "\n".join(lines) + "\n"
@@ -346,10 +358,6 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
 def stored_as(result: MergeResult) -> str:
     """Return how the weights are stored, in words."""
     return f"4 bits and {result.dtype}" if result.quantized == "keep" else result.dtype
-
-
-def _link(base: str) -> str:
-    return base if Path(base).exists() else f"https://huggingface.co/{base}"
 
 
 def full_precision_note(result: MergeResult) -> str | None:

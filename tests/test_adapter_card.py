@@ -1,6 +1,9 @@
 """The card of an adapter: what the hub reads of it, checked by the hub's own client, offline."""
 
+import io
 import json
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,12 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
-from tiny import rows, save_tiny, write_recipe, write_rows
+from tiny import rows, save_tiny, tiny_tokenizer, write_recipe, write_rows
 
-from san_llm.adapter_card import add_scores, hub_id, write_card
+from san_llm.adapter_card import add_scores, asking_section, hub_id, write_card
+from san_llm.data.encode import evaluation_text
+from san_llm.data.prompts import STYLES
+from san_llm.data.rows import Row
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run
 
@@ -94,6 +100,24 @@ def test_what_somebody_wrote_into_a_card_stays(run):
     assert len(card.data.eval_results) == 2
 
 
+def said(folder: Path) -> str:
+    """Return what the Python in a folder's card prints."""
+    code = re.search("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    with redirect_stdout(io.StringIO()) as out:
+        exec(code.replace("THIS FOLDER", str(folder)), {})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_card_writes_the_prompt_of_every_style_as_it_is_asked(style):
+    tokenizer = tiny_tokenizer()
+    lines = "\n".join(asking_section(style, []))
+    code = re.search("```python\n(.*?)answer = ", lines, re.DOTALL)[1]
+    exec(code, names := {"tokenizer": tokenizer})
+    _, tokens = evaluation_text(style, Row(instruction="QUESTION"), tokenizer)
+    assert names["tokens"]["input_ids"].tolist() == [tokens]
+
+
 @pytest.mark.slow
 def test_a_real_run_makes_a_card_and_an_evaluation_completes_it(command, here):
     save_tiny(here / "model")
@@ -111,6 +135,9 @@ def test_a_real_run_makes_a_card_and_an_evaluation_completes_it(command, here):
     text = path.read_text()
     assert command(*asked, "--base-only").returncode == 0
     assert path.read_text() == text, "the base's scores are not the adapter's"
+    assert command("merge").returncode == 0
+    for folder, which in ((path.parent, ()), (run / "merged", ("--model", run / "merged"))):
+        assert said(folder) == command("generate", "QUESTION", *which).stdout
     path.write_text("---\n[\n---\nbroken\n")
     done = command(*asked)
     assert done.returncode == 0
