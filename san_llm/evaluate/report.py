@@ -76,9 +76,9 @@ def table(result: EvalResult) -> Table:
     drawn = Table(title=escape(str(result.about.get("title", ""))) or None, title_justify="left")
     drawn.add_column("task")
     norm = average_norm(result.scores)
-    columns = ["accuracy", "std error", "n", "unparseable"]
+    columns = ["accuracy %", "std error", "rows", "no answer"]
     if norm is not None:
-        columns = ["acc", "std error", "acc_norm", "std error", "n"]
+        columns = ["acc %", "std error", "acc_norm %", "std error", "rows"]
     for column in columns:
         drawn.add_column(column, justify="right")
 
