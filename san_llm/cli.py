@@ -249,6 +249,7 @@ def train(
         print(json.dumps(asdict(result)))
     elif result.finished:
         stdout.print(_train_table(asdict(result)))
+        stderr.print('next: `san-llm generate "..." --compare`, `eval`, `merge --verify`, `report`')
     if not result.finished:
         stderr.print(
             f"stopped after step {result.steps} of {result.max_steps}; "
@@ -671,6 +672,20 @@ def _check_arguments(words: list[str]) -> None:
             raise InputError(f"argument {number}: {word!r}: has {kind}")
 
 
+def _check_options(words: list[str]) -> None:
+    """Refuse a recipe's key that is written as an option, such as ``train --epochs 2``."""
+    if words[:1] not in (["train"], ["plan"]) or {"-h", "--help"} & set(words):
+        return
+    from san_llm.recipe import Data, Evaluation, Training
+
+    sections = {"training": Training, "data": Data, "evaluation": Evaluation}
+    for word in words[1:]:
+        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        for name, section in sections.items():
+            if word.startswith("--") and key in section.model_fields:
+                raise InputError(f"{word}: a recipe's key is written without dashes: {name}.{key}=")
+
+
 def main() -> None:
     """Run the command line, turning every expected error into one line and an exit code."""
     from san_llm.progress import stderr
@@ -678,6 +693,7 @@ def main() -> None:
     try:
         try:
             _check_arguments(sys.argv[1:])
+            _check_options(sys.argv[1:])
             app(prog_name="san-llm")
         finally:
             sys.stdout.flush()  # a reader that is gone is noticed here, not at interpreter exit

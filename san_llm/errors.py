@@ -38,9 +38,13 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
 def nearest_file(path: Path) -> str:
     """Return ``" (did you mean 'folder/x'?)"`` for the nearest name in the path's folder."""
     try:
-        close = get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.6)
+        names = os.listdir(path.parent)
     except OSError:
         return ""
+    # By stem: all that ends in .yaml is alike.
+    stem = get_close_matches(path.stem, [Path(name).stem for name in names], n=1, cutoff=0.6)
+    alike = [name for name in names if stem and Path(name).stem == stem[0]]
+    close = get_close_matches(path.name, alike, n=1, cutoff=0)
     return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""
 
 

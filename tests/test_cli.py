@@ -84,6 +84,12 @@ MISTAKES = [
         "deepspeed_zero2, deepspeed_zero3, fsdp2, two_nodes\n",
     ),
     ("train smollm2_demo --processes 0", 2, "Usage: san-llm train ..."),
+    (
+        "train smollm2_demo --learning-rate 1e-3",
+        2,
+        "error: --learning-rate: a recipe's key is written without dashes: training.learning_rate="
+        "\n",
+    ),
     ("train smollm2_demo --procesess 2", 2, "Usage: san-llm train ..."),
     ("eval", 2, NO_RUN),
     ("eval --base-only", 2, NO_RUN),
