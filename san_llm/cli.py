@@ -678,7 +678,7 @@ def _check_options(words: list[str]) -> None:
         return
     from san_llm.recipe import Data, Evaluation, Training
 
-    sections = {"training": Training, "data": Data, "evaluation": Evaluation}
+    sections: dict[str, Any] = {"training": Training, "data": Data, "evaluation": Evaluation}
     for word in words[1:]:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         for name, section in sections.items():
