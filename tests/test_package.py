@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from email.parser import HeaderParser
@@ -17,20 +18,24 @@ from san_llm import __version__
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel of this checkout."""
-    pytest.importorskip("hatchling")
-    folder = tmp_path_factory.mktemp("dist")
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a ``wheel`` or an ``sdist``."""
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=ROOT,
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)],
+        cwd=source,
         check=True,
         capture_output=True,
         timeout=120,
     )
-    (built,) = folder.glob("*.whl")
+    (built,) = folder.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout."""
+    pytest.importorskip("hatchling")
+    return build("wheel", ROOT, tmp_path_factory.mktemp("dist"))
 
 
 def test_the_wheel_has_recipes_schema_pocket_data_and_licence(wheel):
@@ -47,6 +52,27 @@ def test_the_wheel_has_recipes_schema_pocket_data_and_licence(wheel):
     assert (head["Name"], head["Version"]) == ("san-llm", __version__)
     assert head["License-Expression"] == "Apache-2.0"
     assert head["Description-Content-Type"] == "text/markdown"
+
+
+def test_the_source_archive_makes_the_same_wheel_and_both_may_be_uploaded(wheel, tmp_path):
+    pytest.importorskip("twine")
+    archive = build("sdist", ROOT, tmp_path)
+    checked = [sys.executable, "-m", "twine", "check", "--strict", archive, wheel]
+    done = subprocess.run(checked, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    source = tmp_path / f"san_llm-{__version__}"
+    for part in ("tests/conftest.py", "docs/method.md", "examples/demo.py", "mkdocs.yml"):
+        assert (source / part).is_file()
+    again = build("wheel", source, tmp_path / "again")
+    assert contents(again) == contents(wheel)
+
+
+def contents(wheel: Path) -> dict[str, int]:
+    """Return the name and CRC of every file in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {file.filename: file.CRC for file in archive.infolist()}
 
 
 @pytest.mark.slow
