@@ -167,7 +167,8 @@ def _hub() -> Iterator[Finding]:
         except urllib.error.HTTPError:  # an answer, whatever it is
             told.append("")
         except Exception as error:
-            told.append(str(getattr(error, "reason", error)) or type(error).__name__)
+            reason = getattr(error, "reason", error)
+            told.append(getattr(reason, "strerror", None) or str(reason) or type(error).__name__)
 
     # Asking for a name's address knows no time-out, so the whole is left behind after one.
     asking = threading.Thread(target=ask, daemon=True)
@@ -179,7 +180,7 @@ def _hub() -> Iterator[Finding]:
             "models in folders do without; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy, "
             "HF_HUB_OFFLINE=1 saves the asking"
         )
-        yield Finding("hub", "warning", plain(f"{address}: {why}"), remedy)
+        yield Finding("hub", "warning", plain(f"{address} cannot be reached: {why}"), remedy)
         return
     signed = "signed in" if get_token() else "nobody signed in (`hf auth login`)"
     yield Finding("hub", "ok", plain(f"{address} answers, {signed}"))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from san_llm.errors import plain
 from san_llm.progress import quiet_libraries
@@ -30,16 +32,22 @@ def doctor(
     quiet_libraries()
     from san_llm.doctor import diagnose
 
-    stdout = Console(highlight=False, soft_wrap=True)
+    stdout = Console(highlight=False)
+    if not stdout.is_terminal:  # a line stays a line
+        stdout = Console(highlight=False, width=10_000)
     findings = []
     for finding in diagnose():
         findings.append(finding)
         if as_json:
             continue
-        stdout.print(f"{finding.state:8}", style=COLOURS[finding.state], end="")
-        stdout.print(plain(f"{finding.what:14} {finding.found}"), markup=False)
+        line = Table.grid(padding=(0, 1))
+        for width in (7, 14, None):
+            line.add_column(width=width, overflow="fold")
+        state = Text(finding.state, COLOURS[finding.state])
+        line.add_row(state, finding.what, Text(plain(finding.found)))
         if finding.remedy:
-            stdout.print(plain(f"{'':23}{finding.remedy}"), markup=False)
+            line.add_row("", "", Text(plain(finding.remedy)))
+        stdout.print(line)
     healthy = all(finding.state != "error" for finding in findings)
     if as_json:
         print(json.dumps({"ok": healthy, "findings": [asdict(finding) for finding in findings]}))
