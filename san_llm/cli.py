@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from san_llm import __version__
-from san_llm.commands.complete import recipes_and_runs, run_folders
+from san_llm.commands.complete import recipe_keys, recipes_and_runs, run_folders
 from san_llm.commands.doctor import doctor_app
 from san_llm.commands.plan import plan_app
 from san_llm.commands.push import push_app
@@ -142,7 +142,10 @@ def train(
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Override any key.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU.")

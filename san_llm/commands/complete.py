@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def recipe_names(incomplete: str) -> list[str]:
     """Return the shipped recipes that begin so."""
@@ -21,3 +23,20 @@ def run_folders(incomplete: str) -> list[str]:
 def recipes_and_runs(incomplete: str) -> list[str]:
     """Return both."""
     return recipe_names(incomplete) + run_folders(incomplete)
+
+
+def recipe_keys(incomplete: str) -> list[str]:
+    """Return the keys of a recipe that begin so, to be overridden: ``data.train=``."""
+    from san_llm import recipe
+
+    methods = (recipe.SanMethod, recipe.LoraMethod, recipe.DoraMethod, recipe.Ia3Method)
+    sections: dict[str, tuple[Any, ...]] = {"base": (recipe.Base,), "method": methods}
+    sections |= {"data": (recipe.Data,), "training": (recipe.Training,)}
+    sections |= {"evaluation": (recipe.Evaluation,)}
+    keys = {
+        f"{name}.{key}=": None
+        for name, kinds in sections.items()
+        for kind in kinds
+        for key in kind.model_fields
+    }
+    return [key for key in keys if key.startswith(incomplete)]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from san_llm.commands.complete import recipe_names
+from san_llm.commands.complete import recipe_keys, recipe_names
 from san_llm.errors import plain
 from san_llm.progress import quiet_libraries
 
@@ -40,7 +40,10 @@ def plan(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Override any key.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."
+        ),
     ] = None,
     memory: Annotated[
         str | None,

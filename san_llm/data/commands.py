@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from san_llm.commands.complete import recipe_keys
 from san_llm.errors import InputError, did_you_mean
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -101,7 +102,10 @@ def inspect(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Override any key.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -36,6 +36,10 @@ def offered(cli, here):
         (("recipes", "show", "llama3"), ["llama3_8b_commonsense", "llama3_8b_commonsense_4bit"]),
         (("recipes", "check", "smollm2_demo", "llama13"), ["llama13b_commonsense"]),
         (("compare", "runs/one-1", "runs/l"), ["runs/latest"]),
+        (
+            ("train", "mine.yaml", "training.w"),
+            ["training.warmup_steps=", "training.weight_decay="],
+        ),
         (("diff", "runs/"), ["runs/latest", "runs/one-1", "runs/one-2"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
