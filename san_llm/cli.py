@@ -463,7 +463,7 @@ def compare(
         typer.Argument(
             metavar="RUN RUN ...",
             autocompletion=run_folders,
-            help="Folders of evaluations, or runs that have one each.",
+            help="Folders of evaluations, or runs whose adapter was evaluated once.",
         ),
     ],
     metric: Annotated[

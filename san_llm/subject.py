@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from san_llm.errors import InputError, check_one_of
+from san_llm.errors import InputError, check_one_of, nearest_file
 from san_llm.recipe import DTYPES, Base, Recipe
 from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
 
@@ -79,7 +79,8 @@ def named_base(adapter: Path) -> str:
     """
     path = adapter / "adapter_config.json"
     if not path.is_file():
-        raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it")
+        near = "" if adapter.exists() else nearest_file(adapter)
+        raise InputError(f"{adapter}: not an adapter: no adapter_config.json in it{near}")
     named = read_json(path).get("base_model_name_or_path")
     if not named:
         raise InputError(f"{adapter}: does not name its base model; give it with --model")

@@ -103,7 +103,7 @@ class Comparison:
 
 
 def evaluation_folder(path: Path) -> Path:
-    """Return the folder of a finished evaluation: ``path``, or the only one in that run.
+    """Return the folder of a finished evaluation: ``path``, or the only one of that run's adapter.
 
     Raises:
         InputError: when there is none, or there are several.
@@ -111,13 +111,16 @@ def evaluation_folder(path: Path) -> Path:
     if (path / MANIFEST).is_file() and not (path / "recipe.yaml").is_file():
         return path
     found = sorted(found.parent for found in path.glob(f"eval/*/{MANIFEST}"))
-    if len(found) == 1:
-        return found[0]
+    of_adapter = [folder for folder in found if folder.name.endswith("-adapter")]
+    for only in (found, of_adapter):
+        if len(only) == 1:
+            return only[0]
     if found:
         raise InputError(f"{path}: has {len(found)} evaluations: name one, such as {found[-1]}")
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
-    raise InputError(f"{path}: no finished evaluation in it; `san-llm eval` makes one")
+    how = f" --adapter {path}" if (path / "recipe.yaml").is_file() else ""
+    raise InputError(f"{path}: no finished evaluation in it; `san-llm eval{how}` makes one")
 
 
 def compare(

@@ -196,6 +196,12 @@ def test_a_run_with_one_evaluation_stands_for_it(tmp_path):
     save(tmp_path / "run" / "eval" / "second", FIRST)
     with pytest.raises(InputError, match=r"has 2 evaluations: name one, such as .*second"):
         compare([tmp_path / "run", other])
+    tuned = save(tmp_path / "run" / "eval" / "third-adapter", FIRST)
+    assert compare([tmp_path / "run", other]).runs[0].name == str(tuned)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "recipe.yaml").write_text("")
+    with pytest.raises(InputError, match=r"`san-llm eval --adapter .*new` makes one"):
+        compare([tmp_path / "new", other])
 
 
 # --- the command ---
