@@ -683,6 +683,8 @@ def _check_options(words: list[str]) -> None:
 
     sections: dict[str, Any] = {"training": Training, "data": Data, "evaluation": Evaluation}
     for word in words[1:]:
+        if words[0] == "plan" and word == "--data":
+            continue  # an option of its own
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         for name, section in sections.items():
             if word.startswith("--") and key in section.model_fields:
