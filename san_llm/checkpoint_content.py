@@ -29,8 +29,10 @@ STATE, ADAPTER = "trainer_state.json", "adapter_model.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 _GO_BACK = "take this checkpoint away to go on from the one before"
 # Of a parameter group what a recipe says, and not the device.
-_SETTINGS = ("params", "initial_lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")
-_SETTINGS += ("amsgrad", "maximize")
+_SETTINGS = (
+    *("params", "initial_lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"),
+    *("amsgrad", "maximize"),
+)
 
 
 class _Entry(BaseModel):
