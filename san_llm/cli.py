@@ -344,7 +344,7 @@ def evaluate(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="llm-adapters, llm-adapters-aligned, alpaca or chat. Default: the run's."
+            help="llm-adapters, llm-adapters-aligned, alpaca or chat. Default: as it was trained."
         ),
     ] = None,
     limit: Annotated[
@@ -399,10 +399,8 @@ def evaluate(
     chosen = named or [TASKS[name] for name in defaults.tasks]
     data = data or defaults.data
     limit = limit or defaults.limit
-    trained_with = recipe.data.prompt if recipe else "llm-adapters"
-    settings = Settings(
-        way, style or defaults.prompt or trained_with, batch_size, strict, answers_only
-    )
+    style = style or defaults.prompt or subject.prompt or "llm-adapters"
+    settings = Settings(way, style, batch_size, strict, answers_only)
     launched = "WORLD_SIZE" in os.environ
     if is_first():
         output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")

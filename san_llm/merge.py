@@ -199,6 +199,7 @@ def merge(
         write_text(folder / "README.md", model_card(result, subject.recipe, method))
         facts = manifest(
             base=base.model,
+            prompt=subject.recipe.data.prompt if subject.recipe else None,
             sha256={
                 "base config": sha256_of(source / "config.json"),
                 "adapter": sha256_of(adapter / "adapter_model.safetensors"),

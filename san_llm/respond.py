@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,6 @@ from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.evaluate.generate import end_tokens, without_habits
 from san_llm.processes import world_size
-from san_llm.record import recipe_of, run_of
 from san_llm.subject import Subject
 
 if TYPE_CHECKING:
@@ -67,12 +65,7 @@ class Answer:
 
 def usual_style(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the prompt style a model was trained in, else its chat template, else ``none``."""
-    recipe = subject.recipe
-    if recipe is None and (run := run_of(Path(subject.base.model))):  # merged from a run of ours
-        recipe = recipe_of(run)
-    if recipe is not None:
-        return recipe.data.prompt
-    return "chat" if tokenizer.chat_template else NO_STYLE
+    return subject.prompt or ("chat" if tokenizer.chat_template else NO_STYLE)
 
 
 def question(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from san_llm.data.prompts import PromptStyle, prompt_style
 from san_llm.errors import InputError, check_one_of, nearest_file
 from san_llm.recipe import DTYPES, Base, Recipe
 from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
@@ -25,6 +26,17 @@ class Subject:
     adapter: Path | None
     run: Path | None
     recipe: Recipe | None
+
+    @property
+    def prompt(self) -> PromptStyle | None:
+        """The prompt style it was trained in, as its run or its merge says, or None."""
+        if self.recipe is not None:
+            return self.recipe.data.prompt
+        merged = Path(self.base.model) / "merge_manifest.json"
+        if self.adapter is not None or not merged.is_file():
+            return None
+        told = read_json(merged).get("prompt")
+        return None if told is None else prompt_style(str(told))
 
     def __str__(self) -> str:
         """Return ``base`` or ``base + adapter``."""

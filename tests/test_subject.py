@@ -65,6 +65,20 @@ def test_a_model_beside_an_adapter_is_its_base_and_alone_it_is_all(run, here):
     assert subject == find_subject("models/x", base_only=True)
 
 
+def test_a_merged_model_is_asked_as_it_was_trained(run, here):
+    assert find_subject().prompt == "alpaca"
+    assert find_subject("models/x").prompt is None
+    merged = here / "merged"
+    merged.mkdir()
+    told = merged / "merge_manifest.json"
+    told.write_text('{"prompt": "chat"}')
+    assert find_subject(str(merged)).prompt == "chat"
+    assert find_subject(str(merged), adapter(here / "alone")).prompt is None
+    told.write_text('{"prompt": "alpacca"}')
+    with pytest.raises(InputError, match=r"prompt style 'alpacca'.*alpaca"):
+        _ = find_subject(str(merged)).prompt
+
+
 def test_a_run_that_was_not_finished_says_how_to_go_on(run):
     (run / "adapter" / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=f"{run}: no adapter yet: .*`san-llm train {run} --resume"):

@@ -113,6 +113,7 @@ def test_a_run_is_asked_in_the_style_that_it_was_trained_in(ask, folder, here):
     assert done.returncode == 2
     assert "prompt style none has no place for one" in done.stderr
     save_tiny(run / "merged")
+    (run / "merged" / "merge_manifest.json").write_text('{"prompt": "alpaca"}')
     done = ask("generate", "Why?", "--model", run / "merged", "--json")
     assert json.loads(done.stdout)["style"] == "alpaca"
     told = ask("chat").stderr
