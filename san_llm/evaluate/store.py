@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError
@@ -53,6 +54,45 @@ class Stored:
     manifest: Mapping[str, Any]
 
 
+class _Mean(BaseModel):
+    """A share of right answers; all else of an evaluation's files is taken as it is."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    accuracy: float
+    standard_error: float | None
+    accuracy_norm: float | None = None
+    standard_error_norm: float | None = None
+
+
+class _Score(_Mean):
+    task: str
+    n: int
+    unparseable: int
+
+
+class _Results(BaseModel):
+    model_config = ConfigDict(strict=True)
+    protocol: str
+    prompt: str
+    tasks: list[_Score]
+    average: _Mean
+
+
+class _Questions(BaseModel):
+    model_config = ConfigDict(strict=True)
+    sha256: str
+    rows: int
+
+
+class _Identity(BaseModel):
+    data: dict[str, _Questions]
+
+
+class _Manifest(BaseModel):
+    rows_sha256: str
+    identity: _Identity
+
+
 def write_evaluation(
     folder: Path, rows: Sequence[Judged], results: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> str:
@@ -72,6 +112,13 @@ def read_evaluation(folder: Path) -> Stored:
         InputError: when the folder holds none, or its rows are not those that were written.
     """
     manifest, results = _read_object(folder / MANIFEST), _read_object(folder / RESULTS)
+    for model, name, values in ((_Manifest, MANIFEST, manifest), (_Results, RESULTS, results)):
+        try:
+            model.model_validate(values)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            key = ".".join(map(str, wrong["loc"]))
+            raise InputError(f"{folder / name}: {key}: {wrong['msg']}") from None
     path = folder / ROWS
     try:
         text = path.read_bytes()
@@ -79,7 +126,10 @@ def read_evaluation(folder: Path) -> Stored:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if sha256_of(path) != manifest.get("rows_sha256"):
         raise InputError(f"{path}: not the rows that were written: its sha256 is another")
-    rows = tuple(Judged.from_json(json.loads(line)) for line in text.decode().splitlines())
+    try:
+        rows = tuple(Judged.from_json(json.loads(line)) for line in text.decode().splitlines())
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: not rows of an evaluation") from None
     return Stored(folder, rows, results, manifest)
 
 

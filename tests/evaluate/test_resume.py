@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from running import start, workers
 from san.adapted import adapt
 from tiny import rows, save_tiny, tiny_model, write_rows
 
+from san_llm.errors import InputError
 from san_llm.evaluate.store import Progress, read_evaluation
 
 FILES = ("rows.jsonl", "results.json")
@@ -200,6 +202,31 @@ def test_an_evaluation_that_was_changed_is_refused(command, here, cache, data, t
     if broken == "manifest.json":
         message = "two: no finished evaluation in it; `san-llm eval` makes one"
     assert done.stderr == f"error: {message}\n"
+
+
+def test_what_no_evaluation_has_written_is_refused(command, here, cache, data, tiny_base):
+    assert command(*asked(tiny_base, "--limit", 2, "--output", "one")).returncode == 0
+
+    def refused(name, change, message):
+        file = here / "one" / name
+        before = file.read_text()
+        file.write_text(change(before))
+        with pytest.raises(InputError, match=message):
+            read_evaluation(here / "one")
+        file.write_text(before)
+
+    def patched(**changes):
+        return lambda text: json.dumps(json.loads(text) | changes)
+
+    refused("results.json", patched(average={"accuracy": {}}), r"average\.accuracy: Input should")
+    refused(
+        "results.json", patched(tasks=[{"task": 5}]), r"results\.json: tasks\.0\.accuracy: Field"
+    )
+    lost = {"data": {"boolq": {"sha256": "0"}}}
+    refused("manifest.json", patched(identity=lost), r"identity\.data\.boolq\.rows: Field required")
+    (here / "one" / "rows.jsonl").write_text("[1]\n")
+    digest = sha256(b"[1]\n").hexdigest()
+    refused("manifest.json", patched(rows_sha256=digest), r"rows\.jsonl: not rows of an evaluation")
 
 
 def test_what_cannot_be_written_leaves_the_rows_for_the_next_time(
