@@ -72,6 +72,7 @@ class _Score(_Mean):
 
 class _Results(BaseModel):
     model_config = ConfigDict(strict=True)
+    title: str
     protocol: str
     prompt: str
     tasks: list[_Score]
@@ -85,7 +86,13 @@ class _Questions(BaseModel):
 
 
 class _Identity(BaseModel):
+    model_config = ConfigDict(strict=True)
     data: dict[str, _Questions]
+    protocol: dict[str, Any]
+    load: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    code: str
 
 
 class _Manifest(BaseModel):

@@ -222,7 +222,7 @@ def test_what_no_evaluation_has_written_is_refused(command, here, cache, data, t
     refused(
         "results.json", patched(tasks=[{"task": 5}]), r"results\.json: tasks\.0\.accuracy: Field"
     )
-    lost = {"data": {"boolq": {"sha256": "0"}}}
+    lost = {"data": {"boolq": {"sha256": "0"}}, "load": [[]]}
     refused("manifest.json", patched(identity=lost), r"identity\.data\.boolq\.rows: Field required")
     (here / "one" / "rows.jsonl").write_text("[1]\n")
     digest = sha256(b"[1]\n").hexdigest()
