@@ -233,6 +233,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
     ):
         without_holes()
     base = load_base(recipe.base, sharded=engine == "FSDP2")
+    vocabulary = base.get_input_embeddings().num_embeddings  # which may be adapted, next
     samples.check(base.config)
     model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
@@ -284,7 +285,7 @@ def _train(recipe: Recipe, run: Path) -> TrainResult:
                 stop=stop,
                 bad=BadBatches(
                     skip=recipe.training.bad_batches == "skip",
-                    vocabulary=base.get_input_embeddings().num_embeddings,
+                    vocabulary=vocabulary,
                     folder=run / "checkpoints",
                     rows=lambda step: _batch_names(recipe, step, Rows(encoded), named),
                 ),

@@ -407,6 +407,18 @@ def test_quantized_bases_train(here: Path, bits: str) -> None:
 # --- what a run leaves behind -----------------------------------------------------------------
 
 
+def test_the_embedding_and_shifts_are_trained_where_the_recipe_says_so(
+    here: Path, recipe: Path
+) -> None:
+    start(recipe, here / "run", "method.adapt_embedding=true", "method.shift=true")
+    found = adapter(here / "run")
+    moved = [
+        name for name, values in found.items() if (values - values.round()).abs().max() > 0.001
+    ]
+    assert "base_model.model.model.embed_tokens.san_gamma" in moved
+    assert any(name.endswith("san_beta") for name in moved)
+
+
 def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_base: Path) -> None:
     result = start(recipe, here / "run")
     run = here / "run"
