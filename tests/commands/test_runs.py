@@ -91,6 +91,7 @@ def test_each_state_is_told_the_oldest_run_first(command, here, make, monkeypatc
     assert piped[2].split()[:7] == ["runs/stopped", "stopped", "san", "7", "1.5000", "-", "-"]
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("LINES", "25")  # rich takes a dumb terminal's width only with its height
     narrow = command("runs").stdout.splitlines()
     assert narrow[2] == "runs/stopped"
     assert narrow[3].startswith("  stopped, san, steps 7, best loss 1.5000, size ")
