@@ -3,11 +3,15 @@
 Public names are resolved on first use, so that importing the package costs no torch::
 
     from san_llm import SanConfig, propagation_graph
+
+``import san_llm`` is enough for ``PeftModel.from_pretrained`` to load an adapter.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from san_llm.peft_hook import register_with_peft
 
 __version__ = "0.1.0"
 
@@ -31,3 +35,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+register_with_peft()

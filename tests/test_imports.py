@@ -63,6 +63,7 @@ LIGHT = [
     "page.render",
     "page.repeat",
     "page.side_by_side",
+    "peft_hook",
     "plan",
     "plots",
     "processes",
@@ -82,7 +83,7 @@ LIGHT = [
 ]
 # What a module may import of the package, as far down as it may look.
 ORDER = [
-    {"errors", "progress", "san.carriers", "evaluate.published"},
+    {"errors", "progress", "san.carriers", "evaluate.published", "peft_hook"},
     {"data.prompts", "data.tasks", "san.graph", "lock", "push"},
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "engine", "evaluate.score", "streamed", "fold_columns", "weight_check"},

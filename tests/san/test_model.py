@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -800,3 +803,26 @@ def test_adapting_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         get_peft_model(tiny_model(), SanConfig())
+
+
+LOAD = """
+import torch
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+print(model(torch.arange(9)[None]).logits.double().abs().sum().item())
+"""
+
+
+@pytest.mark.parametrize("imports", permutations(["import san_llm", "from peft import PeftModel"]))
+def test_a_process_that_has_imported_the_package_loads_an_adapter(tmp_path, imports):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    model = adapt(model)
+    model.save_pretrained(tmp_path / "adapter")
+    code = "\n".join([*imports, LOAD])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = model(torch.arange(9)[None]).logits.double().abs().sum().item()
+    assert float(done.stdout) == pytest.approx(told, rel=1e-6)
