@@ -161,7 +161,9 @@ class StopOnSignal:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT and not torch.distributed.is_initialized():
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        again, self.asked, self.name = self.asked, True, signal.Signals(number).name
+        # With no call between: that is where a second signal would be let in, and speak, too.
+        again, self.asked = self.asked, True
+        self.name = signal.Signals(number).name
         if not again and is_first():  # the next signal may arrive while this prints
             with contextlib.suppress(OSError):  # a terminal that was closed
                 stderr.print("stopping after this step; Ctrl-C again stops at once")

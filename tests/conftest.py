@@ -76,10 +76,11 @@ def command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     from san_llm.cli import main, stdout
     from san_llm.progress import stderr
 
+    monkeypatch.setenv("COLUMNS", "120")
+
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = ["san-llm", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setenv("COLUMNS", "120")
         for console in (stdout, stderr):  # which took their width from the test that came first
             monkeypatch.setattr(console, "_width", 120)
         capsys.readouterr()

@@ -206,3 +206,22 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None
     watch.check_held_out(state(3), 2.0, 0.01)
     with pytest.raises(SanError, match=r"step 3: the held-out loss is -inf at .* 0\.01; nothing"):
         watch.check_held_out(state(3), -math.inf, 0.01)
+
+
+def test_a_second_signal_while_the_first_is_taken_in_is_not_told_again(
+    stop: StopOnSignal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = []
+
+    def named(number: int) -> signal.Signals:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(number)
+
+    real = signal.Signals
+    monkeypatch.setattr(signal, "Signals", named)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked
+    assert sent == [signal.SIGTERM]
+    assert capsys.readouterr().err.count("stopping after this step") == 1

@@ -813,7 +813,10 @@ print(model(torch.arange(9)[None]).logits.double().abs().sum().item())
 """
 
 
-@pytest.mark.parametrize("imports", permutations(["import san_llm", "from peft import PeftModel"]))
+IMPORTS = ["import san_llm", "from peft import PeftModel"]
+
+
+@pytest.mark.parametrize("imports", [*permutations(IMPORTS)])
 def test_a_process_that_has_imported_the_package_loads_an_adapter(tmp_path, imports):
     model = tiny_model()
     model.save_pretrained(tmp_path / "base")
