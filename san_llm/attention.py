@@ -22,13 +22,15 @@ def added(mask: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     would keep each block's.
 
     Args:
-        mask: (..., L, S).
+        mask: (L, S) or (B, L, S).
         dtype: The queries'.
         groups: Query heads of a key head, which are more queries of it.
 
     Returns:
-        (..., 1, groups * L, S).
+        (B, 1, groups * L, S), with a B of 1 for one mask: of three dimensions it would keep torch
+        from its faster kernel on a CPU.
     """
+    mask = mask if mask.dim() == 3 else mask[None]
     zero = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return torch.cat([zero.masked_fill_(~mask, float("-inf"))] * groups, -2).unsqueeze(-3)
 
@@ -42,7 +44,7 @@ def attention(
         query: (B, L, heads, head_dim).
         key: (B, kv_heads, S, head_dim).
         value: (B, kv_heads, S, head_dim).
-        mask: Of :func:`added`, (B, 1, groups * L, S) or (1, groups * L, S).
+        mask: Of :func:`added`, (B, 1, groups * L, S) or (1, 1, groups * L, S).
         scale: What scores are multiplied by.
         dropout: Share of the attention weights that is dropped.
 
@@ -59,8 +61,6 @@ def attention(
     if own and query.requires_grad and not dropout:
         out: Tensor = _Attention.apply(folded, key, value, mask.expand(batch, -1, -1, -1), scale)
     else:
-        # One of three dimensions keeps torch from its faster kernel on a CPU.
-        mask = mask if mask.dim() == 4 else mask[None]
         how: dict[str, Any] = {"attn_mask": mask, "scale": scale, "dropout_p": dropout}
         out = F.scaled_dot_product_attention(folded, key, value, **how)
     unfolded = out.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)

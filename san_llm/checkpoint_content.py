@@ -22,7 +22,7 @@ from transformers import TrainerState
 
 from san_llm.checkpoint import SEAL, best_of, checkpoint_of, step_of
 from san_llm.engine import Engine
-from san_llm.errors import InputError, first_line
+from san_llm.errors import InputError, first_line, first_mistake
 from san_llm.shards import read_header
 
 STATE, ADAPTER = "trainer_state.json", "adapter_model.safetensors"
@@ -105,9 +105,7 @@ def _check_state(folder: Path) -> None:
     try:
         state = _State.model_validate(found)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(map(str, wrong["loc"]))
-        raise InputError(f"{path}: {key}: {wrong['msg']}; {_GO_BACK}") from None
+        raise InputError(f"{path}: {first_mistake(error)}; {_GO_BACK}") from None
     for name in found.keys() - {field.name for field in fields(TrainerState)}:
         raise InputError(f"{path}: {name!r}: Trainer's state has no such key; {_GO_BACK}")
     logged = [entry.step for entry in state.log_history if "loss" in entry.model_fields_set]

@@ -24,8 +24,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from san_llm import __version__
-from san_llm.commands.complete import recipe_keys, recipes_and_runs, run_folders
+from san_llm.commands.complete import recipes_and_runs, run_folders
 from san_llm.commands.doctor import doctor_app
+from san_llm.commands.options import Json, Overrides, Overwrite
 from san_llm.commands.plan import plan_app
 from san_llm.commands.push import push_app
 from san_llm.commands.recipes import recipes_app
@@ -76,9 +77,6 @@ app.add_typer(show_app)
 app.add_typer(report_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 
 
 def _version(wanted: bool) -> None:
@@ -141,12 +139,7 @@ def train(
             "(default: the last run).",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."
-        ),
-    ] = None,
+    overrides: Overrides = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
     ] = None,
@@ -555,11 +548,12 @@ def merge(
 ) -> None:
     """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
     quiet_libraries()
-    from san_llm.merge import full_precision_note, parse_size, stored_as
+    from san_llm.merge import full_precision_note, stored_as
     from san_llm.merge import merge as start
     from san_llm.progress import stderr
     from san_llm.recipe import DTYPES
     from san_llm.record import adapter_of, last_run, refuse_files
+    from san_llm.size import parse_size
     from san_llm.subject import find_subject
 
     for option, found, known in (
@@ -677,15 +671,15 @@ def _check_options(words: list[str]) -> None:
     """Refuse a recipe's key that is written as an option, such as ``train --epochs 2``."""
     if words[:1] not in (["train"], ["plan"]) or {"-h", "--help"} & set(words):
         return
-    from san_llm.recipe import Data, Evaluation, Training
+    from san_llm.recipe import section_keys
 
-    sections: dict[str, Any] = {"training": Training, "data": Data, "evaluation": Evaluation}
+    sections = section_keys()
     for word in words[1:]:
         if words[0] == "plan" and word == "--data":
             continue  # an option of its own
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        for name, section in sections.items():
-            if word.startswith("--") and key in section.model_fields:
+        for name in ("training", "data", "evaluation"):
+            if word.startswith("--") and key in sections[name]:
                 raise InputError(f"{word}: a recipe's key is written without dashes: {name}.{key}=")
 
 

@@ -8,6 +8,10 @@ from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SanError(Exception):
@@ -66,6 +70,12 @@ def check_one_of(what: str, found: object, known: Collection[str]) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return where pydantic finds the first thing wrong, and what: ``tasks.0.n: ...``."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def unexpected(error: BaseException) -> str:

@@ -9,7 +9,6 @@ base as it was quantized in training (``merge_4bit``).
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +31,12 @@ from san_llm.record import manifest, read_json, refuse_link, whole_folder, write
 from san_llm.san.graph import check_family
 from san_llm.shards import DTYPES, Numbers, Output, read_checkpoint, read_rows, write_checkpoint
 from san_llm.streamed import Folded
-from san_llm.subject import Subject
+from san_llm.subject import MERGE_MANIFEST, Subject
 
 if TYPE_CHECKING:
     from san_llm.verify import VerifyResult
 
 SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -206,7 +203,7 @@ def merge(
                 **sums,
             },
         )
-        write_json(folder / "merge_manifest.json", facts)
+        write_json(folder / MERGE_MANIFEST, facts)
         if verified:
             from san_llm.verify import verify
 
@@ -218,20 +215,6 @@ def merge(
     if push_to is not None:
         result = replace(result, pushed=push(output, push_to, private))
     return result
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``500MB``, ``2GB`` (of 10^9) or ``2GiB`` (of 2^30).
-
-    Raises:
-        InputError: when it is none, or less than a byte.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = match[2].upper() or "B" if match else ""
-    size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
-    if size < 1:
-        raise InputError(f"{text!r} is not a size: write it as 500MB, 2GB or 2GiB")
-    return size
 
 
 def _as_trained(base: Base, trained: Base, stored: str | None) -> Base:

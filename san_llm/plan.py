@@ -6,7 +6,6 @@ tokenized.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import ceil
@@ -33,9 +32,19 @@ from san_llm.estimate import (
     trained_numbers,
 )
 from san_llm.locate import locate, stored_bits
-from san_llm.recipe import Base, LoraMethod, Method, Recipe, SanMethod, leaves, micro_batch
+from san_llm.recipe import (
+    Base,
+    LoraMethod,
+    Method,
+    Recipe,
+    SanMethod,
+    check_held_out,
+    leaves,
+    micro_batch,
+)
 from san_llm.record import read_json
 from san_llm.san.graph import PropagationGraph, check_family, check_sizes
+from san_llm.size import parse_size
 
 DEVICES: tuple[Device, ...] = get_args(Device)
 _7B = {
@@ -281,10 +290,7 @@ def _count_rows(recipe: Recipe) -> tuple[int | None, str | None]:
     rows = sum(1 for _ in chain.from_iterable(map(stream_rows, files)))
     rows = min(rows, data.limit or rows)
     if isinstance(data.held_out, int):
-        if data.held_out >= rows:
-            raise InputError(
-                f"data.held_out: {data.held_out} of {rows} rows leave none to train on"
-            )
+        check_held_out(data.held_out, rows)
         rows -= data.held_out
     return rows, None
 
@@ -319,21 +325,19 @@ def find_device(name: str | None) -> Device:
     return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
-
-
-def bytes_of(text: str) -> int:
-    """Return the bytes of a size such as ``24GB`` (of 1000) or ``24GiB`` (of 1024).
+def bytes_of(memory: str) -> int:
+    """Return the bytes of what a device has, such as ``24GB``, ``24GiB`` or ``24G``.
 
     Raises:
-        InputError: when it is none.
+        InputError: when it is no size.
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise InputError(f"--memory: expected a size such as 24GB or 24GiB, found {text!r}")
-    prefix = (match[2] or "").upper()
-    base: float = 1024 if prefix.endswith("I") else 1000
-    return round(float(match[1]) * base ** " KMGT".index(prefix[:1] or " "))
+    text = memory.strip()
+    try:
+        return parse_size(text if text.upper().endswith("B") else f"{text}B")
+    except InputError:
+        raise InputError(
+            f"--memory: expected a size such as 24GB or 24GiB, found {memory!r}"
+        ) from None
 
 
 def fits(plan: Plan, limit: int) -> bool:

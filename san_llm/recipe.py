@@ -489,6 +489,33 @@ def micro_batch(training: Training, processes: int) -> int:
     return next(size for size in range(limit, 0, -1) if share % size == 0)
 
 
+def check_held_out(held_out: int, rows: int) -> None:
+    """Refuse to take more of the training rows out than leave one.
+
+    Raises:
+        InputError: naming how many there may be.
+    """
+    if held_out >= rows:
+        raise InputError(
+            f"data.held_out: {held_out} of {rows} rows leave none to train on; "
+            f"expected 0 to {rows - 1}, or a file"
+        )
+
+
+def section_keys() -> dict[str, list[str]]:
+    """Return the keys of each section of a recipe; the method's are those of all methods."""
+    methods = {"method": get_args(get_args(Method)[0])}
+    return {
+        name: list(
+            dict.fromkeys(
+                key for model in methods.get(name, (info.annotation,)) for key in model.model_fields
+            )
+        )
+        for name, info in Recipe.model_fields.items()
+        if name != "name"
+    }
+
+
 def _text_of(path: Path) -> str:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: a pipe or a device; expected a recipe, a YAML file")

@@ -291,12 +291,11 @@ def begun(run: Path, made: bool) -> Iterator[None]:
     except InputError:
         if made and any(run.glob("checkpoints/checkpoint-*")):
             raise
-        if made:
-            shutil.rmtree(run, ignore_errors=True)
         (RUNS / "latest").unlink(missing_ok=True)
         if before is not None:
             (RUNS / "latest").symlink_to(before)
         if made:
+            shutil.rmtree(run, ignore_errors=True)
             with suppress(OSError):  # other runs are in it
                 RUNS.rmdir()
         raise

@@ -10,6 +10,8 @@ from san_llm.errors import InputError, check_one_of, nearest_file
 from san_llm.recipe import DTYPES, Base, Recipe
 from san_llm.record import adapter_of, last_run, read_json, recipe_of, run_of
 
+MERGE_MANIFEST = "merge_manifest.json"  # in a merged model's folder
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -32,7 +34,7 @@ class Subject:
         """The prompt style it was trained in, as its run or its merge says, or None."""
         if self.recipe is not None:
             return self.recipe.data.prompt
-        merged = Path(self.base.model) / "merge_manifest.json"
+        merged = Path(self.base.model) / MERGE_MANIFEST
         if self.adapter is not None or not merged.is_file():
             return None
         told = read_json(merged).get("prompt")

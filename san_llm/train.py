@@ -45,7 +45,7 @@ from san_llm.model import (
 from san_llm.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.processes import agree, is_first, rank, told_once, world_size
 from san_llm.progress import stderr
-from san_llm.recipe import Recipe, micro_batch
+from san_llm.recipe import Recipe, check_held_out, micro_batch
 from san_llm.record import manifest, whole_folder, write_json
 from san_llm.samples import Samples
 from san_llm.trackers import go_on_in_tensorboard, reported
@@ -106,11 +106,7 @@ def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]
         files.append(Path(data.held_out))
         held_out = read_rows(files[-1])
     else:
-        if data.held_out >= len(rows):
-            raise InputError(
-                f"data.held_out: {data.held_out} of {len(rows)} rows leave none to train on; "
-                f"expected 0 to {len(rows) - 1}, or a file"
-            )
+        check_held_out(data.held_out, len(rows))
         chosen = set(random.Random(recipe.training.seed).sample(range(len(rows)), data.held_out))
         held_out = [row for number, row in enumerate(rows) if number in chosen]
         rows = [row for number, row in enumerate(rows) if number not in chosen]

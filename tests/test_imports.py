@@ -21,6 +21,7 @@ LIGHT = [
     "cli",
     "commands.complete",
     "commands.doctor",
+    "commands.options",
     "commands.plan",
     "commands.push",
     "commands.recipes",
@@ -76,6 +77,7 @@ LIGHT = [
     "san.carriers",
     "san.graph",
     "shards",
+    "size",
     "sketch",
     "streamed",
     "subject",
@@ -84,7 +86,7 @@ LIGHT = [
 # What a module may import of the package, as far down as it may look.
 ORDER = [
     {"errors", "progress", "san.carriers", "evaluate.published", "peft_hook"},
-    {"data.prompts", "data.tasks", "san.graph", "lock", "push"},
+    {"data.prompts", "data.tasks", "san.graph", "lock", "push", "size"},
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "engine", "evaluate.score", "streamed", "fold_columns", "weight_check"},
     {"subject", "launch", "model_diff", "evaluate.report", "download", "gguf_export", "checkpoint"},

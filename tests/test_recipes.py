@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from san_llm.errors import InputError
 from san_llm.model import adapter_config, add_adapter, trainable_parameters
+from san_llm.plan import KNOWN
 from san_llm.recipe import Recipe, hardware, load_recipe, parse_recipe, shipped_recipes
 from san_llm.san.graph import TARGETS
 
@@ -34,36 +36,6 @@ SORTED = [
     "llama3_8b_commonsense",
     "llama3_8b_commonsense_4bit",
 ]
-# What the models' own config.json files say.
-LLAMA_7B = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-}
-LLAMA_13B = LLAMA_7B | {
-    "hidden_size": 5120,
-    "intermediate_size": 13_824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-}
-LLAMA3_8B = LLAMA_7B | {
-    "vocab_size": 128_256,
-    "intermediate_size": 14_336,
-    "num_key_value_heads": 8,
-}
-SMOLLM2_135M = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 # One number for each output of q, k, v, o, gate, up and down, in every block.
 TRAINED = {
     "7b": 32 * (4096 + 4096 + 4096 + 4096 + 11_008 + 11_008 + 4096),
@@ -71,12 +43,13 @@ TRAINED = {
     "8b": 32 * (4096 + 1024 + 1024 + 4096 + 14_336 + 14_336 + 4096),
     "135m": 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576),
 }
-SHAPES = {
-    "huggyllama/llama-7b": (LLAMA_7B, TRAINED["7b"], 6_738_415_616),
-    "meta-llama/Llama-2-7b-hf": (LLAMA_7B, TRAINED["7b"], 6_738_415_616),
-    "huggyllama/llama-13b": (LLAMA_13B, TRAINED["13b"], 13_015_864_320),
-    "meta-llama/Meta-Llama-3-8B": (LLAMA3_8B, TRAINED["8b"], 8_030_261_248),
-    "smollm2-135m": (SMOLLM2_135M, TRAINED["135m"], 134_515_008),
+# Those that SAN trains, and all of the base.
+PARAMETERS = {
+    "huggyllama/llama-7b": (TRAINED["7b"], 6_738_415_616),
+    "meta-llama/Llama-2-7b-hf": (TRAINED["7b"], 6_738_415_616),
+    "huggyllama/llama-13b": (TRAINED["13b"], 13_015_864_320),
+    "meta-llama/Meta-Llama-3-8B": (TRAINED["8b"], 8_030_261_248),
+    "smollm2-135m": (TRAINED["135m"], 134_515_008),
 }
 
 
@@ -84,7 +57,7 @@ def recipe(name: str) -> Recipe:
     return load_recipe(shipped_recipes()[name])
 
 
-def on_meta(shape: dict[str, int]) -> LlamaForCausalLM:
+def on_meta(shape: dict[str, Any]) -> LlamaForCausalLM:
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(**shape))
 
@@ -113,7 +86,7 @@ def test_a_shipped_recipe_is_valid_short_and_names_its_hardware(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_trains_the_published_count_on_the_real_shapes(name):
     chosen = recipe(name)
-    shape, trained, whole = SHAPES[chosen.base.model]
+    shape, (trained, whole) = KNOWN[chosen.base.model], PARAMETERS[chosen.base.model]
     model = on_meta(shape)
     assert sum(p.numel() for p in model.parameters()) == whole
     model.requires_grad_(False)
@@ -129,7 +102,7 @@ def test_a_shipped_recipe_trains_the_published_count_on_the_real_shapes(name):
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_the_other_methods_fit_the_real_shapes_too(name, method):
     chosen = load_recipe(shipped_recipes()[name], [f"method.name={method}"])
-    shape = SHAPES[chosen.base.model][0] | {"num_hidden_layers": 1}
+    shape = KNOWN[chosen.base.model] | {"num_hidden_layers": 1}
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     sides = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
@@ -190,7 +163,7 @@ def test_the_readme_has_the_figures_of_the_recipes():
         line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
         chosen = recipe(name)
         assert chosen.base.model in line
-        assert f"{SHAPES[chosen.base.model][1]:,}" in line
+        assert f"{PARAMETERS[chosen.base.model][0]:,}" in line
         memory = re.search(r"(\d+) GB", hardware(shipped_recipes()[name]))
         assert memory.group() in line
 

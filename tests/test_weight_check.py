@@ -13,8 +13,9 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from san_llm.errors import InputError, SanError
-from san_llm.merge import merge, parse_size
+from san_llm.merge import merge
 from san_llm.recipe import Base
+from san_llm.size import parse_size
 from san_llm.subject import find_subject
 from san_llm.verify import verify
 from san_llm.weight_check import ROUNDING, check_errors, stored_rows, weight_errors

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 def recipe_names(incomplete: str) -> list[str]:
     """Return the shipped recipes that begin so."""
@@ -27,16 +25,7 @@ def recipes_and_runs(incomplete: str) -> list[str]:
 
 def recipe_keys(incomplete: str) -> list[str]:
     """Return the keys of a recipe that begin so, to be overridden: ``data.train=``."""
-    from san_llm import recipe
+    from san_llm.recipe import section_keys
 
-    methods = (recipe.SanMethod, recipe.LoraMethod, recipe.DoraMethod, recipe.Ia3Method)
-    sections: dict[str, tuple[Any, ...]] = {"base": (recipe.Base,), "method": methods}
-    sections |= {"data": (recipe.Data,), "training": (recipe.Training,)}
-    sections |= {"evaluation": (recipe.Evaluation,)}
-    keys = {
-        f"{name}.{key}=": None
-        for name, kinds in sections.items()
-        for kind in kinds
-        for key in kind.model_fields
-    }
+    keys = [f"{section}.{key}=" for section, keys in section_keys().items() for key in keys]
     return [key for key in keys if key.startswith(incomplete)]

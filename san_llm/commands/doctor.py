@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from san_llm.commands.options import Json
 from san_llm.errors import plain
 from san_llm.progress import quiet_libraries
 
@@ -26,7 +26,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
     san-llm doctor --json"""
 )
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check versions, devices, bf16, 4 bits, two processes, memory, disk, caches and the hub."""
     quiet_libraries()

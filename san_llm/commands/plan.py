@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from san_llm.commands.complete import recipe_keys, recipe_names
+from san_llm.commands.complete import recipe_names
+from san_llm.commands.options import Json, Overrides
 from san_llm.errors import plain
 from san_llm.progress import quiet_libraries
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from san_llm.plan import Plan
 
 plan_app = typer.Typer(rich_markup_mode=None)
+size = partial(decimal, precision=2)
 
 
 @plan_app.command(
@@ -39,12 +43,7 @@ def plan(
             help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."
-        ),
-    ] = None,
+    overrides: Overrides = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +67,7 @@ def plan(
             "--data", help="Tokenize the rows, for their real lengths and what the cutoff takes."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Tell what a run would train, its steps and its memory, from config files alone."""
     quiet_libraries()
@@ -196,11 +195,3 @@ def _verdict(made: Plan, limit: int | None) -> str:
     if fits(made, limit):
         return f"[green]fits[/] into {size(limit)}: {needs}"
     return f"[bold red]does not fit[/] into {size(limit)}: {needs}"
-
-
-def size(count: int) -> str:
-    """Return bytes in a unit that leaves three digits, of 1000."""
-    for unit, one in (("GB", 1e9), ("MB", 1e6)):
-        if count >= one:
-            return f"{count / one:,.2f} {unit}"
-    return f"{count / 1e3:,.2f} kB"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from san_llm.commands.complete import run_folders
+from san_llm.commands.options import Json
 from san_llm.errors import InputError, plain
 
 push_app = typer.Typer(rich_markup_mode=None)
@@ -42,7 +43,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be uploaded.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Upload an adapter or a merged model, with its card, to the hub."""
     from san_llm.push import check_push

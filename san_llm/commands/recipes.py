@@ -13,6 +13,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from san_llm.commands.complete import recipe_names
+from san_llm.commands.options import Json, Overwrite
 from san_llm.errors import InputError, plain
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -32,9 +33,7 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Name = Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=recipe_names)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
 
 
 @recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")

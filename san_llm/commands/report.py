@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from san_llm.commands.complete import run_folders
+from san_llm.commands.options import Json, Overwrite
 from san_llm.errors import InputError, plain
 from san_llm.progress import stderr
 
@@ -38,10 +39,8 @@ def report(
         Path | None,
         typer.Option(help="The page. Default: report.html in the run's folder; of several, here."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is in the way.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write one HTML page: what was done, curves, scales, scores, answers, how to repeat it."""
     from san_llm.page.render import default_output, write_page

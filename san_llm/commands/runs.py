@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from san_llm.commands.complete import run_folders
+from san_llm.commands.options import Json
 from san_llm.errors import InputError, plain
 from san_llm.progress import stderr
 
@@ -38,7 +39,7 @@ COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "damaged
 @runs_app.callback()
 def runs(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show the runs of this directory, or remove some."""
     if context.invoked_subcommand is not None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from san_llm.commands.complete import run_folders
+from san_llm.commands.options import Json, Overwrite
 from san_llm.errors import InputError, plain
 from san_llm.progress import stderr
 
@@ -47,10 +48,8 @@ def show(
     terminal: Annotated[
         bool, typer.Option("--terminal", help="Draw here only, in characters; write no pictures.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is in the way.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Draw a run: losses, neuron scales by block and module, synapse scales, scores."""
     from san_llm.record import last_run, refuse_files

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from san_llm.commands.options import Json
 from san_llm.data.prompts import STYLES, prompt_style
 from san_llm.errors import InputError, check_one_of, escaped
 from san_llm.progress import quiet_libraries, stderr
@@ -81,7 +82,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     dtype: DType = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer one prompt, as it was asked in training."""
     quiet_libraries()

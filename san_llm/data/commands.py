@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from san_llm.commands.complete import recipe_keys
+from san_llm.commands.options import Json, Overrides
 from san_llm.errors import InputError, did_you_mean
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -27,7 +27,6 @@ data_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 SETS = ("commonsense",)
 
 
@@ -101,12 +100,7 @@ def inspect(
             "would.",
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."
-        ),
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model will see of training rows: lengths, cuts, doubles, answers, overlap."""

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from san_llm.data.rows import sha256_of
-from san_llm.errors import InputError
+from san_llm.errors import InputError, first_mistake
 from san_llm.evaluate.fingerprint import key_of
 from san_llm.evaluate.score import Judged
 from san_llm.progress import stderr
@@ -123,9 +123,7 @@ def read_evaluation(folder: Path) -> Stored:
         try:
             model.model_validate(values)
         except ValidationError as error:
-            wrong = error.errors()[0]
-            key = ".".join(map(str, wrong["loc"]))
-            raise InputError(f"{folder / name}: {key}: {wrong['msg']}") from None
+            raise InputError(f"{folder / name}: {first_mistake(error)}") from None
     path = folder / ROWS
     try:
         text = path.read_bytes()

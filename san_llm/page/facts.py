@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from san_llm.adapter_card import trained_on
 from san_llm.diff import DiffResult, diff
-from san_llm.errors import InputError, SanError
+from san_llm.errors import InputError, SanError, first_mistake
 from san_llm.recipe import Recipe
 from san_llm.record import read_json, read_log, recipe_of
 from san_llm.runs import Run, look_at
@@ -153,6 +153,4 @@ def _as(kind: type[_Kind], values: Mapping[str, Any], path: Path) -> _Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {where}: {first['msg']}") from None
+        raise InputError(f"{path}: {first_mistake(error)}") from None

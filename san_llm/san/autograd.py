@@ -212,8 +212,7 @@ def _blocks(
     step = max(1, BLOCK // width) if flat[0].device.type == "cpu" else max(1, tokens)
     work = [flat[0].new_empty(min(step, tokens), width, dtype=dtype) for _ in range(scratch)]
     for parts in zip(*(tensor.split(step) for tensor in flat), strict=True):
-        rows = len(parts[0])
-        yield [*parts, *(work if rows == len(work[0]) else (tensor[:rows] for tensor in work))]
+        yield [*parts, *(tensor[: len(parts[0])] for tensor in work)]
 
 
 def _like(features: Tensor) -> Tensor:
