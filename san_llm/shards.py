@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from san_llm.direct_file import DirectFile
 from san_llm.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,8 +32,7 @@ OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, 
 OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BLOCK = 2**16  # numbers worked on at once: what fits a core's cache
-PIECE = 2**20  # bytes that a thread reads, works out and writes at once
-SYNC = 2**28  # bytes between two orders to bring what is written to the disk
+PIECE = 2**20  # bytes that a thread reads and works out at once
 THREADS = min(4, os.cpu_count() or 1) + 1  # one more than cores: some wait for the disk
 
 Numbers = np.ndarray[Any, Any]
@@ -291,17 +289,10 @@ def write_checkpoint(
         if count == 1
         else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     )
-    sums = {}
-    with ThreadPoolExecutor(1) as disk:
-        orders: list[Future[None]] = []
-
-        def sync(path: Path) -> None:
-            orders.append(disk.submit(_sync, path))
-
-        for name, shard in zip(names, shards, strict=True):
-            sums[name] = _write_shard(folder / name, shard, done, sync)
-        for order in orders:
-            order.result()
+    sums = {
+        name: _write_shard(folder / name, shard, done)
+        for name, shard in zip(names, shards, strict=True)
+    }
     if count > 1:
         index = {
             "metadata": {"total_size": sum(output.size for output in outputs)},
@@ -316,17 +307,7 @@ def write_checkpoint(
     return sums
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_shard(
-    path: Path,
-    outputs: Sequence[Output],
-    done: Callable[[int], None],
-    sync: Callable[[Path], None],
-) -> str:
+def _write_shard(path: Path, outputs: Sequence[Output], done: Callable[[int], None]) -> str:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for output in outputs:
@@ -336,31 +317,26 @@ def _write_shard(
             "data_offsets": [position, position + output.size],
         }
         position += output.size
-    length = position
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    digest = sha256(header)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as threads:
-        write = partial(_write_piece, file.fileno())
-        position = _write(file.fileno(), header, 0)
-        end = position + length
+    with DirectFile(path) as file, ThreadPoolExecutor(THREADS) as threads:
+        file.append(np.frombuffer(header, np.uint8))
         waiting: deque[Future[Numbers]] = deque()
         room = _Ring(2 * THREADS + 1)
-        unsynced = 0
+
+        def write_first() -> None:
+            piece = waiting.popleft().result()
+            file.append(piece)
+            done(len(piece))
+
         for output, first, last, size in _pieces(outputs):
-            waiting.append(threads.submit(write, position, output, first, last, room.take(size)))
-            position += size
-            while len(waiting) > (2 * THREADS if position < end else 0):
-                piece = waiting.popleft().result()
-                digest.update(piece.data)
-                done(len(piece))
-                unsynced += len(piece)
-            if unsynced >= SYNC:  # the disk works while we do, not after us
-                sync(path)
-                unsynced = 0
-    sync(path)
-    return digest.hexdigest()
+            waiting.append(threads.submit(_piece, output, first, last, room.take(size)))
+            if len(waiting) > 2 * THREADS:
+                write_first()
+        while waiting:
+            write_first()
+        return file.close()
 
 
 def _pieces(outputs: Sequence[Output]) -> Iterator[tuple[Output, int, int, int]]:
@@ -405,17 +381,14 @@ def _room(name: str, shape: tuple[int, ...], dtype: Any) -> Numbers:
     return numbers
 
 
-def _write_piece(
-    file: int, position: int, output: Output, first: int, last: int, data: Numbers
-) -> Numbers:
-    """Read rows, fold them, write them to their place in a file; return ``data``, their bytes."""
+def _piece(output: Output, first: int, last: int, data: Numbers) -> Numbers:
+    """Read rows and fold them; return ``data``, their bytes."""
     source = output.source
     with nullcontext() if source is None else source.file.open("rb", buffering=0) as opened:
         if source is not None and output.copied:
             _read(opened, source, first, last, data)
         else:
             _fold(output, opened, first, last, data)
-    _write(file, data, position)
     return data
 
 
@@ -437,12 +410,3 @@ def _fold(output: Output, opened: Any, first: int, last: int, data: Numbers) -> 
             rows = output.fold(rows, start, stop)
         odd = _room("odd", rows.shape, np.uint32)
         narrow(rows, output.dtype, made[start - first : stop - first], odd)
-
-
-def _write(file: int, data: Any, position: int) -> int:
-    """Write all bytes at a position of a file; return the position behind them."""
-    left = memoryview(data)
-    while left:  # a part may be taken, and the reason be said only when asked again
-        written = os.pwrite(file, left, position)
-        left, position = left[written:], position + written
-    return position

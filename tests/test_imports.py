@@ -76,6 +76,7 @@ LIGHT = [
     "runs",
     "san.carriers",
     "san.graph",
+    "direct_file",
     "shards",
     "size",
     "sketch",
