@@ -37,6 +37,7 @@ LIGHT = [
     "data.rows",
     "data.tasks",
     "diff",
+    "direct_file",
     "doctor",
     "download",
     "engine",
@@ -76,7 +77,6 @@ LIGHT = [
     "runs",
     "san.carriers",
     "san.graph",
-    "direct_file",
     "shards",
     "size",
     "sketch",
@@ -86,7 +86,7 @@ LIGHT = [
 ]
 # What a module may import of the package, as far down as it may look.
 ORDER = [
-    {"errors", "progress", "san.carriers", "evaluate.published", "peft_hook"},
+    {"errors", "progress", "san.carriers", "evaluate.published", "peft_hook", "direct_file"},
     {"data.prompts", "data.tasks", "san.graph", "lock", "push", "size"},
     {"recipe", "data.rows", "shards", "evaluate.protocol"},
     {"record", "engine", "evaluate.score", "streamed", "fold_columns", "weight_check"},

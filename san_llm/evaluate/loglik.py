@@ -28,7 +28,7 @@ from san_llm.evaluate.packed import Prefix, can_pack, packed_forward, packing, s
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FORWARD_TOKENS = 1024  # of the questions in a forward, unless one alone has more
+FORWARD_TOKENS = 2048  # of the questions in a forward, unless one alone has more
 
 Encoded = tuple[list[int], list[list[int]]]  # a prompt's tokens, and those of each choice
 

@@ -134,15 +134,38 @@ def packed_forward(
         past: What each token attends to.
     """
     device = model.device
-    out = model(
-        input_ids=torch.tensor([tokens], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        use_cache=False,
-        logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
-        past=past,
-    )
+    rows = torch.tensor(wanted, dtype=torch.long, device=device)
+    with _last_mlp_of(model, rows, len(tokens)):
+        out = model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=rows,
+            past=past,
+        )
     logprobs: Tensor = out.logits[0].float().log_softmax(-1)
     return logprobs
+
+
+@contextmanager
+def _last_mlp_of(model: PreTrainedModel, wanted: Tensor, tokens: int) -> Iterator[None]:
+    """Run the last block's MLP on the wanted tokens alone: of the others nobody asks for more."""
+
+    def before(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][:, wanted], *inputs[1:])
+
+    def after(_: Any, _inputs: object, out: Tensor) -> Tensor:
+        whole = out.new_zeros(1, tokens, out.shape[-1])
+        whole[:, wanted] = out
+        return whole
+
+    mlp = inner(model).model.layers[-1].mlp
+    hooks = [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def shared_prefix(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Prefix:

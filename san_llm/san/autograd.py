@@ -144,6 +144,73 @@ class ScaledSwiGLU(torch.autograd.Function):
         return d_gate, d_up, d_g.gradient(), d_c.gradient(), None
 
 
+class ScaledRotary(torch.autograd.Function):
+    """The rotary embedding of ``features * scale``; keeps the features."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return rotated queries or keys, bit for bit what scaling and then rotating gives.
+
+        Args:
+            ctx: For the backward pass.
+            x: (batch, heads, tokens, head_dim), a view of features (batch, tokens, d).
+            scale: (d,), or None for 1.
+            cos: (batch or 1, tokens, head_dim), its halves alike, in the dtype of x.
+            sin: Likewise.
+        """
+        batch, heads, tokens, head_dim = x.shape
+        features = x.transpose(1, 2).flatten(2)
+        cos, sin = (part.expand(batch, -1, -1) for part in (cos, sin))
+        ctx.save_for_backward(None if scale is None else features, scale, cos, sin)
+        out = _like(features)
+        wide = features.dtype if scale is None else scale.dtype
+        blocks = _blocks(features, out, cos, sin, scratch=2)
+        wides = _blocks(features, scratch=1, dtype=wide)
+        for (x_, y, c, s, mine, work), (_, w) in zip(blocks, wides, strict=True):
+            _rotate(x_ if scale is None else _times(x_, scale, mine, w), c, s, y, work)
+        return out.view(batch, tokens, heads, head_dim).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """Return the gradients to x and the scale."""
+        features, scale, cos, sin = ctx.saved_tensors
+        grad = grads[0].transpose(1, 2)
+        d_x, d_scale = _like(grad), _Summed()
+        grad, out = grad.flatten(2), d_x.flatten(2)
+        if scale is None:
+            for g, d_x_, c, s, work in _blocks(grad, out, cos, sin, scratch=1):
+                _rotate(g, c, -s, d_x_, work)
+            return d_x.transpose(1, 2), None, None, None
+        parts = _blocks(grad, features, out, cos, sin, scratch=4, dtype=scale.dtype)
+        for g, x_, d_x_, c, s, turned, work, wide_g, wide_x in parts:
+            c, s = c.to(scale.dtype), s.to(scale.dtype)
+            _rotate(_wide(g, wide_g), c, -s, turned, work)
+            d_scale.add(turned, _wide(x_, wide_x))
+            _times(turned, scale, d_x_, work)
+        return d_x.transpose(1, 2), d_scale.gradient(), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, work: Tensor) -> None:
+    """Write ``x * cos + (-x2, x1) * sin`` into ``out``, for each head's halves x1 and x2.
+
+    Args:
+        x: (tokens, d).
+        cos: (tokens, head_dim), its halves alike.
+        sin: Likewise.
+        out: (tokens, d), other memory than x.
+        work: (tokens, d), to work in.
+    """
+    width = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)[..., : width // 2]
+    x, out, work = (part.unflatten(-1, (-1, width)) for part in (x, out, work))
+    x1, x2 = x.chunk(2, -1)
+    out1, out2 = out.chunk(2, -1)
+    work1, work2 = work.chunk(2, -1)
+    torch.mul(x, cos, out=out)
+    out1.sub_(torch.mul(x2, sin, out=work1))
+    out2.add_(torch.mul(x1, sin, out=work2))
+
+
 class _Summed:
     """The gradient of a scale: products added up block by block, over tokens only at the end."""
 
@@ -209,10 +276,12 @@ def _blocks(
     # A view wherever there is one: halves of one tensor are read where they stand.
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in features]
     tokens, width = flat[0].shape
-    step = max(1, BLOCK // width) if flat[0].device.type == "cpu" else max(1, tokens)
-    work = [flat[0].new_empty(min(step, tokens), width, dtype=dtype) for _ in range(scratch)]
+    count = max(1, round(tokens * width / BLOCK)) if flat[0].device.type == "cpu" else 1
+    step = max(1, -(-tokens // count))
+    work = [flat[0].new_empty(step, width, dtype=dtype) for _ in range(scratch)]
     for parts in zip(*(tensor.split(step) for tensor in flat), strict=True):
-        yield [*parts, *(tensor[: len(parts[0])] for tensor in work)]
+        rest = len(parts[0])
+        yield [*parts, *(work if rest == step else (tensor[:rest] for tensor in work))]
 
 
 def _like(features: Tensor) -> Tensor:

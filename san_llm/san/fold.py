@@ -1,12 +1,14 @@
 """The lean form: SAN in about the memory of backpropagating through the frozen base.
 
-The plain form keeps the input and the output of every scale for the backward pass. Three
+The plain form keeps the input and the output of every scale for the backward pass. Four
 identities move scales to where their factors are kept anyway, or where none is needed:
 
 - ``s * (w * n) = (s * w) * n``: readers of one RMSNorm that share s leave it to the norm's weight
   (``NormFold``), whose backward pass recomputes n from the residual stream and one number a token.
 - Attention mixes tokens, never channels: v's row scale and o's synapse scale become one factor on
   the attention output (``ValueFold``), which attention keeps itself.
+- Queries and keys are scaled as they are rotated (``RotaryFold``), which neither makes a copy of
+  them nor keeps more than their Linear made.
 - SwiGLU and GeGLU are linear in up: gate's and up's row scales and down's synapse scale go into
   the activation (``GatedFold``), whose backward pass recomputes what the base's own would keep.
 
@@ -19,17 +21,19 @@ nothing is divided by gamma.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from san_llm.san.autograd import ScaledNorm, ScaledSwiGLU
+from san_llm.san.autograd import ScaledNorm, ScaledRotary, ScaledSwiGLU
 from san_llm.san.graph import Family
 from san_llm.san.layer import SanLayer, SanLinear
 
+ROTARY = "apply_rotary_pos_emb"  # transformers' name of it, in every family's module
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _GELU = type(ACT2FN["gelu_pytorch_tanh"])
 
@@ -116,6 +120,43 @@ class ValueFold:
         return None if both is None else self.o.san_feed[adapter].carried(both)
 
 
+class RotaryFold:
+    """q's and k's row scales, in the rotary embedding that reads them."""
+
+    def __init__(self, q: SanLayer, k: SanLayer) -> None:
+        """Hold two Linears whose outputs go into the rotary embedding as they are."""
+        self.q, self.k = q, k
+
+    def adapter(self) -> str | None:
+        """Return the adapter that it stands for in this forward, or None."""
+        adapter = _together((self.q, self.k))
+        if adapter is None or torch.compiler.is_compiling():
+            return None
+        for layer in (self.q, self.k):
+            low_rank = layer.san_options[adapter].carrier != "scale"
+            if layer.neuron_shift(adapter) is not None or (low_rank and _has_bias(layer)):
+                return None
+        return adapter
+
+    def stands(self) -> bool:
+        """Whether the attention applies q's and k's row scales in this forward."""
+        return self.adapter() is not None
+
+    def columns_left(self) -> Tensor | None:
+        """Return None: it takes over nothing of the columns."""
+        return None
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and rotate queries and keys (batch, heads, tokens, head_dim)."""
+        adapter = self.adapter()
+        assert adapter is not None
+        q, k = (
+            ScaledRotary.apply(features, layer.row_scale(adapter), cos, sin)
+            for features, layer in ((query, self.q), (key, self.k))
+        )
+        return q, k
+
+
 class GatedFold:
     """The scales around SwiGLU or GeGLU, inside it."""
 
@@ -182,6 +223,38 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     return out if out is not None else type(mlp).forward(mlp, x)
 
 
+def _attention_forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the model's own forward, with ``RotaryFold.rotate`` for its function of that name."""
+    forward = type(attention).forward
+    if attention.san_fold.stands():
+        names = {**forward.__globals__, ROTARY: attention.san_fold.rotate}
+        forward = FunctionType(
+            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        forward.__kwdefaults__ = type(attention).forward.__kwdefaults__
+    return forward(attention, *args, **kwargs)
+
+
+def _rotates_halves(attention: nn.Module) -> bool:
+    """Return whether its forward calls a function that rotates as LLaMA's does, and only once."""
+    forward: Any = type(attention).forward
+    rotary = getattr(forward, "__globals__", {}).get(ROTARY)
+    return rotary is not None and ROTARY in forward.__code__.co_names and _same_rotary(rotary)
+
+
+@cache
+def _same_rotary(rotary: Any) -> bool:
+    """Return whether a function gives the numbers of ``ScaledRotary`` on a few made up."""
+    some = torch.arange(1.0, 25.0, dtype=torch.float64).view(1, 2, 3, 4) / 7
+    cos, sin = (part.repeat(1, 1, 2) for part in (some[:, 0, :, :2].cos(), some[:, 1, :, :2].sin()))
+    try:
+        found = rotary(some, -some, cos, sin)
+        wanted = (ScaledRotary.apply(part, None, cos, sin) for part in (some, -some))
+        return all(map(torch.equal, found, wanted))
+    except (TypeError, RuntimeError, IndexError):
+        return False
+
+
 def _take_over(module: Any, forward: Any, fold: Any) -> bool:
     """Let a fold compute a module's forward, unless somebody else's patch stands there."""
     if "forward" in vars(module) and not hasattr(module, "san_fold"):
@@ -214,6 +287,16 @@ def fold(model: nn.Module, family: Family) -> None:
             if _take_over(norm, _norm_forward, norm_fold):
                 for layer in layers:
                     layer.columns_fold = norm_fold
+        q, k = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None)
+        if (
+            isinstance(q, SanLinear)
+            and isinstance(k, SanLinear)
+            and getattr(attention, "q_norm", None) is None
+            and _rotates_halves(attention)
+        ):
+            rotary = RotaryFold(q, k)
+            if _take_over(attention, _attention_forward, rotary):
+                q.rows_fold = k.rows_fold = rotary
         v, o = getattr(attention, "v_proj", None), getattr(attention, "o_proj", None)
         if isinstance(v, SanLinear) and isinstance(o, SanLinear):
             v.rows_fold = o.columns_fold = ValueFold(v, o)

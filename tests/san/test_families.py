@@ -155,15 +155,15 @@ def test_the_loss_from_learned_positions_is_that_of_all_logits(family):
 
 FOLDED = {
     "qwen3": {"input_layernorm", "post_attention_layernorm", "mlp"},
-    "gemma": {"input_layernorm", "post_attention_layernorm", "mlp"},
-    "gemma2": {"input_layernorm", "pre_feedforward_layernorm", "mlp"},
+    "gemma": {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"},
+    "gemma2": {"input_layernorm", "pre_feedforward_layernorm", "self_attn", "mlp"},
     "gemma3_text": {"input_layernorm", "pre_feedforward_layernorm", "mlp"},
     "phi3": {"input_layernorm", "post_attention_layernorm", "mlp"},
 }
 
 
 @new_families
-def test_the_norms_that_gate_and_q_read_and_the_mlp_are_folded(family):
+def test_what_can_be_folded_is(family):
     model = adapt(family_model(family, **TWO_BLOCKS))
     block = "base_model.model.model.layers.1."
     found = {

@@ -14,9 +14,10 @@ from peft import get_peft_model
 from san.adapted import FAMILIES, adapt, family_model, shake, text
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from san_llm import SanConfig
-from san_llm.san.autograd import Scaled, ScaledNorm, ScaledSwiGLU
+from san_llm.san.autograd import Scaled, ScaledNorm, ScaledRotary, ScaledSwiGLU, scaled
 from san_llm.san.graph import KINDS, TARGETS
 
 LOW_RANK = {"r": 4, "lora_alpha": 6}
@@ -237,17 +238,18 @@ def test_a_copy_folds_its_own_scales():
         assert not torch.allclose(twin(text()).logits, before)
 
 
-def test_somebody_elses_patch_of_a_norm_or_mlp_stays():
+def test_somebody_elses_patch_of_a_module_stays():
     model = family_model()
     calls = []
-    for module in (model.model.layers[0].input_layernorm, model.model.layers[0].mlp):
+    block = model.model.layers[0]
+    for module in (block.input_layernorm, block.mlp, block.self_attn):
         own = module.forward
-        module.forward = lambda x, own=own: (calls.append(1), own(x))[1]
+        module.forward = lambda *a, own=own, **k: (calls.append(1), own(*a, **k))[1]
     expected = adapt(family_model(), form="plain")
     patched = adapt(model)
     with torch.no_grad():
         assert torch.allclose(patched(text()).logits, expected(text()).logits, atol=1e-5)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 1, 4)])
@@ -268,6 +270,35 @@ def test_the_functions_pass_gradcheck(shape, on_strided):
     assert check(lambda *a: ScaledSwiGLU.apply(*a), (x, y, g, c))
     assert check(lambda a, b, g: ScaledSwiGLU.apply(a, b, g, None), (x, y, g))
     assert check(lambda a, b, c: ScaledSwiGLU.apply(a, b, None, c), (x, y, c))
+
+
+def rotations(dtype: torch.dtype, positions: int) -> tuple[Tensor, ...]:
+    """Return queries of 2 sequences, 3 heads, 5 tokens, a scale, and the rotation's numbers."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
+    scale = torch.randn(12, generator=generator, dtype=torch.float64)
+    angles = torch.randn(positions, 5, 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, cos, sin = x.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype)
+    return x.view(2, 5, 3, 4).transpose(1, 2), scale.to(wide), cos, sin
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scaled_queries_are_rotated_to_the_bits_of_the_stock_function(dtype, positions):
+    x, scale, cos, sin = rotations(dtype, positions)
+    by_head = scale.view(3, 1, 4)
+    for factor, product in ((None, x), (scale, scaled(x, by_head))):
+        expected, _ = apply_rotary_pos_emb(product, product, cos, sin)
+        assert torch.equal(ScaledRotary.apply(x, factor, cos, sin), expected)
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_the_rotary_function_passes_gradcheck(positions):
+    x, scale, cos, sin = rotations(torch.float64, positions)
+    given = x.detach().requires_grad_(), scale.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, g: ScaledRotary.apply(x, g, cos, sin), given)
+    assert torch.autograd.gradcheck(lambda x: ScaledRotary.apply(x, None, cos, sin), given[:1])
 
 
 def test_blocks_of_tokens_change_nothing(monkeypatch):
