@@ -374,6 +374,7 @@ def evaluate(
     from san_llm.data.prompts import prompt_style
     from san_llm.data.tasks import TASKS, find_tasks
     from san_llm.evaluate.protocol import Settings, find_protocol
+    from san_llm.evaluate.questions import read_questions
     from san_llm.launch import accelerate_command, run_launched
     from san_llm.processes import agree, is_first, world_size
     from san_llm.progress import stderr
@@ -399,15 +400,14 @@ def evaluate(
         output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")
         refuse_files(output, overwrite)
 
-    from san_llm.evaluate.report import remarks, table
-    from san_llm.evaluate.run import evaluate as start
-    from san_llm.evaluate.run import read_questions
-
     questions = read_questions(chosen, data, limit)
     try:
         if (processes or 1) > 1 and not launched:
             command = accelerate_command(sys.argv[1:], processes, None)
             raise typer.Exit(1 if run_launched([*command, "--output", str(output)]) else 0)
+        from san_llm.evaluate.report import remarks, table
+        from san_llm.evaluate.run import evaluate as start
+
         output = agree(output) or Path()
         about = {
             "title": f"{subject} on {data}",

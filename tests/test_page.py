@@ -20,8 +20,9 @@ from tiny import rows, write_recipe, write_rows
 from san_llm.data.rows import sha256_of
 from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.evaluate.protocol import Settings
+from san_llm.evaluate.questions import read_questions
 from san_llm.evaluate.report import EvalResult
-from san_llm.evaluate.run import evaluate, read_questions
+from san_llm.evaluate.run import evaluate
 from san_llm.evaluate.score import judge_text, score
 from san_llm.evaluate.store import read_evaluation, write_evaluation
 from san_llm.page.judged import evenly

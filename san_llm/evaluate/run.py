@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from san_llm.data.encode import evaluation_text, pad_id
-from san_llm.data.rows import Row, read_task, sha256_of, test_file
+from san_llm.data.rows import Row
 from san_llm.data.tasks import Task
 from san_llm.errors import InputError
 from san_llm.evaluate.fingerprint import code_sha256, folder_sha256
@@ -25,6 +25,7 @@ from san_llm.evaluate.generate import BEAMS, NEW_TOKENS, generate
 from san_llm.evaluate.harness import check_installed, score_with_lm_eval
 from san_llm.evaluate.loglik import ChoiceQuestion, ChoiceScore, encode_question, score_choices
 from san_llm.evaluate.protocol import Settings
+from san_llm.evaluate.questions import Questions
 from san_llm.evaluate.report import EvalResult
 from san_llm.evaluate.score import (
     ANSWER_TEXT,
@@ -50,44 +51,6 @@ if TYPE_CHECKING:
 FORMAT = 1  # part of the key: raise it when the same inputs give other rows
 SCORED_AT_ONCE = 16  # rows of a unit by likelihood
 HARNESS_AT_ONCE = 256  # lm_eval takes a second to start
-NEARLY = 0.9  # a test file with this share of the published rows was meant to have them all
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The test rows of several tasks, read and checked before any model is loaded.
-
-    Attributes:
-        rows: The rows of each task.
-        sha256: Of each file.
-        notes: What a reader of the scores should know of the rows.
-    """
-
-    rows: dict[Task, list[Row]]
-    sha256: dict[str, str]
-    notes: tuple[str, ...] = ()
-
-
-def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Questions:
-    """Read the test rows of each task; :func:`read_task` says what is refused.
-
-    Raises:
-        InputError: also when a file has nearly all rows of the published test set, but not all.
-    """
-    files = {task: test_file(data, task) for task in tasks}
-    rows = {task: read_task(file, task, limit) for task, file in files.items()}
-    notes = []
-    for task, file in files.items():
-        found, published = len(rows[task]), task.test_rows
-        if data == "pocket" or limit is not None or found == published:
-            continue
-        if NEARLY * published <= found:
-            raise InputError(
-                f"{file}: {found:,} rows, but the published test set has {published:,}: a part of "
-                f"it is missing or too much; --limit {found} takes them as they are"
-            )
-        notes.append(f"{task.name}: {found:,} rows, not the {published:,} of the published set")
-    return Questions(rows, {str(file): sha256_of(file) for file in files.values()}, tuple(notes))
 
 
 @dataclass(frozen=True)

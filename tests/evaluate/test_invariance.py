@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from san_llm.data.rows import POCKET, read_task
 from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.evaluate.protocol import Settings
-from san_llm.evaluate.run import Questions, answer, pose, read_questions, units
+from san_llm.evaluate.questions import Questions, read_questions
+from san_llm.evaluate.run import answer, pose, units
 from san_llm.evaluate.store import read_evaluation
 
 PROTOCOLS = ["generate", "loglik", "lm-eval"]

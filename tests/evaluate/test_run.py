@@ -16,7 +16,8 @@ from san_llm.data.rows import POCKET
 from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.errors import InputError
 from san_llm.evaluate.protocol import Settings
-from san_llm.evaluate.run import answer, pose, read_questions, units
+from san_llm.evaluate.questions import read_questions
+from san_llm.evaluate.run import answer, pose, units
 from san_llm.recipe import load_recipe
 from san_llm.record import new_run, point_latest
 
