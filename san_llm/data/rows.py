@@ -20,6 +20,7 @@ from san_llm.errors import InputError, did_you_mean, nearest_file, not_one_of
 POCKET = Path(__file__).parent / "pocket"
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = {"instruction": True, "input": False, "output": True, "answer": False}  # whether needed
+LOST = ("system", "history")  # what other tools' Alpaca rows may say besides
 # A row is read whole, a list of rows at once: larger than this, neither is what it says it is.
 LONGEST_LINE, LONGEST_LIST = 16 * 2**20, 256 * 2**20  # bytes
 
@@ -248,6 +249,12 @@ def _row(path: Path, where: str, value: Any) -> Row:
             raise InputError(f"{path}: {where}: {key!r} is empty, so there is nothing to learn")
         _check_text(f"{path}: {where}: {key!r}", text)
         texts[key] = text
+    for key in LOST:
+        if value.get(key):
+            raise InputError(
+                f"{path}: {where}: {key!r} has no place in a row with an instruction and would be "
+                "lost; write the row as messages"
+            )
     return Row(
         texts["instruction"],
         texts["input"],

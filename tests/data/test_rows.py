@@ -67,6 +67,12 @@ def test_a_null_input_or_answer_is_an_empty_one(tmp_path):
     assert read_rows(path) == [Row("Is it?", "", "the correct answer is true", "")]
 
 
+def test_an_empty_system_and_history_of_other_tools_are_passed_over(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{**GOOD, "system": "", "history": []}]))
+    (row,) = read_rows(tmp_path / "rows.json")
+    assert row.instruction == "Is it?"
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
 def test_jsonl_is_read_line_by_line_and_empty_lines_are_skipped(tmp_path, end):
     one, two = json.dumps(GOOD), json.dumps({**GOOD, "instruction": "a\u2028b"}, ensure_ascii=False)
@@ -131,6 +137,8 @@ def test_a_limit_gives_the_first_rows_and_still_checks_the_others(tmp_path):
             [{**GOOD, "output": "ab\ud83d"}],
             ": row 1: 'output' has half a surrogate pair (\\ud83d) at character 2",
         ),
+        ([GOOD, {**GOOD, "system": "Be brief."}], ": row 2: 'system' has no place in a row"),
+        ([{**GOOD, "history": [["a", "b"]]}], ": row 1: 'history' has no place in a row"),
         ("[" * 100_000, ": not valid rows: nested too deeply"),
         ("[" + "9" * 5000 + "]", ": not valid rows: a number of too many digits"),
     ],
