@@ -397,7 +397,8 @@ def evaluate(
     settings = Settings(way, style, batch_size, strict, answers_only)
     launched = "WORLD_SIZE" in os.environ
     if is_first():
-        output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else "base")
+        alone = "base" if subject.run else "model"
+        output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else alone)
         refuse_files(output, overwrite)
 
     questions = read_questions(chosen, data, limit)

@@ -22,7 +22,7 @@ class Score:
 
     Attributes:
         folder: The evaluation's.
-        of: ``adapter`` or ``base``.
+        of: ``adapter``, ``base``, or ``another model``, such as a merged one.
         protocol: By which protocol.
         accuracy: Over the tasks.
         standard_error: Its.
@@ -134,7 +134,7 @@ def look_at(path: Path) -> Run:
             status = "running"
         elif (path / "adapter" / "adapter_config.json").is_file():
             status = "finished"
-        scores = _scores(path / "eval")
+        scores = _scores(path / "eval", base)
         steps, loss = _progress(path)
     except InputError:
         status, scores, steps, loss = "damaged", (), 0, None
@@ -162,7 +162,7 @@ def _progress(run: Path) -> tuple[int, float | None]:
     return steps, best
 
 
-def _scores(folder: Path) -> tuple[Score, ...]:
+def _scores(folder: Path, base: str) -> tuple[Score, ...]:
     scores = []
     for file in sorted(folder.glob("*/results.json")):
         results = read_json(file)
@@ -171,7 +171,8 @@ def _scores(folder: Path) -> tuple[Score, ...]:
             accuracy, error = float(average["accuracy"]), average["standard_error"]
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{file}: not the results of an evaluation") from None
-        of = "adapter" if results.get("adapter") else "base"
+        alone = "base" if results.get("model") == base else "another model"
+        of = "adapter" if results.get("adapter") else alone
         protocol = str(results.get("protocol"))
         scores.append(Score(str(file.parent), of, protocol, accuracy, error))
     return tuple(scores)

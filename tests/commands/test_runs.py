@@ -69,6 +69,12 @@ def test_a_real_run_is_listed_with_what_it_came_to(command, here, recipe):
     assert header.split()[:3] == ["run", "status", "method"]
     for part in (run["run"], "finished", "san", f"{run['loss']:.4f}"):
         assert part in line
+    for name, model in (("x-of-base", run["base"]), ("y-of-merged", "merged")):
+        results = {**scored, "adapter": None, "model": model}
+        (here / run["run"] / "eval" / name).mkdir()
+        (here / run["run"] / "eval" / name / "results.json").write_text(json.dumps(results))
+    (again,) = json.loads(command("runs", "--json").stdout)
+    assert [score["of"] for score in again["scores"]] == ["adapter", "base", "another model"]
 
 
 def test_each_state_is_told_the_oldest_run_first(command, here, make, monkeypatch):
