@@ -8,7 +8,6 @@ the checkpoints that were there, and perhaps a hidden folder that the next one c
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from san_llm.data.rows import sha256_of
-from san_llm.record import write_json
+from san_llm.record import flush, write_json
 
 SEAL = "sha256.json"
 
@@ -75,7 +74,7 @@ def _seal(folder: Path, best: int | None) -> None:
     }
     write_json(folder / SEAL, {"best": best, "files": files})
     for path in (*paths, folder / SEAL, folder):
-        _flush(path)
+        flush(path)
 
 
 def _name(temporary: Path, final: Path) -> None:
@@ -86,15 +85,7 @@ def _name(temporary: Path, final: Path) -> None:
         shutil.rmtree(aside)
     else:
         temporary.rename(final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(final.parent)
 
 
 def remove_old(folder: Path, keep: int) -> None:

@@ -62,6 +62,15 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -116,7 +125,8 @@ def refuse_files(folder: Path, overwrite: bool) -> None:
 def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``folder`` if the block ends well, else vanishes.
 
-    What a killed process left of the same folder is cleared away first.
+    It gets its name when all that is in it is on the disk. What a killed process left of the same
+    folder is cleared away first.
 
     Raises:
         InputError: see :func:`refuse_files`.
@@ -130,6 +140,7 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield temporary
         for path in (temporary, *temporary.rglob("*")):  # made private, like every temporary
             path.chmod(0o755 if path.is_dir() else 0o644)
+            flush(path)
         if folder.exists():
             # Moved aside, not deleted: if the rename below fails the old folder comes back.
             aside = temporary.with_name(f"{temporary.name}{ASIDE}")
@@ -142,6 +153,7 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             temporary.rename(folder)
+        flush(folder.parent)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:  # the disk is full
             error.filename = str(folder)

@@ -295,7 +295,10 @@ def write_checkpoint(
     }
     if count > 1:
         index = {
-            "metadata": {"total_size": sum(output.size for output in outputs)},
+            "metadata": {
+                "total_parameters": sum(math.prod(output.shape) for output in outputs),
+                "total_size": sum(output.size for output in outputs),
+            },
             "weight_map": {
                 output.name: name
                 for name, shard in sorted(zip(names, shards, strict=True))

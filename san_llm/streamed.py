@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from san_llm.errors import InputError, SanError
-from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
+from san_llm.san.carriers import merged_bias, merged_weight, scales, squared_row_norms
 from san_llm.san.graph import BIAS_FLAGS, EMBEDDING, Node, PropagationGraph, propagation_graph
 from san_llm.shards import (
     Numbers,
@@ -121,21 +121,16 @@ class Folded:
             return self._scales[node.name]
 
     def _compute_scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
-        mode = self._options.get("mode", "both")
+        own = None
         if node.carrier == "scale":
-            gamma = self._needed(node, "gamma") if node.gamma else None
-            return (None if mode == "synapse" else gamma), gamma
-        if node.carrier == "lora" and mode == "neuron":
-            return None, None
-        norm, adapted = self._norms(node)
-        if node.carrier == "lora":
-            gamma = adapted / norm
-            return (1 / gamma if mode == "synapse" else None), gamma
-        magnitude = self._vector(node, "magnitude")
-        gamma = None if magnitude is None else magnitude / norm
-        return (
-            norm / adapted if magnitude is None or mode == "synapse" else magnitude / adapted
-        ), gamma
+            own = self._needed(node, "gamma") if node.gamma else None
+        elif node.carrier == "dora":
+            own = self._vector(node, "magnitude")
+        mode = self._options.get("mode", "both")
+        found: tuple[Numbers | None, Numbers | None] = scales(
+            node.carrier, mode, own, lambda: self._norms(node)
+        )
+        return found
 
     def _norms(self, node: Node) -> tuple[Numbers, Numbers]:
         """Return the row norms of W and of W + c B A, each (d_out,)."""

@@ -1,4 +1,4 @@
-"""The weight formula of every carrier, written once; the layer and the merge both call it.
+"""The formulas of every carrier, written once; the layer and the merge both call them.
 
 A carrier holds the neuron scale. ``scale`` is a vector of its own. ``lora`` and ``dora`` hold it in
 the row norms of ``V = W + c B A`` (c = alpha / r), from which the paper's decomposition takes it:
@@ -17,9 +17,31 @@ reading. Arrays may be torch tensors or numpy arrays.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 Array = TypeVar("Array")
+
+
+def scales(carrier: str, mode: str, own: Any, norms: Callable[[], tuple[Any, Any]]) -> Any:
+    """Return ``(row scale, gamma)``, each (d_out,) or None for 1; gamma is what is propagated.
+
+    Args:
+        carrier: ``scale``, ``lora`` or ``dora``.
+        mode: ``both``, ``neuron`` or ``synapse``.
+        own: The vector that the carrier trains: gamma of ``scale``, m of ``dora``, or None.
+        norms: Computes ``(norm(W), norm(V))``; called where they are needed.
+    """
+    if carrier == "scale":
+        return (None if mode == "synapse" else own), own
+    if carrier == "lora" and mode == "neuron":
+        return None, None
+    norm, adapted = norms()
+    if carrier == "lora":
+        gamma = adapted / norm
+        return (1 / gamma if mode == "synapse" else None), gamma
+    gamma = None if own is None else own / norm
+    return (norm if own is None or mode == "synapse" else own) / adapted, gamma
 
 
 def merged_weight(

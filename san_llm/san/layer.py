@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from san_llm.errors import SanError
 from san_llm.san.autograd import Scaled, scaled
-from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
+from san_llm.san.carriers import merged_bias, merged_weight, scales, squared_row_norms
 from san_llm.san.graph import Carry
 from san_llm.san.weight_rows import Projected, wide_rows
 
@@ -197,23 +198,18 @@ class SanLayer(nn.Module, BaseTunerLayer):
         See ``san.carriers`` for the table.
         """
         options = self.san_options[adapter]
-        if options.carrier == "scale":
-            gamma: Tensor | None = self.san_gamma.get(adapter)
-            return (None if options.mode == "synapse" else gamma), gamma
-        norm = self.squared_norms().sqrt()
-        if options.carrier == "lora":
-            if options.mode == "neuron":
-                return None, None
-            gamma = self.adapted_norm(adapter) / norm
-            return (1 / gamma if options.mode == "synapse" else None), gamma
-        # The norm is a constant in the backward pass (DoRA, arXiv:2402.09353, section 4.3).
-        with torch.no_grad():
-            adapted = self.adapted_norm(adapter)
-        magnitude: Tensor | None = self.san_magnitude.get(adapter)
-        if options.mode == "synapse":
-            return norm / adapted, None if magnitude is None else magnitude / norm
-        assert magnitude is not None, "only a synapse adapter has layers without a magnitude"
-        return magnitude / adapted, magnitude / norm
+        own = (self.san_magnitude if options.carrier == "dora" else self.san_gamma).get(adapter)
+        # The norm is a constant in dora's backward pass (arXiv:2402.09353, section 4.3).
+        constant = torch.no_grad if options.carrier == "dora" else nullcontext
+
+        def norms() -> tuple[Tensor, Tensor]:
+            with constant():
+                return self.squared_norms().sqrt(), self.adapted_norm(adapter)
+
+        found: tuple[Tensor | None, Tensor | None] = scales(
+            options.carrier, options.mode, own, norms
+        )
+        return found
 
     def row_scale(self, adapter: str) -> Tensor | None:
         """Return what the features are multiplied by, (d_out,), or None for 1."""
