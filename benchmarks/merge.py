@@ -11,6 +11,7 @@ machine's host within seconds, and who writes before that finds memory for half 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -138,6 +139,20 @@ def measure(code: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
     }
 
 
+def content(folder: Path) -> str:
+    """Return one sha256 over every tensor's name, dtype, shape and bytes."""
+    from san_llm.shards import read_checkpoint
+
+    digest = hashlib.sha256()
+    for tensor in sorted(read_checkpoint(folder), key=lambda tensor: tensor.name):
+        digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            for left in range(tensor.size, 0, -(2**20)):
+                digest.update(file.read(min(left, 2**20)))
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
@@ -150,6 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     codes = {"san-llm": SAN, "peft": PEFT, "cp": CP}
     found: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    contents: set[str] = set()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         base = options.model.resolve()
@@ -165,6 +181,8 @@ def main() -> None:
                 time.sleep(options.pause)
                 found[method].append(measure(codes[method], base, adapter, out))
                 print(f"{method}: {found[method][-1]}", file=sys.stderr)
+                if method != "cp":
+                    contents.add(content(out))
                 shutil.rmtree(out)
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     rows = []
@@ -187,7 +205,9 @@ def main() -> None:
             f"| {row['method']} | {row['seconds']:.2f} ({row['spread']:.2f}) "
             f"| {row['cpu_seconds']:.2f} | {row['load']:.1f} | {row['peak_mb']:.0f} |"
         )
-    write_results(options, ("rounds", "pause"), bytes=size, rows=rows)
+    same = len(contents) == 1
+    print(f"\nmerged tensors {'the same bit for bit' if same else 'DIFFERENT'}")
+    write_results(options, ("rounds", "pause"), bytes=size, rows=rows, same_bits=same)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
 
     Raises:
         InputError: see :func:`check_exportable`.
-        SanError: when a number does not fit f16.
+        SanError: when a number does not fit f16, or the file read again is not what was written.
     """
     from gguf import (
         MODEL_ARCH,
@@ -149,7 +149,42 @@ def export_gguf(folder: Path, kind: str) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    _compare(
+        folder / FILE, {names.get_name(t.name, (".weight", ".bias")): t for t in tensors}, config
+    )
     return folder / FILE
+
+
+def _compare(file: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
+    """Read a file again, and hold every number of it to the checkpoint's.
+
+    Raises:
+        SanError: naming the tensor with more than its format's rounding between the two.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.quants import dequantize
+
+    steps = {  # what rounding to nearest may do, relative and, to the smallest numbers, absolute
+        GGMLQuantizationType.F32: (0.0, 0.0),
+        GGMLQuantizationType.F16: (2**-11, 2**-25),
+        GGMLQuantizationType.BF16: (2**-8, 2**-134),
+    }
+    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    with bar("Checking GGUF", len(tensors), "tensors") as progress:
+        for name, tensor in tensors.items():
+            wanted, written = _as_llama_cpp(tensor, config), found.get(name)
+            if written is None or written.data.size == 0:
+                raise SanError(f"{file}: {name} is not in it")
+            numbers = dequantize(written.data, written.tensor_type).reshape(wanted.shape)
+            if written.tensor_type in steps:
+                relative, absolute = steps[written.tensor_type]
+                allowed = relative * np.abs(wanted) + absolute
+            else:  # q8_0: of a block of 32 the largest number has 127 steps; they are f16
+                largest = np.abs(wanted).reshape(-1, 32).max(-1, keepdims=True)
+                allowed = np.repeat(largest * (0.51 / 127 + 2**-10), 32).reshape(wanted.shape)
+            if not (np.abs(numbers - wanted) <= allowed).all():
+                raise SanError(f"{file}: {name} is not what was merged: damaged on its way")
+            progress.advance()
 
 
 def _as_llama_cpp(tensor: Stored, config: Mapping[str, Any]) -> Numbers:

@@ -78,6 +78,15 @@ class VerifyResult:
         """The worst of ``weight_errors``, with its tensor's name."""
         return max(self.weight_errors.items(), key=lambda e: e[1]) if self.weight_errors else None
 
+    @property
+    def errors_by_kind(self) -> dict[str, float]:
+        """The worst of ``weight_errors`` of each kind of module, such as ``q_proj``."""
+        worst: dict[str, float] = {}
+        for name, error in (self.weight_errors or {}).items():
+            kind = name.split(".")[-2]
+            worst[kind] = max(error, worst.get(kind, 0.0))
+        return worst
+
 
 def verify(
     merged: Path,

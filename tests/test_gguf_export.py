@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import save_tiny, tiny_model
 from tiny_gguf import VOCABULARY, gguf_model, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from san_llm.errors import InputError
+from san_llm.errors import InputError, SanError
 from san_llm.gguf import convert_gguf
 from san_llm.merge import merge
 from san_llm.subject import find_subject
@@ -165,3 +166,19 @@ def test_what_cannot_be_written_is_refused_before_the_merge(here):
     refused(subject, "rotary scaling of the type 'yarn' is not written")
     Path("base/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
     refused(subject, "a model with biases is not written")
+
+
+def test_a_file_that_came_out_otherwise_is_refused(here, monkeypatch):
+    subject = make(here)
+    right = gguf.quants.quantize
+
+    def wrong(numbers, kind):
+        made = right(numbers, kind)
+        made.reshape(-1)[-1] += 1
+        return made
+
+    monkeypatch.setattr(gguf.quants, "quantize", wrong)
+    for kind in BOUNDS:
+        with pytest.raises(SanError, match=r"model.gguf: \S+ is not what was merged"):
+            merge(subject, Path(kind), "float32", gguf=kind)
+        assert not Path(kind).exists()

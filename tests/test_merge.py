@@ -521,15 +521,16 @@ def test_a_full_disk_leaves_nothing(pair, method):
     refused(done, 1, "File too large")
 
 
-def test_a_merge_killed_half_way_leaves_no_model_and_the_next_one_starts_cleanly(here):
-    # 400 MB of zeros that take no room: time enough to be seen and killed while they are written.
-    config = tiny_config(vocab_size=1_600_000, num_hidden_layers=1)
-    config.save_pretrained("base")
+def sparse_pair(vocabulary: int, **options) -> dict[str, list[int]]:
+    """Save a base whose zeros take no room, and an adapter over it; return the base's shapes."""
     config = tiny_config(num_hidden_layers=1)
-    small = LlamaForCausalLM(config)
-    adapt(LlamaForCausalLM(config)).save_pretrained("adapter")
-    shapes = {name: list(tensor.shape) for name, tensor in small.state_dict().items()}
-    shapes |= {name: [1_600_000, 32] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    model = adapt(LlamaForCausalLM(config), **options)
+    shapes = {
+        name: list(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()
+    }
+    model.save_pretrained("adapter")
+    tiny_config(vocab_size=vocabulary, num_hidden_layers=1).save_pretrained("base")
+    shapes |= {name: [vocabulary, 32] for name in ("model.embed_tokens.weight", "lm_head.weight")}
     table, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape))
@@ -538,6 +539,31 @@ def test_a_merge_killed_half_way_leaves_no_model_and_the_next_one_starts_cleanly
     with open("base/model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + end)
+    return shapes
+
+
+def test_a_merge_never_holds_a_whole_tensor(here):
+    shapes = sparse_pair(1_600_000, adapt_embedding=True)  # two of 205 MB, one of them folded
+    code = """
+import sys
+from san_llm.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+    asked = ["merge", "--adapter", "adapter", "--model", "base", "--output", "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_header(Path("out/model.safetensors"))) == len(shapes)
+    assert 1024 * int(done.stdout.split()[-1]) < 150e6
+
+
+def test_a_merge_killed_half_way_leaves_no_model_and_the_next_one_starts_cleanly(here):
+    # 400 MB: time enough to be seen and killed while they are written.
+    shapes = sparse_pair(1_600_000)
     asked = [sys.executable, "-m", "san_llm", "merge", "--adapter", "adapter", "--model", "base"]
     asked += ["--output", "out"]
     running = subprocess.Popen(asked, stderr=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, tee
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -260,7 +261,10 @@ def _grams(row: Row) -> Iterator[int]:
 
 
 def _group(row: Row) -> str:
-    """Return the task of a row, by its text alone: the tasks of one text are named together."""
+    """Return the task of a row: its folder's, else by its text, where one may be of several."""
+    folder = Path(row.where.rpartition(": ")[0]).parent.name
+    if folder in TASKS:
+        return folder
     lead = next((lead for lead in LEADS.values() if row.instruction.startswith(lead)), None)
     tasks = [name for name, known in LEADS.items() if known == lead]
     if len(tasks) > 1:

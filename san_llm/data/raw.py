@@ -105,12 +105,15 @@ def read_raw(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             labels = labels_file.read_text(encoding="utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{labels_file}: cannot be read: {first_line(error)}") from None
-    number = 0
-    for number, (place, value) in enumerate(_values(path), start=1):
+    number, values = 0, _values(path)
+    for number, (place, value) in enumerate(values, start=1):
         where = f"{path}: {place}"
+        if labels is not None and number > len(labels):
+            number += sum(1 for _ in values)
+            break
         if not isinstance(value, dict):
             raise InputError(f"{where}: expected an object, found {type(value).__name__}")
-        if labels is not None and number <= len(labels):
+        if labels is not None:
             value.setdefault("label", labels[number - 1])
         yield where, value
     if labels is not None and number != len(labels):

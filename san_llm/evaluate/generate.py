@@ -86,23 +86,24 @@ def generate(
         left.difference_update(number for number, _ in ended)
         done([(number, text(tokens)) for number, tokens in ended])
 
-    left = set(order)
     ends = end_tokens(model, tokenizer)
-    packs = can_pack(model, longest + NEW_TOKENS)
     read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
     search = BeamSearch(BEAMS, NEW_TOKENS, ends, read)
-    while left:
-        waiting = [(number, prompts[number]) for number in order if number in left]
-        try:
-            if packs:
-                search.run(model, waiting, size, told)
-            else:
-                _stock(model, waiting, size, ends, pad_id(tokenizer), told)
-        except torch.OutOfMemoryError:
-            if size == 1 or batch_size is not None:
-                raise
-            size //= 2
-            torch.cuda.empty_cache()
+    for group in [[number] for number in order] if batch_size == 1 else [order]:
+        left = set(group)
+        packs = can_pack(model, len(prompts[group[0]]) + NEW_TOKENS)
+        while left:
+            waiting = [(number, prompts[number]) for number in group if number in left]
+            try:
+                if packs:
+                    search.run(model, waiting, size, told)
+                else:
+                    _stock(model, waiting, size, ends, pad_id(tokenizer), told)
+            except torch.OutOfMemoryError:
+                if size == 1 or batch_size is not None:
+                    raise
+                size //= 2
+                torch.cuda.empty_cache()
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -92,18 +92,24 @@ def score_choices(
 
 
 def encode_question(question: ChoiceQuestion, tokenizer: PreTrainedTokenizerFast) -> Encoded:
-    """Return the tokens of the prompt, and of each choice after it."""
+    """Return the tokens of the prompt, and of each choice after it.
+
+    Raises:
+        InputError: when there is nothing to begin with: no prompt, and no start token.
+    """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def encode(text: str, bare: bool = False) -> list[int]:
         # A chat template writes the start token itself.
-        if bare or text.startswith(str(tokenizer.decode(start))):
+        if bare or (start is not None and text.startswith(str(tokenizer.decode(start)))):
             return list(tokenizer.encode(text, add_special_tokens=False))
         return list(tokenizer.encode(text))
 
     prompt = question.prompt.rstrip()
     if not prompt:
         # Something must come before the first token: the start token does.
+        if start is None:
+            raise InputError("a prompt is empty, and the tokenizer has no start or end token")
         alone = [encode(question.prompt + choice, bare=True) for choice in question.choices]
         return [start], [tokens[1:] if tokens[:1] == [start] else tokens for tokens in alone]
     before = encode(prompt)

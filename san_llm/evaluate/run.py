@@ -322,13 +322,15 @@ def identity(
 ) -> dict[str, Any]:
     """Return all that the answers depend on, by content: what makes it the same evaluation.
 
-    The batch size is among it where an answer may depend on it: not in fp32, nor with ``strict``.
+    Who shares a batch is among it where an answer's last bits may depend on that: not with
+    ``strict``, nor in texts generated in fp32.
     """
     base = subject.base
-    by_lm_eval = settings.protocol == "lm-eval"
-    exact = (base.dtype == "float32" and base.quantization != "8bit") or settings.strict
+    by_lm_eval, generated = (settings.protocol == name for name in ("lm-eval", "generate"))
+    wide = base.dtype == "float32" and base.quantization != "8bit"
+    exact = settings.strict or (wide and generated)
     how: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
-    if settings.protocol == "generate":
+    if generated:
         how |= {"beams": BEAMS, "new_tokens": NEW_TOKENS, "answers_only": settings.answers_only}
     else:
         how["choices"] = ANSWER_TEXT
@@ -345,6 +347,7 @@ def identity(
         },
         "protocol": how | {"strict": settings.strict},
         "batch_size": None if exact else settings.batch_size,
+        "processes": None if exact or settings.protocol == "loglik" else world_size(),
         "device": _device(),
         "versions": versions() | ({"lm_eval": version("lm_eval")} if by_lm_eval else {}),
         "code": code_sha256(),

@@ -132,7 +132,9 @@ def read_evaluation(folder: Path) -> Stored:
     if sha256_of(path) != manifest.get("rows_sha256"):
         raise InputError(f"{path}: not the rows that were written: its sha256 is another")
     try:
-        rows = tuple(Judged.from_json(json.loads(line)) for line in text.decode().splitlines())
+        # Not splitlines(): a text may hold other line ends than the one between rows.
+        lines = text.decode().removesuffix("\n").split("\n") if text else []
+        rows = tuple(Judged.from_json(json.loads(line)) for line in lines)
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: not rows of an evaluation") from None
     return Stored(folder, rows, results, manifest)

@@ -21,6 +21,7 @@ ROWS = {
     for name in TASKS
 }
 RAW = {name: [raw_of(name, row) for row in rows] for name, rows in ROWS.items()}
+UNLABELLED = [{key: row[key] for key in row if key != "label"} for row in RAW["piqa"]]
 SCIENCE = ("ARC-Easy", "ARC-Challenge", "openbookqa")
 
 
@@ -279,6 +280,7 @@ def test_a_jsonl_is_taken_before_other_formats_of_the_same_rows(tmp_path):
         ({"boolq/train.jsonl": []}, "train.jsonl: the file is empty"),
         ({"boolq/train.jsonl": [3]}, "train.jsonl: line 1: expected an object, found int"),
         ({"piqa/dev.jsonl": RAW["piqa"], "piqa/dev-labels.lst": "0\n1\n"}, "2 labels for the 6"),
+        ({"piqa/dev.jsonl": UNLABELLED, "piqa/dev-labels.lst": "0\n1\n"}, "2 labels for the 6"),
         ({"boolq/train.jsonl": ROWS["boolq"]}, "line 1: key 'question' is missing; found 'instru"),
         ({"boolq/train.parquet": "PAR0"}, "train.parquet: not a readable parquet file"),
         ({"piqa/dev.tsv": "goal\tsol1\nx\n"}, "dev.tsv: line 2: not 2 columns, as the first line"),

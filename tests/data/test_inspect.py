@@ -96,6 +96,14 @@ def test_answers_are_balanced_task_by_task():
     assert sum(sum(counts.values()) for counts in found.answers.values()) == len(rows)
 
 
+def test_a_folder_that_names_a_task_says_whose_answers_they_are():
+    asked = "Please choose the correct answer to the question: Which?\n\nAnswer1: a Answer2: b "
+    asked += "Answer3: c\n\nAnswer format: answer1/answer2/answer3"
+    where = ("data/ARC-Easy/train.json: row 1", "mix.json: row 2")
+    rows = [Row(asked, "", "the correct answer is answer1", "answer1", where=at) for at in where]
+    assert look(rows).answers == {"ARC-Easy": {"answer1": 1}, "social_i_qa": {"answer1": 1}}
+
+
 def test_free_answers_have_no_balance():
     rows = [Row(f"Sum {number}", "", "x", str(number)) for number in range(100)]
     assert look(rows).answers == {}

@@ -132,3 +132,12 @@ def test_progress_counts_every_question(model):
     told = []
     score_choices(model, TOKENIZER, [ChoiceQuestion("a", ("b", "c"))] * 5, told.append)
     assert sum(told) == 5
+
+
+def test_a_tokenizer_without_start_and_end_tokens_needs_a_prompt(model):
+    bare = tiny_tokenizer()
+    bare.bos_token = bare.eos_token = None
+    asked = [ChoiceQuestion("ab c", (" d", "e.")), ChoiceQuestion("1.", ("a",))]
+    assert score_choices(model, bare, asked) == score_choices(model, TOKENIZER, asked)
+    with pytest.raises(InputError, match="a prompt is empty, and the tokenizer has no start or"):
+        score_choices(model, bare, [ChoiceQuestion("", ("a",))])
