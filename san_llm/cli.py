@@ -609,6 +609,8 @@ def merge(
         if check.largest_weight_error is not None:
             name, error = check.largest_weight_error
             rows.append(("weight error", f"{error:.2g} of a row's largest at most away ({name})"))
+            kinds = ", ".join(f"{kind} {worst:.2g}" for kind, worst in check.errors_by_kind.items())
+            rows.append(("by module", kinds))
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", escape(plain(value)))
