@@ -71,6 +71,7 @@ class Run:
         unparseable: Rows without an answer.
         differences: From the first run, by task and over all; of the first: none.
         changes: Rows whose answer is another than the first run's.
+        notes: What else than the model differs from the first run.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Run:
     unparseable: int
     differences: tuple[Difference, ...] = ()
     changes: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Comparison:
         metric: ``acc`` or ``acc_norm``.
         rows: Rows of each task.
         runs: The first is what the others are compared with.
-        notes: What else than the model differs.
+        notes: The runs' notes, with their names.
         quoted: Published numbers, for context.
     """
 
@@ -149,11 +151,12 @@ def compare(
     rows: dict[str, int] = {}
     for row in first.rows:
         rows[row.task] = rows.get(row.task, 0) + 1
+    runs = tuple(_run(first, other, metric) for other in stored)
     return Comparison(
         metric=metric,
         rows=rows,
-        runs=tuple(_run(first, other, metric) for other in stored),
-        notes=tuple(note for other in stored[1:] for note in _notes(first, other)),
+        runs=runs,
+        notes=tuple(f"{run.name}: {note}" for run in runs for note in run.notes),
         quoted=QUOTED if quote else (),
     )
 
@@ -189,11 +192,11 @@ def _notes(first: Stored, other: Stored) -> list[str]:
         for name in names:
             values = one[part].get(name, "absent"), two[part].get(name, "absent")
             if values[0] != values[1] and name not in ("name", "prompt"):  # the legend says these
-                notes.append(f"{other.folder}: {name} {values[1]}, not {values[0]}")
+                notes.append(f"{name} {values[1]}, not {values[0]}")
     if one["device"] != two["device"]:
-        notes.append(f"{other.folder}: on {two['device']}, not {one['device']}")
+        notes.append(f"on {two['device']}, not {one['device']}")
     if one["code"] != two["code"]:
-        notes.append(f"{other.folder}: measured by another state of san-llm's code")
+        notes.append("measured by another state of san-llm's code")
     return notes
 
 
@@ -214,6 +217,7 @@ def _run(first: Stored, other: Stored, metric: str) -> Run:
         unparseable=sum(row.parsed is None for row in other.rows),
         differences=() if same else _differences(_right(first.rows, metric), right),
         changes=() if same else _changes(first.rows, other.rows, metric),
+        notes=() if same else tuple(_notes(first, other)),
     )
 
 

@@ -95,8 +95,8 @@ def p_value(p: float) -> str:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Return the rows that changed, with examples, the notes, and where quoted numbers stand."""
-    lines = []
+    """Return what the tables do not say: of the average, the changed rows, notes and sources."""
+    lines = _of_average(comparison)
     total = sum(comparison.rows.values())
     for number, run in enumerate(comparison.runs[1:], start=1):
         count, name = len(run.changes), label(number)
@@ -108,6 +108,12 @@ def remarks(comparison: Comparison) -> list[str]:
             lines.append(f"  and {count - SHOWN:,} more; --json has them all")
     lines += [f"note: {note}" for note in comparison.notes]
     return [*lines, *_sources(comparison)]
+
+
+def _of_average(comparison: Comparison) -> list[str]:
+    if len(comparison.rows) == 1:
+        return []
+    return ["average: difference and interval weigh tasks alike; counts and p pool all rows"]
 
 
 def _sources(comparison: Comparison) -> list[str]:
@@ -126,7 +132,7 @@ def drawn(grid: Grid) -> Table:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return Markdown: the tables, and what the runs are."""
+    """Return Markdown: the tables, and below them what the terminal says besides."""
 
     def line(cells: tuple[str, ...]) -> str:
         escaped = (cell.replace("|", "\\|") for cell in cells)
@@ -136,16 +142,22 @@ def markdown(comparison: Comparison) -> str:
         rule = ("---", *("--:",) * (len(grid.header) - 1))
         return "\n".join([f"{grid.title}:\n", *map(line, (grid.header, rule, *grid.rows))])
 
-    about = [f"- {text}" for text in [*legend(comparison), *_sources(comparison)]]
+    lines = [*legend(comparison), *remarks(comparison)]
+    about = [re.sub(r"^( *)", r"\1- ", text) for text in lines]  # indented: a list in the list
     return "\n\n".join([*map(table, grids(comparison)), "\n".join(about)])
 
 
 def latex(comparison: Comparison) -> str:
-    """Return LaTeX tabulars, for the package booktabs, and what the runs are as comments."""
+    """Return LaTeX tabulars, for the package booktabs, with notes below in small print.
+
+    What the runs are is in comments: a text has its own names for them.
+    """
+
+    def escaped(text: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in text)
 
     def line(cells: tuple[str, ...]) -> str:
-        escaped = ("".join(_LATEX.get(c, c) for c in cell) for cell in cells)
-        minus = (re.sub(r"-(?=\d)", "$-$", cell) for cell in escaped)
+        minus = (re.sub(r"-(?=\d)", "$-$", escaped(cell)) for cell in cells)
         return " & ".join(minus) + r" \\"
 
     def table(grid: Grid) -> str:
@@ -159,4 +171,22 @@ def latex(comparison: Comparison) -> str:
         return "\n".join(parts)
 
     about = [f"% {text}" for text in [*legend(comparison), *_sources(comparison)]]
-    return "\n\n".join(["\n".join(about), *map(table, grids(comparison))])
+    parts = ["\n".join(about), *map(table, grids(comparison))]
+    if notes := _footnotes(comparison):
+        small = (rf"\noindent {escaped(note)}\par" for note in notes)
+        parts.append("\n".join([r"{\footnotesize", *small, "}"]))
+    return "\n\n".join(parts)
+
+
+def _footnotes(comparison: Comparison) -> list[str]:
+    """Return what a printed table must not hide, with the runs' labels for their folders."""
+    lines = _of_average(comparison)
+    first = comparison.runs[0]
+    for number, run in enumerate(comparison.runs):
+        name = label(number)
+        if run.protocol != first.protocol:
+            lines.append(f"{name}: protocol {run.protocol}, not {first.protocol}")
+        if run.prompt != first.prompt:
+            lines.append(f"{name}: prompts {run.prompt}, not {first.prompt}")
+        lines += [f"{name}: {note}" for note in run.notes]
+    return lines

@@ -250,6 +250,58 @@ def test_markdown_and_latex_hold_the_same_cells(command, pair, here):
     assert remarks(result)
 
 
+def test_what_the_terminal_says_besides_stands_below_the_tables_for_a_text(command, here):
+    first = save(here / "a", FIRST | {"piqa": [False] * 8}).name
+    half = {"load": {"dtype": "bfloat16"}, "device": "GPU_1 & more", "code": "def"}
+    other = save(here / "b_1", OTHER | {"piqa": [True] * 8}, **half).name
+    said = command("compare", first, other).stdout
+    said = said[said.index("average: difference") :].splitlines()
+    assert said == [
+        "average: difference and interval weigh tasks alike; counts and p pool all rows",
+        "B answers 12 of 14 rows otherwise than A",
+        "  boolq row 1: A true, B false; right is true",
+        "  boolq row 2: A false, B true; right is true",
+        "  boolq row 3: A false, B true; right is true",
+        "  boolq row 4: A no answer, B true; right is true",
+        "  piqa row 0: A solution2, B solution1; right is solution1",
+        "  and 7 more; --json has them all",
+        "note: b_1: dtype bfloat16, not float32",
+        "note: b_1: on GPU_1 & more, not cpu",
+        "note: b_1: measured by another state of san-llm's code",
+    ]
+    shown = command("compare", first, other, "--markdown").stdout
+    below = shown[shown.rindex("\n\n") :].splitlines()
+    assert below[4:] == [
+        f"  - {line[2:]}" if line.startswith("  ") else f"- {line}" for line in said
+    ]
+    tabular = command("compare", first, other, "--latex").stdout
+    assert tabular.endswith(
+        r"""\end{tabular}
+
+{\footnotesize
+\noindent average: difference and interval weigh tasks alike; counts and p pool all rows\par
+\noindent B: dtype bfloat16, not float32\par
+\noindent B: on GPU\_1 \& more, not cpu\par
+\noindent B: measured by another state of san-llm's code\par
+}
+"""
+    )
+
+
+def test_a_latex_table_says_in_print_what_else_its_runs_were_asked_by(tmp_path):
+    alike = save(tmp_path / "a", {"boolq": FIRST["boolq"]})
+    choices = [by_likelihood("boolq", n, 0, 1) for n in range(6)]
+    other = save(tmp_path / "b", {}, Settings(protocol="loglik", prompt="chat"), choices)
+    found = latex(compare([alike, alike, other], across=True))
+    printed = [line for line in found.splitlines() if line.startswith(r"\noindent")]
+    # One task is its own average. B is what A is, and C is not.
+    assert printed == [
+        r"\noindent C: protocol loglik, not generate\par",
+        r"\noindent C: prompts chat, not llm-adapters\par",
+    ]
+    assert "footnotesize" not in latex(compare([alike, alike]))
+
+
 def test_options_that_exclude_each_other_and_names_that_are_not_known(command, pair):
     done = command("compare", *pair, "--json", "--latex")
     assert done.returncode == 2

@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def judged(model, tokenizer, questions, **settings):
 
 def said(found):
     return {key: (row.output, row.parsed, row.parsed_norm) for key, row in found.items()}
+
+
+def in_another_order(questions, seed=3):
+    """Return the questions in another order, and what says where each row was before."""
+    dice = random.Random(seed)
+    places = {task: list(range(len(rows))) for task, rows in questions.rows.items()}
+    for order in places.values():
+        dice.shuffle(order)
+    moved = Questions(
+        {task: [questions.rows[task][n] for n in places[task]] for task in reversed(places)}, {}
+    )
+    at = {task.name: order for task, order in places.items()}
+
+    def back(found):
+        return {(task, at[task][row]): value for (task, row), value in found.items()}
+
+    return moved, back
 
 
 @pytest.fixture
@@ -75,16 +94,8 @@ def test_answers_depend_on_neither_batch_nor_order(model, questions, protocol):
     for batch_size in (1, 7, 32):
         found = judged(model, TOKENIZER, questions, protocol=protocol, batch_size=batch_size)
         assert said(found) == whole, batch_size
-    dice = random.Random(3)
-    places = {task: list(range(len(rows))) for task, rows in questions.rows.items()}
-    for order in places.values():
-        dice.shuffle(order)
-    shuffled = Questions(
-        {task: [questions.rows[task][n] for n in places[task]] for task in reversed(places)}, {}
-    )
-    moved = said(judged(model, TOKENIZER, shuffled, protocol=protocol, batch_size=7))
-    at = {task.name: order for task, order in places.items()}
-    assert {(task, at[task][row]): value for (task, row), value in moved.items()} == whole
+    moved, back = in_another_order(questions)
+    assert back(said(judged(model, TOKENIZER, moved, protocol=protocol, batch_size=7))) == whole
 
 
 @pytest.mark.parametrize("style", ["alpaca", "llm-adapters", "llm-adapters-aligned", "chat"])
@@ -183,6 +194,29 @@ def test_what_one_of_two_processes_finds_wrong_is_told_once(cli, here, tiny_base
 # --- the real model ---
 
 
+@contextmanager
+def rows_together(model) -> Iterator[list[int]]:
+    """Collect how many rows by likelihood each forward has: each begins at the first position."""
+    counts: list[int] = []
+
+    def count(_model, _arguments, named):
+        positions = named["position_ids"]
+        counts.append(int((positions == positions.min()).sum()))
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def companies(questions, settings, tokenizer, back=dict):
+    """Return which rows are answered together, in turn; of generated ones the turn alone."""
+    items = pose(questions, settings, tokenizer, None)
+    keys = [(item.task.name, item.number) for item in items]
+    return [set(back({keys[n]: n for n in unit})) for unit in units(items, settings)]
+
+
 @pytest.mark.slow
 def test_the_real_model_answers_alike_in_any_batch_and_on_two_processes(cli, here, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -199,12 +233,27 @@ def test_the_real_model_answers_alike_in_any_batch_and_on_two_processes(cli, her
         write_rows(here / "data" / name / "test.json", values)
     questions = Questions({TASKS[name]: shortest[name] for name in names}, {})
     few = Questions({TASKS[name]: shortest[name][:2] for name in names}, {})
-    for protocol, asked in (("loglik", questions), ("generate", few)):
-        found = [
-            said(judged(model, tokenizer, asked, protocol=protocol, batch_size=size))
-            for size in (1, 7, 32)
-        ]
+    for protocol, asked, moved_at_once in (("loglik", questions, 5), ("generate", few, 32)):
+        found, together = [], []
+        for size in (1, 7, 32):
+            with rows_together(model) as counts:
+                rows = judged(model, tokenizer, asked, protocol=protocol, batch_size=size)
+            found.append(said(rows))
+            together.append(max(counts))
         assert found[0] == found[1] == found[2]
+        outputs, answers = ({row[i] for row in found[0].values()} for i in (0, 1))
+        if protocol == "loglik":
+            assert together == [1, 7, 20]
+            # The untuned model has a favourite in the other two tasks.
+            assert {"true", "false", "option1", "option2"} <= answers
+        else:
+            assert len(outputs) == len(found[0])  # texts: it hardly ever comes to an answer
+        moved, back = in_another_order(asked)
+        chosen = Settings(protocol=protocol, prompt="alpaca", batch_size=moved_at_once)
+        # Rows are sorted by length: only among those of the same one an order can matter.
+        assert companies(moved, chosen, tokenizer, back) != companies(asked, chosen, tokenizer)
+        rows = judged(model, tokenizer, moved, protocol=protocol, batch_size=moved_at_once)
+        assert back(said(rows)) == found[0]
         words = ("eval", "--model", smollm2, "--data", "data", "--tasks", ",".join(names))
         words = (*words, "--prompt", "alpaca", "--protocol", protocol, "--processes", 2)
         limit = len(next(iter(asked.rows.values())))
