@@ -155,7 +155,7 @@ def _scored(judgement: Judgement) -> str:
     return (
         f"Accuracy {asked}: {_percent(*base.accuracies['average'])} before, "
         f"{_percent(*adapted.accuracies['average'])} after; {points(found.difference)} points "
-        f"({interval}; McNemar's p {p_value(found.p)})."
+        f"({interval}; McNemar's p over all rows {p_value(found.p)})."
     )
 
 

@@ -186,6 +186,12 @@ def test_other_versions_and_dtypes_are_noted(tmp_path):
         f"{half}: dtype bfloat16, not float32",
         f"{half}: torch 3, not 2.13.0",
     )
+    one = save(tmp_path / "c", FIRST, batch_size=None, processes=1)
+    two = save(tmp_path / "d", FIRST, batch_size=8, processes=2)
+    assert compare([one, two]).notes == (
+        f"{two}: batch size 8, not chosen by memory",
+        f"{two}: processes 2, not 1",
+    )
 
 
 def test_a_run_with_one_evaluation_stands_for_it(tmp_path):
