@@ -1,7 +1,8 @@
 """SAN written out plainly, to compare with: every W' = diag(gamma) W diag(s) as a dense matrix.
 
 Nothing of the product is imported. The vectors of an adapter come by module name, such as
-``model.layers.0.mlp.up_proj``; a name that is absent from ``gammas`` has gamma = 1.
+``model.layers.0.mlp.up_proj``; a name that is absent from ``gammas`` has gamma = 1. What a low-rank
+carrier trains comes by module and tensor, such as ``model.layers.0.mlp.up_proj lora_A``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ def over_query_heads(gamma_v: Tensor, heads: int, kv_heads: int) -> Tensor:
     return torch.cat(parts)
 
 
+def synapse_scale(plain: Any, projection: str, gamma: Tensor) -> Tensor:
+    """Return the anterior's gamma (d_out,) as a vector over this projection's columns (d_in,)."""
+    heads = plain.config.num_attention_heads
+    kv_heads = plain.config.num_key_value_heads
+    fused = hasattr(plain.model.layers[0].self_attn, "qkv_proj")
+    if fused and projection == "o_proj":
+        gamma = gamma[-(plain.config.hidden_size // heads) * kv_heads :]
+    if fused and projection == "down_proj":
+        gamma = gamma[plain.config.intermediate_size :]
+    return over_query_heads(gamma, heads, kv_heads) if projection == "o_proj" else gamma
+
+
 def dense_parameters(
     plain: Any,
     gammas: dict[str, Tensor],
@@ -65,8 +78,6 @@ def dense_parameters(
 
     Differentiable in ``gammas`` and ``betas``; computed in the wider dtype of vectors and weights.
     """
-    heads = plain.config.num_attention_heads
-    kv_heads = plain.config.num_key_value_heads
     fused = hasattr(plain.model.layers[0].self_attn, "qkv_proj")
     adapted = {
         module_name(block, projection)
@@ -86,13 +97,7 @@ def dense_parameters(
                 bias = None if bias is None else bias.detach() * gammas[name]
             source = synapse_source(block, projection, links, fused)
             if mode != "neuron" and source in adapted and source in gammas:
-                s = gammas[source]
-                if fused and projection == "o_proj":
-                    s = s[-(plain.config.hidden_size // heads) * kv_heads :]
-                if fused and projection == "down_proj":
-                    s = s[plain.config.intermediate_size :]
-                if projection == "o_proj":
-                    s = over_query_heads(s, heads, kv_heads)
+                s = synapse_scale(plain, projection, gammas[source])
                 weight = weight @ torch.diag(s).to(weight)
             if name in betas:
                 bias = betas[name] if bias is None else bias + betas[name]
@@ -132,6 +137,91 @@ def dense_logits(
     plain: Any, tokens: Tensor, gammas: dict[str, Tensor], betas: dict[str, Tensor], **options: Any
 ) -> Tensor:
     """Return logits (batch, tokens, vocabulary), differentiable in gammas and betas."""
-    parameters = dense_parameters(plain, gammas, betas, **options)
+    return logits_of(plain, tokens, dense_parameters(plain, gammas, betas, **options))
+
+
+def logits_of(plain: Any, tokens: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """Return logits (batch, tokens, vocabulary) of the plain model with these parameters."""
     logits: Tensor = functional_call(skeleton(plain, parameters), parameters, (tokens,)).logits
     return logits
+
+
+def trained_tensors(model: Any, adapter: str = "default") -> dict[str, Tensor]:
+    """Return what an adapter of a PEFT model trains, by module and tensor."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(f".{adapter}").replace(".san_", " "): p
+        for name, p in model.named_parameters()
+        if ".san_" in name and name.endswith(f".{adapter}")
+    }
+
+
+def low_rank_weight(
+    weight: Tensor, a: Tensor, b: Tensor, m: Tensor | None, *, carrier: str, mode: str, c: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``(W' before its columns are scaled, gamma)`` of one Linear of ``lora`` or ``dora``.
+
+    To dora's gradient the norm of V is a constant (arXiv:2402.09353, section 4.3).
+    """
+    v = weight + c * (b @ a)
+    norm, adapted = (matrix.pow(2).sum(1).sqrt() for matrix in (weight, v))
+    if carrier == "dora":
+        adapted = adapted.detach()
+        gamma = None if m is None else m / norm
+    else:
+        gamma = adapted / norm
+    if mode == "synapse":
+        v = torch.diag(norm / adapted) @ v
+    elif carrier == "dora":
+        assert m is not None
+        v = torch.diag(m / adapted) @ v
+    return v, gamma
+
+
+def low_rank_parameters(
+    plain: Any,
+    trained: dict[str, Tensor],
+    *,
+    carrier: str,
+    c: float,
+    mode: str = "both",
+    links: tuple[str, ...] = ALL_LINKS,
+) -> dict[str, Tensor]:
+    """Return the weights that a low-rank carrier gives a plain model; their biases stay.
+
+    Differentiable in ``trained``; ``c`` is alpha / rank.
+    """
+    fused = hasattr(plain.model.layers[0].self_attn, "qkv_proj")
+    weights: dict[str, Tensor] = {}
+    gammas: dict[str, Tensor | None] = {}
+    if "model.embed_tokens gamma" in trained:  # it has no product to adapt: a vector of its own
+        gammas["model.embed_tokens"] = gamma = trained["model.embed_tokens gamma"]
+        if mode != "synapse":
+            table = plain.model.embed_tokens.weight.detach()
+            weights["model.embed_tokens.weight"] = table @ torch.diag(gamma)
+    for block in range(plain.config.num_hidden_layers):
+        for projection in FOUR if fused else SEVEN:
+            name = module_name(block, projection)
+            if f"{name} lora_A" not in trained:
+                continue
+            weights[f"{name}.weight"], gammas[name] = low_rank_weight(
+                plain.get_submodule(name).weight.detach(),
+                trained[f"{name} lora_A"],
+                trained[f"{name} lora_B"],
+                trained.get(f"{name} magnitude"),
+                carrier=carrier,
+                mode=mode,
+                c=c,
+            )
+            # every anterior stands before its readers in this order
+            gamma = gammas.get(synapse_source(block, projection, links, fused) or "")
+            if mode != "neuron" and gamma is not None:
+                s = synapse_scale(plain, projection, gamma)
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] @ torch.diag(s)
+    return weights
+
+
+def low_rank_logits(
+    plain: Any, tokens: Tensor, trained: dict[str, Tensor], **options: Any
+) -> Tensor:
+    """Return logits (batch, tokens, vocabulary), differentiable in everything trained."""
+    return logits_of(plain, tokens, low_rank_parameters(plain, trained, **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from san.adapted import adapt, family_model, relative, text
+from reference import low_rank_logits, trained_tensors
+from san.adapted import adapt, family_model, relative, text, vectors
+from torch.func import functional_call
 
 from san_llm import SanConfig
 from san_llm.san.carriers import merged_bias, merged_weight, squared_row_norms
@@ -60,6 +63,118 @@ def test_without_links_a_carrier_trains_as_pefts_own_method_step_for_step(
         if ".lora_A." in name
     ]
     assert max(moved) < 1e-4
+
+
+def centered(model: Any) -> Any:
+    """Move A and B of a shaken adapter around zero, where V is of about the size of W."""
+    for name, parameter in model.named_parameters():
+        if ".san_lora_" in name:
+            parameter.data.sub_(0.5)
+    return model
+
+
+@pytest.mark.parametrize("form", ["plain", "lean"])
+@pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("phi3", {})],
+    ids=["llama", "biases", "phi3"],
+)
+def test_logits_and_gradients_are_those_of_the_dense_formula(family, changes, carrier, mode, form):
+    plain = family_model(family, torch.float64, num_hidden_layers=3, **changes)
+    options = {"carrier": carrier, "mode": mode}
+    model = adapt(deepcopy(plain), form=form, adapt_embedding=True, **options, **LOW_RANK)
+    trained = trained_tensors(centered(model))
+    assert len(trained) == sum(p.requires_grad for p in model.parameters())
+    found = model(input_ids=text()).logits
+    c = LOW_RANK["lora_alpha"] / LOW_RANK["r"]
+    expected = low_rank_logits(plain, text(), trained, c=c, **options)
+    assert relative(found, expected) < 1e-10
+    weights = torch.randn(found.shape, dtype=found.dtype)
+    mine = torch.autograd.grad((found * weights).sum(), list(trained.values()))
+    theirs = torch.autograd.grad((expected * weights).sum(), list(trained.values()))
+    for name, one, other in zip(trained, mine, theirs, strict=True):
+        assert other.abs().max() > 0, name
+        assert relative(one, other) < 1e-10, name
+
+
+@pytest.mark.parametrize("form", ["plain", "lean"])
+@pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_a_gated_mlp_passes_gradcheck(carrier, mode, form):
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2}
+    plain = family_model(dtype=torch.float64, **sizes)
+    model = adapt(plain, carrier=carrier, mode=mode, form=form, r=2, lora_alpha=3)
+    mlp = centered(model).get_submodule("base_model.model.model.layers.0.mlp")
+    trained = {name: p for name, p in mlp.named_parameters() if p.requires_grad}
+    factors = {name: p for name, p in trained.items() if ".san_lora_" in name}
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+
+    def passes(checked: dict[str, torch.Tensor], **how: Any) -> bool:
+        def output(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            return functional_call(mlp, dict(zip(checked, values, strict=True)), (x,))
+
+        found: bool = torch.autograd.gradcheck(output, (x, *checked.values()), **how)
+        return found
+
+    if carrier == "lora":
+        assert passes(trained)
+        return
+    assert passes({name: p for name, p in trained.items() if name not in factors})
+    # By design what reaches A and B is not the derivative: the norm of V counts as a constant.
+    assert not passes(factors, raise_exception=False)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, by: dict[str, torch.Tensor]) -> None:
+    """Check logits, and the gradients of a sum of them by every vector."""
+    assert relative(found, expected) < 1e-12
+    weights = torch.randn(found.shape, dtype=found.dtype)
+    mine, theirs = (
+        torch.autograd.grad((logits * weights).sum(), list(by.values()))
+        for logits in (found, expected)
+    )
+    for name, one, other in zip(by, mine, theirs, strict=True):
+        assert relative(one, other) < 1e-10, name
+
+
+@pytest.mark.parametrize("form", ["plain", "lean"])
+def test_mode_neuron_alone_is_the_scaling_of_every_feature(form):
+    plain = family_model(dtype=torch.float64)
+    model = adapt(deepcopy(plain), mode="neuron", form=form)
+    gammas, _ = vectors(model)
+    assert len(gammas) == 4 * 7
+    for name, gamma in gammas.items():
+        plain.get_submodule(name).register_forward_hook(lambda _, x, y, gamma=gamma: y * gamma)
+    assert_same(model(text()).logits, plain(text()).logits, gammas)
+
+
+@pytest.mark.parametrize("form", ["plain", "lean"])
+def test_mode_synapse_alone_is_the_scaling_of_the_readers_columns(form):
+    plain = family_model(dtype=torch.float64)
+    model = adapt(deepcopy(plain), mode="synapse", form=form)
+    gammas, _ = vectors(model)
+    assert len(gammas) == 4 * 4 - 1  # v, o, up and down of each block; nobody reads the last down
+    weights = dict(plain.named_parameters())
+
+    def scale_columns(block: int, reader: str, s: torch.Tensor) -> None:
+        name = f"model.layers.{block}.{reader}_proj.weight"
+        weights[name] = weights[name].detach() * s  # W[:, j] * s[j]
+
+    for block in range(4):
+        v, o, up = (
+            gammas[f"model.layers.{block}.{name}_proj"]
+            for name in ("self_attn.v", "self_attn.o", "mlp.up")
+        )
+        first, second = v[:8], v[8:]  # two kv heads of 8 channels, each read by two query heads
+        scale_columns(block, "self_attn.o", torch.cat([first, first, second, second]))
+        scale_columns(block, "mlp.down", up)
+        scale_columns(block, "mlp.gate", o)
+        scale_columns(block, "mlp.up", o)
+        for reader in ("q", "k", "v") if block else ():
+            down = gammas[f"model.layers.{block - 1}.mlp.down_proj"]
+            scale_columns(block, f"self_attn.{reader}", down)
+    assert_same(model(text()).logits, functional_call(plain, weights, (text(),)).logits, gammas)
 
 
 def numpy_of(tensor: torch.Tensor) -> Any:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from reference import SEVEN, dense_logits, dense_parameters, module_name
+from reference import (
+    SEVEN,
+    dense_logits,
+    dense_parameters,
+    logits_of,
+    low_rank_logits,
+    low_rank_parameters,
+    module_name,
+    trained_tensors,
+)
 from san.adapted import adapt, logits, relative, shake, text, vectors
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -25,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 FORMS = ["lean", "plain"]
+ADAPTED = [module_name(block, projection) for block in range(3) for projection in SEVEN]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 four_bit = pytest.mark.parametrize("kind", ["nf4", "nf4 double"])
 
@@ -105,6 +115,36 @@ def test_logits_and_gradients_are_those_of_the_dequantized_reference(stored, kin
         assert (mine[name] - theirs[name]).abs().max() < 2 * tolerance * largest, name
 
 
+def low_rank(base: Any, carrier: str, **options: Any) -> Any:
+    """Return a base with a low-rank carrier that has moved about as far as W is large."""
+    model = adapt(base, carrier=carrier, r=4, lora_alpha=6, **options)
+    for name, parameter in model.named_parameters():
+        if ".san_lora_" in name:
+            parameter.data.sub_(0.5)
+    return model
+
+
+@every_kind
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["both", "synapse"])
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_low_rank_gradients_are_those_of_the_dequantized_reference(
+    stored, kind, form, mode, carrier
+):
+    model = low_rank(quantized(stored, kind), carrier, form=form, mode=mode).train()
+    trained = trained_tensors(model)
+    found = model(input_ids=text()).logits
+    expected = low_rank_logits(
+        dequantized(stored, kind), text(), trained, carrier=carrier, mode=mode, c=6 / 4
+    )
+    assert relative(found, expected) < 1e-4
+    weights = torch.randn(found.shape)
+    mine = gradients((found * weights).sum(), trained)
+    theirs = gradients((expected * weights).sum(), trained)
+    for name in trained:
+        assert relative(mine[name], theirs[name]) < 5e-4, name
+
+
 @four_bit
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_an_inference_forward_does_not_spoil_later_gradients(stored, kind, compute):
@@ -169,23 +209,48 @@ def quantize_again(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(packed, state)
 
 
+def quantized_once(expected: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Return the parameters with every weight gone through the quantizer."""
+    weights = {f"{name}.weight": expected[f"{name}.weight"].detach() for name in ADAPTED}
+    return expected | {name: quantize_again(weight, kind) for name, weight in weights.items()}
+
+
+def assert_holds(merged: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Check every quantized weight of a merged model."""
+    for name in ADAPTED:
+        weight = weights[f"{name}.weight"]
+        difference = (dequantized_weight(merged.get_submodule(name)) - weight).abs()
+        # a number halfway between two levels may fall to either side
+        assert (difference > 1e-5 * weight.abs().max()).float().mean() < 0.01, name
+
+
 @every_kind
 def test_a_merge_quantizes_the_reference_once(stored, kind):
     plain = dequantized(stored, kind)
     model = adapt(quantized(stored, kind), shift=True)
     expected = dense_parameters(plain, *vectors(model))
     merged = model.merge_and_unload()
-    for block in range(3):
-        for projection in SEVEN:
-            name = module_name(block, projection)
-            linear = merged.get_submodule(name)
-            weight = quantize_again(expected[f"{name}.weight"].detach(), kind)
-            difference = (dequantized_weight(linear) - weight).abs()
-            # a number halfway between two levels may fall to either side
-            assert (difference > 1e-5 * weight.abs().max()).float().mean() < 0.01, name
-            torch.testing.assert_close(linear.bias, expected[f"{name}.bias"])
+    assert_holds(merged, quantized_once(expected, kind))
+    for name in ADAPTED:
+        torch.testing.assert_close(merged.get_submodule(name).bias, expected[f"{name}.bias"])
     first = logits(merged)
     assert torch.equal(logits(merged), first)
+
+
+@every_kind
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_a_low_rank_carrier_answers_and_merges_as_the_reference(stored, kind, carrier):
+    plain = dequantized(stored, kind)
+    model = low_rank(quantized(stored, kind), carrier)
+    expected = low_rank_parameters(plain, trained_tensors(model), carrier=carrier, c=6 / 4)
+    # train mode: an 8-bit layer rounds its inputs as well in eval mode
+    found = model.train()(input_ids=text()).logits
+    assert relative(found, logits_of(plain, text(), expected)) < 1e-4
+    merged = model.merge_and_unload().train()
+    weights = quantized_once(expected, kind)
+    assert_holds(merged, weights)
+    found = merged(input_ids=text()).logits
+    assert relative(found, logits_of(plain, text(), weights)) < 1e-2
 
 
 @every_kind
