@@ -34,14 +34,21 @@ def loss_and_gradients(model: Any, **inputs: Any) -> tuple[float, dict[str, Tens
     return loss.item(), found
 
 
-def assert_same(plain: Any, lean: Any, dtype: torch.dtype, **inputs: Any) -> None:
+def assert_same(
+    plain: Any, lean: Any, dtype: torch.dtype, floor: float = 1.0, **inputs: Any
+) -> None:
+    """Check the loss, and each gradient relative to its norm or to that share of all gradients'.
+
+    A gradient far smaller than the others' carries their rounding.
+    """
     of_loss, of_gradients = LENGTHS[dtype]
     expected, gradients = loss_and_gradients(plain, **inputs)
     found, ours = loss_and_gradients(lean, **inputs)
     assert found == pytest.approx(expected, rel=of_loss)
     assert ours.keys() == gradients.keys()
-    scale = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
     for name, gradient in gradients.items():
+        scale = max(gradient.norm().item(), floor * whole)
         assert (ours[name] - gradient).norm().item() <= of_gradients * scale, name
 
 
@@ -89,14 +96,14 @@ def test_both_forms_have_the_same_loss_and_gradients(
         adapt_embedding=embedding,
         **LOW_RANK,
     )
-    assert_same(plain, lean, dtype)
+    assert_same(plain, lean, dtype, floor=1e-3)
 
 
 @pytest.mark.parametrize("dtype", list(LENGTHS))
 @pytest.mark.parametrize("carrier", ["scale", "lora", "dora"])
 def test_synapse_mode_is_the_same_in_both_forms(carrier, dtype):
     plain, lean = pair(dtype, carrier=carrier, mode="synapse", **LOW_RANK)
-    assert_same(plain, lean, dtype)
+    assert_same(plain, lean, dtype, floor=1e-3)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, -1e-8, 1e4])
@@ -106,7 +113,7 @@ def test_a_gamma_of_any_size_is_right_in_the_lean_form(value):
         for name, parameter in model.named_parameters():
             if ".san_gamma." in name and ("v_proj" in name or "up_proj" in name):
                 parameter.data[::2] = value
-    assert_same(plain, lean, torch.float64)
+    assert_same(plain, lean, torch.float64, floor=1e-3)
 
 
 def kept_for_backward(model: Any) -> int:
@@ -304,7 +311,7 @@ def test_the_rotary_function_passes_gradcheck(positions):
 def test_blocks_of_tokens_change_nothing(monkeypatch):
     plain, lean = pair(torch.float64)
     monkeypatch.setattr("san_llm.san.autograd.BLOCK", 100)  # three tokens at a time
-    assert_same(plain, lean, torch.float64)
+    assert_same(plain, lean, torch.float64, floor=1e-3)
 
 
 def test_an_adapted_model_can_be_pickled_whole():
