@@ -40,7 +40,7 @@ check: setup
 	$(BIN)/mypy
 
 pytest: setup $(MODEL)
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 15
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 15
 
 $(MODEL): | setup
 	$(BIN)/san-llm download smollm2-135m
