@@ -193,9 +193,9 @@ def _notes(first: Stored, other: Stored) -> list[str]:
             values = one[part].get(name, "absent"), two[part].get(name, "absent")
             if values[0] != values[1] and name not in ("name", "prompt"):  # the legend says these
                 notes.append(f"{name} {values[1]}, not {values[0]}")
-    for key in ("batch_size", "processes"):  # named where they can change a last bit
-        if one.get(key) != two.get(key):
-            theirs, own = ("chosen by memory" if e.get(key) is None else e[key] for e in (two, one))
+    for key in ("batch_size", "processes"):  # there where they can change a last bit
+        if key in one and key in two and one[key] != two[key]:
+            theirs, own = ("chosen by memory" if e[key] is None else e[key] for e in (two, one))
             notes.append(f"{key.replace('_', ' ')} {theirs}, not {own}")
     if one["device"] != two["device"]:
         notes.append(f"on {two['device']}, not {one['device']}")

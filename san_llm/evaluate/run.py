@@ -329,6 +329,9 @@ def identity(
     by_lm_eval, generated = (settings.protocol == name for name in ("lm-eval", "generate"))
     wide = base.dtype == "float32" and base.quantization != "8bit"
     exact = settings.strict or (wide and generated)
+    shared: dict[str, Any] = {} if exact else {"batch_size": settings.batch_size}
+    if not exact and settings.protocol != "loglik":
+        shared["processes"] = world_size()
     how: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
     if generated:
         how |= {"beams": BEAMS, "new_tokens": NEW_TOKENS, "answers_only": settings.answers_only}
@@ -346,8 +349,7 @@ def identity(
             )
         },
         "protocol": how | {"strict": settings.strict},
-        "batch_size": None if exact else settings.batch_size,
-        "processes": None if exact or settings.protocol == "loglik" else world_size(),
+        **shared,
         "device": _device(),
         "versions": versions() | ({"lm_eval": version("lm_eval")} if by_lm_eval else {}),
         "code": code_sha256(),

@@ -192,6 +192,7 @@ def test_other_versions_and_dtypes_are_noted(tmp_path):
         f"{two}: batch size 8, not chosen by memory",
         f"{two}: processes 2, not 1",
     )
+    assert compare([first, two]).notes == ()  # the first's answers do not depend on either
 
 
 def test_a_run_with_one_evaluation_stands_for_it(tmp_path):
