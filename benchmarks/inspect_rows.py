@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -19,22 +18,16 @@ import time
 from pathlib import Path
 
 from measured import write_results
+from prepare import swapped
 
 
 def write_rows(path: Path, count: int) -> None:
     """Write ``count`` different rows."""
     from san_llm.data.rows import POCKET
 
-    rows = json.loads((POCKET / "train.json").read_text())
-    draw = random.Random(0)
     with path.open("w") as file:
-        for number in range(count):
-            row = rows[number % len(rows)]
-            words = row["instruction"].split(" ")
-            one, two = draw.randrange(len(words)), draw.randrange(len(words))
-            words[one], words[two] = words[two], words[one]
-            instruction = f"{' '.join(words)} {number}"
-            file.write(json.dumps({**row, "instruction": instruction}) + "\n")
+        for number, row in enumerate(swapped(POCKET / "train.json", count)):
+            file.write(json.dumps(row | {"instruction": f"{row['instruction']} {number}"}) + "\n")
 
 
 def main() -> None:

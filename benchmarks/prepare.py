@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,16 @@ from measured import alone, write_results
 WAYS = ("encode_batch_fast", "tokenizer", "prepare", "again", "read")
 
 
-def make_rows(path: Path, source: Path, count: int) -> None:
-    """Write ``count`` rows: those of a file over and over, each with two words swapped."""
+def swapped(source: Path, count: int) -> Iterator[dict[str, str]]:
+    """Give ``count`` rows: those of a file over and over, each with two words swapped."""
     rows = json.loads(source.read_text())
     draw = random.Random(0)
-    made = []
     for number in range(count):
-        row = dict(rows[number % len(rows)])
+        row = rows[number % len(rows)]
         words = row["instruction"].split(" ")
         one, two = draw.randrange(len(words)), draw.randrange(len(words))
         words[one], words[two] = words[two], words[one]
-        made.append(row | {"instruction": " ".join(words)})
-    path.write_text(json.dumps(made))
+        yield row | {"instruction": " ".join(words)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -81,7 +80,7 @@ def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "rows.json"
-        make_rows(path, options.source, options.rows)
+        path.write_text(json.dumps(list(swapped(options.source, options.rows))))
         for turn in range(options.rounds):
             for way in WAYS:
                 command = [__file__, "--way", way, "--rows-file", str(path)]

@@ -70,6 +70,7 @@ def main() -> None:
                 sys.exit("the rows of one process and of two differ")
         answers = {json.loads(line)["parsed"] for line in one.splitlines()}
     ratios = [one / two for one, two in zip(found["one"], found["two"], strict=True)]
+    quoted = options.pairs >= PAIRS
     middle = {name: statistics.median(times) for name, times in found.items()}
     told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     print("| protocol | rows | one process, s | two, s | times faster | starting: one, two |")
@@ -77,12 +78,12 @@ def main() -> None:
     print(
         f"| {options.protocol} | {options.rows * len(options.tasks)} | {middle['one']:.1f} "
         f"| {middle['two']:.1f} "
-        f"| {told if options.pairs >= PAIRS else 'not quoted from so few pairs'} "
+        f"| {told if quoted else 'not quoted from so few pairs'} "
         f"| {middle['start_one']:.1f}, {middle['start_two']:.1f} |"
     )
     print(f"every row the same, answers: {', '.join(sorted(map(str, answers)))}", file=sys.stderr)
     keys = ("model", "tasks", "rows", "protocol", "pairs")
-    write_results(options, keys, seconds=found, ratios=ratios)
+    write_results(options, keys, seconds=found, ratios=ratios if quoted else None)
 
 
 if __name__ == "__main__":

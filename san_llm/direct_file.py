@@ -36,7 +36,7 @@ class DirectFile:
         Raises:
             OSError: when that cannot be done, as every method does when the disk refuses.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
             self._file = os.open(path, flags | DIRECT, 0o666)
         except OSError as error:

@@ -130,12 +130,13 @@ def export_gguf(folder: Path, kind: str) -> Path:
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
-    tensors = read_checkpoint(folder)
+    tensors, written = read_checkpoint(folder), {}
     with bar("Writing GGUF", len(tensors), "tensors") as progress:
         for tensor in tensors:
             name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise InputError(f"--gguf: {tensor.name} has no name in the format")
+            written[name] = tensor
             numbers = _as_llama_cpp(tensor, config)
             # A row of q8_0 is whole blocks of 32; llama.cpp's own converter falls back likewise.
             used = matrices if len(tensor.shape) > 1 else GGMLQuantizationType.F32
@@ -149,9 +150,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    _compare(
-        folder / FILE, {names.get_name(t.name, (".weight", ".bias")): t for t in tensors}, config
-    )
+    _compare(folder / FILE, written, config)
     return folder / FILE
 
 

@@ -106,10 +106,7 @@ class ValueFold:
             adapter is not None
             and adapter in self.o.san_feed
             and self.o.san_feed[adapter].anterior is self.v
-            # A shift stands between the row scale and the attention; a low-rank row scale does
-            # not reach the bias.
-            and self.v.neuron_shift(adapter) is None
-            and (self.v.san_options[adapter].carrier == "scale" or not _has_bias(self.v))
+            and _row_scale_moves(self.v, adapter)
         )
 
     def columns_left(self) -> Tensor | None:
@@ -132,11 +129,7 @@ class RotaryFold:
         adapter = _together((self.q, self.k))
         if adapter is None or torch.compiler.is_compiling():
             return None
-        for layer in (self.q, self.k):
-            low_rank = layer.san_options[adapter].carrier != "scale"
-            if layer.neuron_shift(adapter) is not None or (low_rank and _has_bias(layer)):
-                return None
-        return adapter
+        return adapter if all(_row_scale_moves(x, adapter) for x in (self.q, self.k)) else None
 
     def stands(self) -> bool:
         """Whether the attention applies q's and k's row scales in this forward."""
@@ -169,10 +162,8 @@ class GatedFold:
         adapter = _together((self.gate, self.up, self.down))
         if adapter is None:
             return None
-        for layer in (self.gate, self.up):
-            low_rank = layer.san_options[adapter].carrier != "scale"
-            if layer.neuron_shift(adapter) is not None or (low_rank and _has_bias(layer)):
-                return None
+        if not all(_row_scale_moves(layer, adapter) for layer in (self.gate, self.up)):
+            return None
         feed = self.down.san_feed.get(adapter)
         return adapter if feed is None or feed.anterior is self.up else None
 
@@ -209,8 +200,13 @@ def _halves(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return gate, up
 
 
-def _has_bias(layer: SanLayer) -> bool:
-    return getattr(layer.get_base_layer(), "bias", None) is not None
+def _row_scale_moves(layer: SanLayer, adapter: str) -> bool:
+    """Whether a reader may apply a layer's row scale to all that the layer puts out."""
+    if layer.neuron_shift(adapter) is not None:
+        return False  # it stands behind the row scale
+    # A low-rank row scale does not reach the bias.
+    has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
+    return layer.san_options[adapter].carrier == "scale" or not has_bias
 
 
 def _norm_forward(norm: Any, x: Tensor) -> Tensor:
@@ -236,7 +232,7 @@ def _attention_forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _rotates_halves(attention: nn.Module) -> bool:
-    """Return whether its forward calls a function that rotates as LLaMA's does, and only once."""
+    """Return whether its forward calls a function of that name that rotates as LLaMA's does."""
     forward: Any = type(attention).forward
     rotary = getattr(forward, "__globals__", {}).get(ROTARY)
     return rotary is not None and ROTARY in forward.__code__.co_names and _same_rotary(rotary)
