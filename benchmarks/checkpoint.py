@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from san_llm.checkpoint import remove_old, whole_checkpoint
+from san_llm.train.checkpoint import remove_old, whole_checkpoint
 
 SCALES, TENSORS, STEPS, TIMES, MINUTES = 1_359_872, 224, 31_000, 9, 5
 

@@ -23,12 +23,14 @@ import torch
 from pairs import ratios, times, told
 from ruled import arguments, test_rows, tuned_adapter, write_answered
 
+from san_llm.ask.answers import BEAMS, NEW_TOKENS, answers
 from san_llm.data.encode import evaluation_text
-from san_llm.data.tasks import TASKS
-from san_llm.evaluate.generate import BEAMS, NEW_TOKENS, generate
 from san_llm.evaluate.score import parse_answer
-from san_llm.model import load_adapter, load_base, load_tokenizer
-from san_llm.recipe import Base
+from san_llm.models.adapter import load_adapter
+from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.locate import find_base
+from san_llm.protocol.tasks import TASKS
+from san_llm.recipe.schema import Base
 
 
 def plain(
@@ -58,9 +60,9 @@ def ours(
     model: Any, tokenizer: Any, prompts: list[list[int]], answer: Callable[..., Any] | None = None
 ) -> list[str]:
     """Answer with san-llm."""
-    found: dict[int, str] = {}
-    generate(model, tokenizer, prompts, None, found.update, answer)
-    return [found[number] for number in range(len(prompts))]
+    batches = answers(model, tokenizer, prompts, None, answer)
+    texts = {number: text for batch in batches for number, text in batch}
+    return [texts[number] for number in range(len(prompts))]
 
 
 def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
@@ -68,12 +70,12 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
         options.model, options.data, options.tasks, options.steps, Path(options.work)
     )
     base = Base(model=options.model, dtype=options.dtype)
-    tokenizer = load_tokenizer(base)
-    model = load_adapter(load_base(base), adapter)
+    tokenizer = load_tokenizer(find_base(base))
+    model = load_adapter(load_base(find_base(base)), adapter)
     rows = test_rows(options.data, task, options.rows)
     prompts = [evaluation_text(options.prompt, row, tokenizer)[1] for row in rows]
 
-    def answers(texts: list[str]) -> list[str | None]:
+    def parsed(texts: list[str]) -> list[str | None]:
         return [parse_answer(TASKS[task], text) for text in texts]
 
     def read(_: int, text: str) -> str | None:
@@ -91,13 +93,13 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": sum(map(len, prompts)) / len(rows),
         "answered": {
-            str(a): answers(expected).count(a) for a in sorted(set(answers(expected)), key=str)
+            str(a): parsed(expected).count(a) for a in sorted(set(parsed(expected)), key=str)
         },
     }
     for way in ("exact", "answers"):
         output = found[way].output
         pairs = zip(output, expected, strict=True)
-        same = zip(answers(output), answers(expected), strict=True)
+        same = zip(parsed(output), parsed(expected), strict=True)
         result[way] = {
             **ratios(found["plain"], found[way]),
             "same_texts": sum(a == b for a, b in pairs),
@@ -112,7 +114,7 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
                 "cpu_seconds": time.process_time() - began,
                 "same_texts": sum(a == b for a, b in zip(texts, expected, strict=True)),
                 "same_answers": sum(
-                    a == b for a, b in zip(answers(texts), answers(expected), strict=True)
+                    a == b for a, b in zip(parsed(texts), parsed(expected), strict=True)
                 ),
             }
     return result

@@ -137,7 +137,7 @@ def main() -> None:
     processes = options.processes if options.cold or options.processes > 1 else 0
     from tiny import rows, save_tiny, write_recipe, write_rows
 
-    import san_llm.train  # noqa: F401 (for the forked ones)
+    import san_llm.train.run  # noqa: F401 (for the forked ones)
 
     dice, began = random.Random(options.seed), time.monotonic()
     counts: dict[str, int] = {}

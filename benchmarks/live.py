@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.live import Live
 
 from san_llm import progress
-from san_llm.drift import Drift
-from san_llm.live import View
-from san_llm.recipe import find_recipe, load_recipe
-from san_llm.record import new_run
-from san_llm.train import train
-from san_llm.trainer import SanTrainer
+from san_llm.recipe.read import load_recipe
+from san_llm.recipe.shipped import find_recipe
+from san_llm.runs.folder import new_run
+from san_llm.train.callbacks import Drift
+from san_llm.train.run import train
+from san_llm.train.trainer import SanTrainer
+from san_llm.train.view import View
 
 
 def main() -> None:

@@ -22,11 +22,13 @@ import torch
 from pairs import ratios, times, told
 from ruled import arguments, test_rows, tuned_adapter, write_answered
 
-from san_llm.data.prompts import evaluation_prompt
-from san_llm.data.tasks import TASKS
-from san_llm.evaluate.loglik import ChoiceQuestion, score_choices
-from san_llm.model import load_adapter, load_base, load_tokenizer
-from san_llm.recipe import Base
+from san_llm.ask.likelihood import ChoiceQuestion, score_choices
+from san_llm.models.adapter import load_adapter
+from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.locate import find_base
+from san_llm.protocol.prompts import evaluation_prompt
+from san_llm.protocol.tasks import TASKS
+from san_llm.recipe.schema import Base
 
 KINDS = ("answers", "texts", "short")
 
@@ -61,8 +63,8 @@ def measure(options: argparse.Namespace, task: str, kind: str) -> dict[str, Any]
         options.model, options.data, options.tasks, options.steps, Path(options.work)
     )
     base = Base(model=options.model, dtype=options.dtype)
-    tokenizer = load_tokenizer(base)
-    model = load_adapter(load_base(base), adapter)
+    tokenizer = load_tokenizer(find_base(base))
+    model = load_adapter(load_base(find_base(base)), adapter)
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch, device="cpu")
 
     def harness() -> list[list[tuple[float, bool]]]:

@@ -58,8 +58,8 @@ def synthetic(folder: Path, blocks: int) -> None:
     import numpy as np
     from transformers import LlamaConfig
 
-    from san_llm.san.graph import linear_shapes
-    from san_llm.shards import Output, write_checkpoint
+    from san_llm.architectures.sizes import linear_shapes
+    from san_llm.merge.write import Output, write_checkpoint
 
     config = LlamaConfig(
         vocab_size=128256,
@@ -141,7 +141,7 @@ def measure(code: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
 
 def content(folder: Path) -> str:
     """Return one sha256 over every tensor's name, dtype, shape and bytes."""
-    from san_llm.shards import read_checkpoint
+    from san_llm.models.weights import read_checkpoint
 
     digest = hashlib.sha256()
     for tensor in sorted(read_checkpoint(folder), key=lambda tensor: tensor.name):

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 from measured import write_results
 
-from san_llm.estimate import Batch, Memory, Setting, memory, shape_of
-from san_llm.recipe import load_recipe, parse_recipe
+from san_llm.architectures.sizes import shape_of
+from san_llm.plan.memory import Batch, Memory, Setting, memory
+from san_llm.recipe.read import load_recipe, parse_recipe
 
 BASE = Path("models/smollm2-135m")
 # LLaMA shapes with random weights and the tokenizer of SmolLM2.
@@ -135,7 +136,7 @@ def base_of(name: str, folder: Path) -> Path:
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Train one case's recipe; return its peak, and what the estimate has to know of it."""
-    from san_llm.data.largest import look_at
+    from san_llm.plan.largest import look_at
 
     base = base_of(case.base, folder)
     recipe = {

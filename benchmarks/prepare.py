@@ -43,9 +43,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Do one way in this process; return seconds, CPU seconds and what came of it."""
     from transformers import AutoTokenizer
 
-    from san_llm.data.encode import Rows, encode_rows
-    from san_llm.data.prompts import training_prompt
+    from san_llm.data.encode import Encoding
     from san_llm.data.rows import read_rows
+    from san_llm.data.tokenized import Rows, encode_rows
+    from san_llm.protocol.prompts import training_prompt
 
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     rows = read_rows(options.rows_file) if options.way != "read" else []
@@ -57,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         read_rows(options.rows_file)
     elif options.way in ("prepare", "again"):
         settings = ("llm-adapters", "response", 256, options.threads)
-        encoded = encode_rows(rows, tokenizer, *settings)
+        encoded = encode_rows(rows, Encoding(tokenizer, *settings))
         tokens = sum(Rows(encoded).lengths)
     elif options.way == "tokenizer":
         for start in range(0, len(texts), 4096):

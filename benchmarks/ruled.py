@@ -19,7 +19,7 @@ from measured import write_results
 from pairs import PAIRS
 
 from san_llm.data.rows import POCKET, Row, read_task, test_file
-from san_llm.data.tasks import TASKS, Task
+from san_llm.protocol.tasks import TASKS, Task
 
 OFTEN = ("which", "is", "are")
 ROOT = Path(__file__).resolve().parents[1]

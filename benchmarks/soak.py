@@ -46,7 +46,7 @@ def train(steps: int, samples: Samples) -> list[str]:
     """Prepare a training; return the command."""
     from tiny import rows, save_tiny, write_recipe, write_rows
 
-    from san_llm.callbacks import Checkpoints
+    from san_llm.train.callbacks import Checkpoints
 
     often = {"evaluate_every": EVERY, "sample_prompts": ["Is 7 even?"], "sample_tokens": 8}
     write_recipe(
@@ -124,7 +124,7 @@ def judged(samples: Samples, count: int) -> dict[str, Any]:
 
 def draw(found: dict[str, Any], count: int, file: Path) -> None:
     """Draw the samples of both parts."""
-    from san_llm.plots import _new, _style, as_png
+    from san_llm.look.plots import _new, _style, as_png
 
     with _style():
         figure = _new(9, 5.5, f"{count:,} steps, and {count:,} answers: what the process holds")

@@ -58,10 +58,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from san_llm.loss import token_losses
-    from san_llm.quantize import quantization_config
-    from san_llm.recipe import Base
+    from san_llm.models.quantize import quantization_config
+    from san_llm.recipe.schema import Base
     from san_llm.san.model import keep_4bit_layout
+    from san_llm.train.loss import token_losses
 
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)

@@ -42,7 +42,7 @@ def trl(options: argparse.Namespace, rows: list[dict[str, str]], folder: Path) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from san_llm.data.prompts import training_prompt
+    from san_llm.protocol.prompts import training_prompt
 
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
@@ -86,9 +86,9 @@ def trl(options: argparse.Namespace, rows: list[dict[str, str]], folder: Path) -
 def ours(
     options: argparse.Namespace, rows: list[dict[str, str]], folder: Path, method: dict[str, Any]
 ) -> float:
-    from san_llm.recipe import parse_recipe
-    from san_llm.record import new_run
-    from san_llm.train import train
+    from san_llm.recipe.read import parse_recipe
+    from san_llm.runs.folder import new_run
+    from san_llm.train.run import train
 
     (folder / "rows.json").write_text(json.dumps(rows))
     os.environ["SAN_LLM_CACHE"] = str(folder / "cache")

@@ -16,9 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from san_llm.evaluate.report import percent
-from san_llm.recipe import find_recipe, load_recipe
-from san_llm.record import point_latest, recipe_of
+from san_llm.recipe.read import load_recipe
+from san_llm.recipe.shipped import find_recipe
+from san_llm.runs.folder import point_latest, recipe_of
+from san_llm.shown import percent
 
 RUN = Path("runs/demo")
 RECIPE = "smollm2_demo"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from san_llm.peft_hook import register_with_peft
+from san_llm.san.register import register_with_peft
 
 __version__ = "0.1.0"
 

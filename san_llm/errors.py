@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
@@ -99,38 +98,3 @@ def of_the_disk(error: BaseException) -> str | None:
 def debugging() -> bool:
     """Whether ``--debug`` was given, to this process or to the one that started it."""
     return os.environ.get(DEBUG) == "1"
-
-
-LONGEST = 1000  # characters of a line: a terminal's screen, not a file's content
-# What no one but its owner may read, and stands in URLs, arguments and environments.
-_SECRETS = re.compile(r"(?<=:/)(/?)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
-_SECRET_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-
-
-def masked(text: str) -> str:
-    """Return a text with ``***`` for credentials in URLs, the hub's tokens and the user's own."""
-    for name in _SECRET_NAMES:
-        secret = os.environ.get(name, "").strip()
-        if len(secret) >= 8:
-            text = text.replace(secret, "***")
-    return _SECRETS.sub(lambda found: f"{found[1] or ''}***", text)
-
-
-def plain(line: str) -> str:
-    """Return a line as a terminal may show it, whatever names and data are quoted in it.
-
-    Control characters, which could move the cursor or recolour and retitle a terminal, are written
-    as escapes, secrets are masked, and the middle of an endless line is left out.
-    """
-    line = masked(line)
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 4 :]}"
-    return escaped(line)
-
-
-def escaped(text: str, kept: str = "") -> str:
-    """Return a text with escapes for control characters, but for those that are ``kept``."""
-    return "".join(
-        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from san_llm.cli import app
-from san_llm.recipe import recipe_schema
+from san_llm.recipe.shipped import recipe_schema
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MADE = "<!-- Made by scripts/make_reference.py: change the help texts instead. -->"

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from san_llm.estimate import Setting, full_batch, memory, shape_of, traffic, trained_numbers
-from san_llm.plan import KNOWN
-from san_llm.recipe import LoraMethod, Method, SanMethod
+from san_llm.architectures.sizes import shape_of
+from san_llm.plan.bases import KNOWN
+from san_llm.plan.memory import Setting, full_batch, memory, traffic, trained_numbers
+from san_llm.recipe.schema import LoraMethod, Method, SanMethod
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 MADE = "<!-- Made by scripts/make_scale.py from the estimator: change these instead. -->"

@@ -73,7 +73,8 @@ def cli(here: Path) -> Cli:
 @pytest.fixture
 def command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run ``san-llm`` as ``cli`` does, but inside the test's process, which saves its start."""
-    from san_llm.cli import main, stdout
+    from san_llm.cli import main
+    from san_llm.commands.options import stdout
     from san_llm.progress import stderr
 
     monkeypatch.setenv("COLUMNS", "120")

@@ -31,9 +31,10 @@ from tiny_gguf import gguf_model, write_gguf
 
 from san_llm.cli import app
 from san_llm.data.rows import POCKET
-from san_llm.gguf import convert_gguf
-from san_llm.recipe import LoraMethod, Recipe, parse_recipe
-from san_llm.san.carriers import merged_weight
+from san_llm.models.from_gguf import convert_gguf
+from san_llm.recipe.read import parse_recipe
+from san_llm.recipe.schema import LoraMethod, Recipe
+from san_llm.san.formulas import merged_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"commands.md", "recipe.md"}

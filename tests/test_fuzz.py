@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from san_llm.data.rows import read_rows
-from san_llm.errors import InputError, plain
-from san_llm.recipe import load_recipe
+from san_llm.errors import InputError
+from san_llm.recipe.read import load_recipe
+from san_llm.shown import plain
 
 HERE = Path(__file__).parent / "bad_inputs"
 ANYWHERE = settings(

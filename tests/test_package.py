@@ -43,10 +43,10 @@ def test_the_wheel_has_recipes_schema_pocket_data_and_licence(wheel):
         names = set(archive.namelist())
         (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         head = HeaderParser().parsestr(archive.read(about).decode())
-    for folder, inside in (("recipes", "recipes"), ("san_llm/data/pocket", "data/pocket")):
+    for folder, inside in (("recipes", "recipe/shipped"), ("san_llm/data/pocket", "data/pocket")):
         for path in (ROOT / folder).rglob("*.*"):
             assert f"san_llm/{inside}/{path.relative_to(ROOT / folder)}" in names
-    assert {"san_llm/page/page.html", "san_llm/page/page.css"} <= names
+    assert {"san_llm/look/page.html", "san_llm/look/page.css"} <= names
     assert f"san_llm-{__version__}.dist-info/licenses/LICENSE" in names
     assert not [name for name in names if name.startswith(("tests", "scripts", "benchmarks"))]
     assert (head["Name"], head["Version"]) == ("san-llm", __version__)
@@ -102,7 +102,7 @@ def test_what_is_installed_from_the_wheel_works_away_from_the_checkout(wheel, he
     assert run(*command, "--version") == f"san-llm {__version__}\n"
     assert "smollm2_demo" in run(*command, "recipes", "list")
     run(*command, "recipes", "copy", "smollm2_demo", "mine.yaml")
-    address = (site / "san_llm" / "recipes" / "recipe.schema.json").as_uri()
+    address = (site / "san_llm" / "recipe" / "shipped" / "recipe.schema.json").as_uri()
     assert address in Path("mine.yaml").read_text()
     assert Path(address.removeprefix("file://")).is_file()
     assert run(*command, "recipes", "check", "mine.yaml") == "mine.yaml: ok\n"

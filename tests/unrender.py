@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from san_llm.data.render import LEADS
+from san_llm.protocol.row_text import LEADS
 
 Row = dict[str, str]
 # Real rows, where they are at hand: data/commonsense/<task>/ here or beside the checkout.

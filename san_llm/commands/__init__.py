@@ -1,1 +1,1 @@
-"""Command groups, each: options -> one function -> one printed result."""
+"""What is typed: one file a command, of options and printed results; no decisions."""

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from san_llm.commands.options import Json
-from san_llm.errors import plain
 from san_llm.progress import quiet_libraries
+from san_llm.shown import plain
 
 doctor_app = typer.Typer(rich_markup_mode=None)
 COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
@@ -30,7 +30,7 @@ def doctor(
 ) -> None:
     """Check versions, devices, bf16, 4 bits, two processes, memory, disk, caches and the hub."""
     quiet_libraries()
-    from san_llm.doctor import diagnose
+    from san_llm.plan.doctor import diagnose
 
     stdout = Console(highlight=False)
     if not stdout.is_terminal:  # a line stays a line

@@ -1,12 +1,41 @@
-"""Options and arguments that several commands have."""
+"""Options and arguments that several commands have, what the shell offers for them, stdout."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from san_llm.commands.complete import recipe_keys
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Return the shipped recipes that begin so."""
+    from san_llm.recipe.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def run_folders(incomplete: str) -> list[str]:
+    """Return the runs that begin so, ``runs/latest`` among them."""
+    from san_llm.runs.folder import RUNS
+
+    runs = sorted(str(path.parent) for path in RUNS.glob("*/recipe.yaml"))
+    return [run for run in runs if run.startswith(incomplete)]
+
+
+def recipes_and_runs(incomplete: str) -> list[str]:
+    """Return both."""
+    return recipe_names(incomplete) + run_folders(incomplete)
+
+
+def recipe_keys(incomplete: str) -> list[str]:
+    """Return the keys of a recipe that begin so, to be overridden: ``data.train=``."""
+    from san_llm.recipe.schema import section_keys
+
+    keys = [f"{section}.{key}=" for section, keys in section_keys().items() for key in keys]
+    return [key for key in keys if key.startswith(incomplete)]
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the way.")]
@@ -14,3 +43,24 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."),
 ]
+Model = Annotated[str | None, typer.Option(help="Ask this model: a folder or hub id.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Ask with this adapter. Default: the last run's.")
+]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="Ask the base without the adapter.")]
+Compare = Annotated[
+    bool, typer.Option("--compare", help="Show the answers without and with the adapter.")
+]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the run's.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0, max=100, help="0 takes the likeliest token; 1 samples as the model says."),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, help="Sample the same answer each time.")
+]
+
+stdout = Console(highlight=False, soft_wrap=True)

@@ -15,13 +15,14 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from san_llm.commands.complete import recipe_names
-from san_llm.commands.options import Json, Overrides
-from san_llm.errors import plain
+from san_llm.commands.options import Json, Overrides, recipe_names
 from san_llm.progress import quiet_libraries
+from san_llm.shown import plain
 
 if TYPE_CHECKING:
-    from san_llm.plan import Plan
+    from san_llm.plan.planned import Plan
+    from san_llm.plan.run import Planned
+
 
 plan_app = typer.Typer(rich_markup_mode=None)
 size = partial(decimal, precision=2)
@@ -71,28 +72,16 @@ def plan(
 ) -> None:
     """Tell what a run would train, its steps and its memory, from config files alone."""
     quiet_libraries()
-    from san_llm.data.rows import stream_rows, training_files
-    from san_llm.plan import as_values, bytes_of, find_device, fits, make_plan
-    from san_llm.recipe import find_recipe, given_keys, load_recipe, micro_batch
+    from san_llm.plan.planned import as_values
+    from san_llm.plan.request import PlanRequest
+    from san_llm.plan.run import plan as start
 
-    limit = None if memory is None else bytes_of(memory)
-    where = find_device(device)
-    file, changes = find_recipe(recipe), overrides or []
-    chosen = load_recipe(file, changes)
-    inspected = seen = None
-    if data:
-        at_once = micro_batch(chosen.training, devices)
-        for rows in training_files(chosen.data.train):
-            next(iter(stream_rows(rows)))  # what is not there is found before torch is loaded
-        from san_llm.data.inspect import inspect_recipe
-        from san_llm.data.largest import look_at
-
-        inspected = inspect_recipe(chosen)
-        seen = look_at(chosen, at_once)
-    made = make_plan(chosen, given_keys(file, changes), where, devices, sharded, seen)
+    request = PlanRequest(recipe, overrides or (), memory, device, devices, sharded, data)
+    planned = start(request)
+    made, inspected = planned.plan, planned.inspected
     if as_json:
-        found = None if inspected is None else asdict(inspected)
-        print(json.dumps({**as_values(made, limit), "data": found}))
+        rows = None if inspected is None else asdict(inspected)
+        print(json.dumps({**as_values(made, planned.limit), "data": rows}))
     else:
         stdout = Console(highlight=False)
         for part in _report(made):
@@ -104,13 +93,13 @@ def plan(
             for part in islice(report(inspected, colour=stdout.is_terminal), 2):
                 stdout.print(part)
                 stdout.print()
-        stdout.print(_verdict(made, limit))
-    if limit is not None and not fits(made, limit):
+        stdout.print(_verdict(planned))
+    if not planned.fits:
         raise typer.Exit(1)
 
 
 def _report(made: Plan) -> Iterator[Text | Table | object]:
-    from san_llm.plan import marked_recipe
+    from san_llm.plan.planned import marked_recipe
 
     text = Text()
     for line, default in marked_recipe(made):
@@ -183,15 +172,14 @@ def _memory(made: Plan) -> Table:
     return table
 
 
-def _verdict(made: Plan, limit: int | None) -> str:
-    from san_llm.plan import fits
-
+def _verdict(planned: Planned) -> str:
+    made, limit = planned.plan, planned.limit
     name, first = next(iter(made.memory.items()))
     needs = f"{name} needs {size(first.total)} on {'a GPU' if made.device == 'cuda' else 'a CPU'}"
     if made.device == "cuda":
         needs += ", computed and not measured: leave some room"
     if limit is None:
         return needs
-    if fits(made, limit):
+    if planned.fits:
         return f"[green]fits[/] into {size(limit)}: {needs}"
     return f"[bold red]does not fit[/] into {size(limit)}: {needs}"

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from san_llm.commands.complete import run_folders
-from san_llm.commands.options import Json
-from san_llm.errors import InputError, plain
+from san_llm.commands.options import Json, run_folders
+from san_llm.errors import InputError
+from san_llm.shown import plain
 
 push_app = typer.Typer(rich_markup_mode=None)
 
@@ -46,9 +46,10 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload an adapter or a merged model, with its card, to the hub."""
-    from san_llm.push import check_push
-    from san_llm.push import push as start
-    from san_llm.record import adapter_of, last_run, refuse_link
+    from san_llm.files import refuse_link
+    from san_llm.models.hub import check_push
+    from san_llm.models.hub import push as start
+    from san_llm.runs.folder import adapter_of, last_run
 
     check_push(name, "HUB_ID", signed_in=not dry_run)
     folder = folder or last_run()

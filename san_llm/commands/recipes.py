@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from san_llm.commands.complete import recipe_names
-from san_llm.commands.options import Json, Overwrite
-from san_llm.errors import InputError, plain
+from san_llm.commands.options import Json, Overwrite, recipe_names
+from san_llm.errors import InputError
+from san_llm.shown import plain
 
 stdout = Console(highlight=False, soft_wrap=True)
 
@@ -39,7 +39,8 @@ Name = Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=re
 @recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")
 def list_recipes(as_json: Json = False) -> None:
     """List the shipped recipes, with the hardware that each is meant for."""
-    from san_llm.recipe import hardware, load_recipe, shipped_recipes
+    from san_llm.recipe.read import load_recipe
+    from san_llm.recipe.shipped import hardware, shipped_recipes
 
     found = {name: (load_recipe(path), hardware(path)) for name, path in shipped_recipes().items()}
     if as_json:
@@ -57,7 +58,7 @@ def list_recipes(as_json: Json = False) -> None:
 @recipes_app.command("show", epilog="Example:\n\n    san-llm recipes show smollm2_demo")
 def show(name: Name) -> None:
     """Print a shipped recipe."""
-    from san_llm.recipe import find_recipe
+    from san_llm.recipe.shipped import find_recipe
 
     text = find_recipe(name).read_text(encoding="utf-8")
     if stdout.is_terminal:
@@ -75,8 +76,8 @@ def copy(
     overwrite: Overwrite = False,
 ) -> None:
     """Copy a shipped recipe, to be changed."""
-    from san_llm.recipe import find_recipe
-    from san_llm.record import write_text
+    from san_llm.files import write_text
+    from san_llm.recipe.shipped import find_recipe
 
     source = find_recipe(name)
     target = target or Path(source.name)
@@ -107,7 +108,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Say what is wrong with recipes, with file, line and key; exit code 2 if anything is."""
-    from san_llm.recipe import find_recipe, load_recipe
+    from san_llm.recipe.read import load_recipe
+    from san_llm.recipe.shipped import find_recipe
 
     wrong: dict[str, list[str]] = {}
     for file in files:
@@ -138,14 +140,14 @@ def check(
 )
 def schema() -> None:
     """Print the JSON Schema of a recipe, by which editors complete and check one."""
-    from san_llm.recipe import recipe_schema
+    from san_llm.recipe.shipped import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
 def _with_schema_of_here(text: str) -> str:
     """Return a shipped recipe whose editor's line names the schema where it is, not beside it."""
-    from san_llm.recipe import SCHEMA, SHIPPED
+    from san_llm.recipe.shipped import SCHEMA, SHIPPED
 
     address = (SHIPPED / SCHEMA).resolve().as_uri()
     return re.sub(rf"(?<=\$schema=){re.escape(SCHEMA)}$", address, text, flags=re.MULTILINE)

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from san_llm.commands.complete import run_folders
-from san_llm.commands.options import Json, Overwrite
-from san_llm.errors import InputError, plain
+from san_llm.commands.options import Json, Overwrite, run_folders
+from san_llm.errors import InputError
 from san_llm.progress import stderr
+from san_llm.shown import plain
 
 report_app = typer.Typer(rich_markup_mode=None)
 
@@ -43,8 +43,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one HTML page: what was done, curves, scales, scores, answers, how to repeat it."""
-    from san_llm.page.render import default_output, write_page
-    from san_llm.record import last_run
+    from san_llm.look.page import default_output, write_page
+    from san_llm.runs.folder import last_run
 
     chosen = runs or [last_run()]
     if len({run.resolve() for run in chosen}) < len(chosen):

@@ -13,13 +13,14 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from san_llm.commands.complete import run_folders
-from san_llm.commands.options import Json
-from san_llm.errors import InputError, plain
+from san_llm.commands.options import Json, run_folders
+from san_llm.errors import InputError
 from san_llm.progress import stderr
+from san_llm.shown import plain
 
 if TYPE_CHECKING:
-    from san_llm.runs import Run
+    from san_llm.runs.listing import Run
+
 
 runs_app = typer.Typer(
     help="Show the runs of this directory, or remove some.",
@@ -44,7 +45,7 @@ def runs(
     """Show the runs of this directory, or remove some."""
     if context.invoked_subcommand is not None:
         return
-    from san_llm.runs import list_runs
+    from san_llm.runs.listing import list_runs
 
     found = list_runs()
     if as_json:
@@ -76,7 +77,7 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove runs with all that is in them, after asking; nothing outside runs/ is touched."""
-    from san_llm.runs import list_runs, removable, remove_run
+    from san_llm.runs.listing import list_runs, removable, remove_run
 
     chosen = list(dict.fromkeys(removable(name) for name in runs))
     known = {run.run: run for run in list_runs()}
@@ -131,7 +132,7 @@ def _lines(table: Table) -> str:
 
 def _score(run: Run, of: str) -> str:
     """Return the last evaluation's average in percent, with its standard error."""
-    from san_llm.evaluate.report import with_error
+    from san_llm.shown import with_error
 
     last = next((score for score in reversed(run.scores) if score.of == of), None)
     if last is None:

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from san_llm.commands.complete import run_folders
-from san_llm.commands.options import Json, Overwrite
-from san_llm.errors import InputError, plain
+from san_llm.commands.options import Json, Overwrite, run_folders
+from san_llm.errors import InputError
 from san_llm.progress import stderr
+from san_llm.shown import plain
 
 show_app = typer.Typer(rich_markup_mode=None)
 
@@ -52,20 +52,21 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Draw a run: losses, neuron scales by block and module, synapse scales, scores."""
-    from san_llm.record import last_run, refuse_files
-    from san_llm.run_numbers import numbers_of
+    from san_llm.files import refuse_files
+    from san_llm.look.numbers import numbers_of
+    from san_llm.runs.folder import last_run
 
     if terminal and (output is not None or weight is not None or overwrite or as_json):
         raise InputError("--terminal: writes nothing, so it goes with no other option")
     run = run or last_run()
     numbers = numbers_of(run, weight)
     if not terminal:
-        from san_llm.plots import check_matplotlib, save
+        from san_llm.look.plots import check_matplotlib, save
 
         check_matplotlib()
         refuse_files(output or run / "plots", overwrite)
     if not as_json:
-        from san_llm.sketch import sketches
+        from san_llm.look.terminal import sketches
 
         stdout = Console(highlight=False)
         stdout.print(plain(f"{run}: {numbers.title}"), markup=False, soft_wrap=True)

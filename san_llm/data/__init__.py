@@ -1,1 +1,1 @@
-"""From files to token batches: prompts, tasks, rows, encoding."""
+"""Rows of people: read, split, tokenized, padded or packed into batches."""

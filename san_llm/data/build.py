@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TextIO
 
 from san_llm.data.raw import RawSplit, find_raw, read_raw
-from san_llm.data.render import render
-from san_llm.data.tasks import TASKS
 from san_llm.errors import InputError, SanError, first_line
+from san_llm.files import refuse_files, whole_folder
 from san_llm.progress import stderr
-from san_llm.record import refuse_files, whole_folder
+from san_llm.protocol.row_text import render
+from san_llm.protocol.tasks import TASKS
 
 MIX = "commonsense_170k.json"
 # Each task's repository on the hub.

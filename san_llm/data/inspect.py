@@ -19,18 +19,19 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from san_llm.data.encode import IGNORE, check_tokenizer, label_rows
-from san_llm.data.prompts import PromptStyle
-from san_llm.data.render import LEADS
+from san_llm.data.encode import IGNORE, Encoding, check_tokenizer, encoding_of, label_rows
 from san_llm.data.rows import Row, read_task, stream_rows, test_file, training_files
-from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.errors import InputError
-from san_llm.model import load_tokenizer
+from san_llm.models.load import load_tokenizer
+from san_llm.models.locate import find_base
 from san_llm.progress import stderr
-from san_llm.recipe import Recipe
+from san_llm.protocol.row_text import LEADS
+from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
 
 GRAM = 13  # words in a row that two texts share: the measure of GPT-3 (Brown et al. 2020, app. C)
 FEW = 5  # places that are named of those where something is wrong
@@ -158,36 +159,28 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         "test rows": recipe.evaluation.data,
     }
     rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
-    how = (data.prompt, data.loss, data.cutoff, data.workers)
-    return inspect(rows, tests, load_tokenizer(recipe.base), *how, about)
+    encoding = encoding_of(data, load_tokenizer(find_base(recipe.base)))
+    return inspect(rows, tests, encoding, about)
 
 
 def inspect(
     rows: Iterable[Row],
     tests: Mapping[str, Sequence[Row]],
-    tokenizer: PreTrainedTokenizerFast,
-    style: PromptStyle,
-    loss: str,
-    cutoff: int,
-    workers: int,
+    encoding: Encoding,
     about: dict[str, Any],
 ) -> Inspection:
-    """Look at rows as :func:`san_llm.data.encode.encode_rows` would encode them.
+    """Look at rows as :func:`san_llm.data.tokenized.encode_rows` would encode them.
 
     Args:
         rows: Read once.
         tests: Test rows of each task, which should not be among them.
-        tokenizer: As there, like ``style``, ``loss``, ``cutoff`` and ``workers``.
-        style: The prompt style.
-        loss: ``response`` or ``all``.
-        cutoff: Tokens kept of a row.
-        workers: More than 1 tokenizes on several threads.
+        encoding: As there.
         about: What the result says of itself.
 
     Raises:
         InputError: as there, for the first row that is wrong.
     """
-    check_tokenizer(tokenizer, style)
+    check_tokenizer(encoding.tokenizer, encoding.style)
     looked_up = _Tests()
     looked_up.fill(tests)
     lengths: Counter[int] = Counter()
@@ -198,9 +191,9 @@ def inspect(
     whole, questions = array("q"), array("q")
     example: list[tuple[str, bool]] = []
     for_labels, for_hashes = tee(rows)
-    labelled = label_rows(for_labels, tokenizer, style, loss, cutoff, workers)
+    labelled = label_rows(for_labels, encoding)
     for row, seen in zip(for_hashes, labelled, strict=True):
-        example = example or _pieces(tokenizer, seen.tokens, seen.labels)
+        example = example or _pieces(encoding.tokenizer, seen.tokens, seen.labels)
         lengths[seen.length] += 1
         fates[seen.fate] += 1
         if seen.fate != "whole" and len(places[seen.fate]) < FEW:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from san_llm.data.rows import stream_values
-from san_llm.data.tasks import TASKS, Task
 from san_llm.errors import InputError, first_line
+from san_llm.protocol.tasks import TASKS, Task
 
 FORMATS = (".jsonl", ".json", ".parquet", ".tsv", ".csv")
 SPLITS = {

@@ -6,7 +6,6 @@ answer), Alpaca rows (instruction, input, output) and chat rows (messages).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from san_llm.data.tasks import Task
 from san_llm.errors import InputError, did_you_mean, nearest_file, not_one_of
+from san_llm.protocol.tasks import Task
 
 POCKET = Path(__file__).parent / "pocket"
 ROLES = ("system", "user", "assistant", "tool")
@@ -72,12 +71,6 @@ def test_file(data: str, task: Task) -> Path:
         f"{folder / task.name / 'test.json'}: no such file; "
         f"{data} has {', '.join(have) if have else 'no <task>/test.json at all'}"
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's sha256 as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:

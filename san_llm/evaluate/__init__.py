@@ -1,1 +1,1 @@
-"""From a model and tasks to scores: generate, score, report."""
+"""Accuracy by the protocol: questions posed, answers judged, evaluations compared."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from san_llm.errors import InputError
-from san_llm.evaluate.published import QUOTED, Quoted
 from san_llm.evaluate.score import Judged, mean_of, standard_error
 from san_llm.evaluate.store import MANIFEST, Stored, read_evaluation
+from san_llm.protocol.published import QUOTED, Quoted
 
 RESAMPLES = 9999
 LEVEL = 0.95

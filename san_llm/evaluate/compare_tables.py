@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from san_llm.evaluate.compare import LEVEL, Comparison, Difference
-from san_llm.evaluate.report import percent
+from san_llm.shown import percent
 
 SHOWN = 5  # changed rows that are listed; --json has all
 _LATEX = {

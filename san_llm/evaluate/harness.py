@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from san_llm.ask.likelihood import ChoiceQuestion, ChoiceScore
 from san_llm.errors import InputError, SanError, debugging
-from san_llm.evaluate.loglik import ChoiceQuestion, ChoiceScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 
 TASK = "san_llm"
 

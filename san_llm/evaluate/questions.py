@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from san_llm.data.rows import Row, read_task, sha256_of, test_file
-from san_llm.data.tasks import Task
-from san_llm.errors import InputError
+from san_llm.data.rows import Row, read_task, test_file
+from san_llm.errors import InputError, not_one_of
+from san_llm.files import sha256_of
+from san_llm.protocol.prompts import PromptStyle
+from san_llm.protocol.tasks import Task
 
 NEARLY = 0.9  # a test file with this share of the published rows was meant to have them all
 
@@ -47,3 +50,41 @@ def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Quest
             )
         notes.append(f"{task.name}: {found:,} rows, not the {published:,} of the published set")
     return Questions(rows, {str(file): sha256_of(file) for file in files.values()}, tuple(notes))
+
+
+Protocol = Literal["generate", "loglik", "lm-eval"]
+
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One way to ask.
+
+    Attributes:
+        protocol: ``generate``: the published one, an answer is read from generated text.
+            ``loglik``: the most likely of the row's answers. ``lm-eval``: the same, measured by
+            lm-evaluation-harness.
+        prompt: The prompt style.
+        batch_size: Rows at once; None: chosen by memory.
+        strict: Compute each row alone, so that its answer depends on nothing else, in any dtype.
+        answers_only: Generate no further than an answer is certain.
+    """
+
+    protocol: Protocol = "generate"
+    prompt: PromptStyle = "llm-adapters"
+    batch_size: int | None = None
+    strict: bool = False
+    answers_only: bool = False
+
+
+def find_protocol(name: str) -> Protocol:
+    """Return the protocol of that name.
+
+    Raises:
+        InputError: listing the protocols and the nearest spelling.
+    """
+    for protocol in PROTOCOLS:
+        if protocol == name:
+            return protocol
+    raise InputError(f"protocol {not_one_of(name, PROTOCOLS)}")

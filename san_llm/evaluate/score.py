@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from san_llm.data.tasks import Task
+from san_llm.protocol.tasks import Task
 
 # What a model is trained to answer. The published rows' outputs all read so.
 ANSWER_TEXT = "the correct answer is {}"

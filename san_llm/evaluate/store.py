@@ -24,14 +24,13 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from san_llm.data.rows import sha256_of
 from san_llm.errors import InputError, first_mistake
-from san_llm.evaluate.fingerprint import key_of
 from san_llm.evaluate.score import Judged
+from san_llm.files import cache_folder, key_of, sha256_of, write_json
 from san_llm.progress import stderr
-from san_llm.record import cache_folder, write_json
+from san_llm.runs.record import _Manifest, _Results
 
 ROWS, RESULTS, MANIFEST = "rows.jsonl", "results.json", "manifest.json"
 _FINISHED, _IDENTITY = "finished.json", "identity.json"
@@ -52,52 +51,6 @@ class Stored:
     rows: tuple[Judged, ...]
     results: Mapping[str, Any]
     manifest: Mapping[str, Any]
-
-
-class _Mean(BaseModel):
-    """A share of right answers; all else of an evaluation's files is taken as it is."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    accuracy: float
-    standard_error: float | None
-    accuracy_norm: float | None = None
-    standard_error_norm: float | None = None
-
-
-class _Score(_Mean):
-    task: str
-    n: int
-    unparseable: int
-
-
-class _Results(BaseModel):
-    model_config = ConfigDict(strict=True)
-    title: str
-    protocol: str
-    prompt: str
-    tasks: list[_Score]
-    average: _Mean
-
-
-class _Questions(BaseModel):
-    model_config = ConfigDict(strict=True)
-    sha256: str
-    rows: int
-
-
-class _Identity(BaseModel):
-    model_config = ConfigDict(strict=True)
-    data: dict[str, _Questions]
-    protocol: dict[str, Any]
-    load: dict[str, Any]
-    versions: dict[str, str]
-    device: str
-    code: str
-
-
-class _Manifest(BaseModel):
-    rows_sha256: str
-    identity: _Identity
 
 
 def write_evaluation(

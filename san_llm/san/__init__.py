@@ -1,1 +1,1 @@
-"""SAN itself: the propagation map, the layer, and the tuner that PEFT drives."""
+"""The method: who feeds whom, the scales, the adapted layers, the tuner that PEFT drives."""

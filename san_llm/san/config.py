@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from san_llm.errors import InputError, check_one_of
-from san_llm.san.graph import (
-    CARRIERS,
-    EMBEDDING,
-    FORMS,
-    KINDS,
-    MODES,
-    PARENTS,
-    TARGETS,
-    check_combination,
-    check_targets,
-)
+from san_llm.san.options import Options, options_of
 
 
 def _extend_peft_type() -> None:
@@ -36,10 +24,6 @@ def _extend_peft_type() -> None:
 _extend_peft_type()
 
 
-def _number(found: object) -> bool:
-    return isinstance(found, (int, float)) and not isinstance(found, bool)
-
-
 @dataclass
 class SanConfig(PeftConfig):
     """The options of a SAN adapter (arXiv:2409.06706).
@@ -52,7 +36,7 @@ class SanConfig(PeftConfig):
             one regular expression over full module names. None or ``"all-linear"``: all of the
             model's, which are then listed here.
         carrier: What holds the neuron scale. ``scale``: a vector of its own; ``lora``, ``dora``:
-            the row norms of a low-rank adapted weight, see ``san.carriers``.
+            the row norms of a low-rank adapted weight, see ``san.formulas``.
         mode: ``both`` (the paper's method), ``neuron`` (features only) or ``synapse`` (the scale
             acts only through the columns of the next projection).
         shift: Also train a neuron shift beta (d_out,), starting at 0.
@@ -64,88 +48,29 @@ class SanConfig(PeftConfig):
         lora_alpha: Their numerator: the low-rank product counts ``lora_alpha / r``.
         lora_dropout: Dropout on the input of their low-rank path.
         form: How it is computed, never what. ``lean``: in about the memory of the frozen base, see
-            ``san.fold``; ``plain``: as the formula stands.
+            ``san.lean``; ``plain``: as the formula stands.
 
     Raises:
         InputError: on an unknown option, naming the known ones.
     """
 
     target_modules: list[str] | str | None = field(default=None)
-    carrier: str = field(default="scale")
-    mode: str = field(default="both")
-    shift: bool = field(default=False)
-    links: tuple[str, ...] | list[str] = field(default=KINDS)
-    adapt_embedding: bool = field(default=False)
+    carrier: str = field(default=Options.carrier)
+    mode: str = field(default=Options.mode)
+    shift: bool = field(default=Options.shift)
+    links: tuple[str, ...] | list[str] = field(default=Options.links)
+    adapt_embedding: bool = field(default=Options.adapt_embedding)
     modules_to_save: list[str] | None = field(default=None)
-    r: int = field(default=8)
-    lora_alpha: float = field(default=16.0)
-    lora_dropout: float = field(default=0.0)
-    form: str = field(default="lean")
+    r: int = field(default=Options.rank)
+    lora_alpha: float = field(default=Options.alpha)
+    lora_dropout: float = field(default=Options.dropout)
+    form: str = field(default=Options.form)
 
     def __post_init__(self) -> None:
         """Check every option and set PEFT's type."""
         super().__post_init__()
         self.peft_type = PeftType["SAN"]
-        self._check_targets()
-        self._check_saved()
-        check_one_of("carrier", self.carrier, CARRIERS)
-        check_one_of("mode", self.mode, MODES)
-        check_one_of("form", self.form, FORMS)
-        if not isinstance(self.r, int) or self.r < 1:
-            raise InputError(f"r: expected a rank of 1 or more, found {self.r!r}")
-        if not _number(self.lora_alpha) or self.lora_alpha <= 0:
-            raise InputError(f"lora_alpha: expected a number above 0, found {self.lora_alpha!r}")
-        if not _number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout: expected 0 <= p < 1, found {self.lora_dropout!r}")
-        for name in ("shift", "adapt_embedding"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}: expected true or false, found {getattr(self, name)!r}")
-        if not isinstance(self.links, (list, tuple, set, frozenset)):
-            raise InputError(f"links: expected a list such as {list(KINDS)}, found {self.links!r}")
-        for kind in self.links:
-            check_one_of("links", kind, KINDS)
-        self.links = [kind for kind in KINDS if kind in self.links]
-        check_combination(self.carrier, self.mode, self.shift, self.links)
-
-    def _check_targets(self) -> None:
-        targets = self.target_modules
-        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            self.target_modules = None
-            return
-        if isinstance(targets, str):
-            if targets in PARENTS:
-                raise InputError(
-                    f"target_modules: a string is a regular expression over full module names; "
-                    f"write [{targets!r}] for the name of a projection"
-                )
-            try:
-                re.compile(targets)
-            except re.error as error:
-                raise InputError(
-                    f"target_modules: {targets!r} is not a regular expression: {error}"
-                ) from None
-        elif isinstance(targets, (list, tuple, set, frozenset)):
-            check_targets(targets)
-            # A set has no order of its own, and the saved file should not depend on a hash seed.
-            targets = sorted(targets) if isinstance(targets, (set, frozenset)) else list(targets)
-        else:
-            raise InputError(
-                f"target_modules: expected a list such as {list(TARGETS[:2])}, found {targets!r}"
-            )
-        self.target_modules = targets
-
-    def _check_saved(self) -> None:
-        saved = self.modules_to_save
-        if saved is not None and not isinstance(saved, (list, tuple, set, frozenset)):
-            raise InputError(
-                f"modules_to_save: expected a list such as ['lm_head'], found {saved!r}"
-            )
-        targets = list(PARENTS) if self.target_modules is None else self.target_modules
-        adapted = [] if isinstance(targets, str) else list(targets)
-        adapted += [EMBEDDING] if self.adapt_embedding else []
-        for name in adapted:
-            if name in (saved or ()):
-                raise InputError(
-                    f"modules_to_save: {name!r} is also adapted; a module is either scaled or "
-                    "trained and saved whole"
-                )
+        options = options_of(self)
+        targets = options.target_modules
+        self.target_modules = list(targets) if isinstance(targets, tuple) else targets
+        self.links = list(options.links)

@@ -18,46 +18,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from san_llm.architectures.entry import Carry
 from san_llm.errors import SanError
-from san_llm.san.autograd import Scaled, scaled
-from san_llm.san.carriers import merged_bias, merged_weight, scales, squared_row_norms
-from san_llm.san.graph import Carry
-from san_llm.san.weight_rows import Projected, wide_rows
-
-
-def _bias_dtype(base: nn.Module, weight: Tensor) -> torch.dtype:
-    """Return the dtype a merged bias is kept in: the old bias's, else that of the arithmetic."""
-    if isinstance(base.bias, Tensor):
-        return base.bias.dtype
-    if weight.is_floating_point():
-        return weight.dtype
-    computed = getattr(base, "compute_dtype", None)  # bitsandbytes' 4-bit layers have one
-    return computed if isinstance(computed, torch.dtype) else torch.float32
-
-
-class Options(NamedTuple):
-    """What kind of adapter a layer carries.
-
-    Attributes:
-        mode: ``both``, ``neuron`` or ``synapse``.
-        carrier: ``scale``, ``lora`` or ``dora``.
-        rank: Of the low-rank carriers.
-        alpha: Their numerator: ``c = alpha / rank``.
-        dropout: On the input of their low-rank path.
-        lean: Let neighbours take over scaling where they can; see ``san.fold``.
-    """
-
-    mode: str = "both"
-    carrier: str = "scale"
-    rank: int = 0
-    alpha: float = 0.0
-    dropout: float = 0.0
-    lean: bool = True
-
-    @property
-    def scaling(self) -> float:
-        """The factor c of the low-rank product."""
-        return self.alpha / self.rank
+from san_llm.ops.scale import Scaled, scaled
+from san_llm.san.formulas import carried, merged_bias, merged_weight, scales, squared_row_norms
+from san_llm.san.merging import bias_dtype
+from san_llm.san.options import Options
+from san_llm.san.rows import Projected, wide_rows
 
 
 class Fold(Protocol):
@@ -84,17 +51,7 @@ class Feed(NamedTuple):
     def scale(self, adapter: str) -> Tensor | None:
         """Return s (d_in,) of the posterior: the anterior's gamma, repeated where heads share."""
         gamma = self.anterior.gamma(adapter)
-        return None if gamma is None else self.carried(gamma)
-
-    def carried(self, gamma: Tensor) -> Tensor:
-        """Return a vector over the anterior's rows (d_out,) as one over the columns (d_in,)."""
-        start, stop, groups, head_dim = self.carry
-        if stop - start < len(gamma):
-            gamma = gamma[start:stop]
-        if groups == 1:
-            return gamma
-        heads = gamma.view(-1, head_dim)  # (kv_heads, head_dim)
-        return heads.repeat_interleave(groups, dim=0).flatten()
+        return None if gamma is None else carried(gamma, self.carry)
 
 
 class SanLayer(nn.Module, BaseTunerLayer):
@@ -365,7 +322,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         else:
             self.set_base_weight(weight)
         if bias is not None:
-            base.bias = nn.Parameter(bias.to(_bias_dtype(base, old)), requires_grad=False)
+            base.bias = nn.Parameter(bias.to(bias_dtype(base, old)), requires_grad=False)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

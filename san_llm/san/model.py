@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,22 +12,16 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import register_peft_method
 from torch import nn
 
+from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING, FAMILIES
+from san_llm.architectures.entry import Link
+from san_llm.architectures.lookup import carry, check_family, family_targets
 from san_llm.errors import InputError
 from san_llm.san.config import SanConfig
-from san_llm.san.fold import fold, unfold
-from san_llm.san.graph import (
-    BIAS_FLAGS,
-    EMBEDDING,
-    FAMILIES,
-    Link,
-    carry,
-    check_family,
-    check_matched,
-    family_targets,
-    trains_gamma,
-    wire,
-)
-from san_llm.san.layer import Feed, Options, SanEmbedding, SanLayer, SanLinear
+from san_llm.san.graph import check_matched, trains_gamma, wire
+from san_llm.san.layer import Feed, SanEmbedding, SanLayer, SanLinear
+from san_llm.san.lean import fold, unfold
+from san_llm.san.merging import hold_biases
+from san_llm.san.options import options_of
 
 
 class SanModel(BaseTuner):
@@ -149,15 +144,9 @@ class SanModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, SanLayer) else self._wrap(target, current_key)
         linear = isinstance(layer, SanLinear)
-        options = Options(
-            mode=peft_config.mode,
-            # The embedding has no product to adapt: its scale is a vector in every carrier.
-            carrier=peft_config.carrier if linear else "scale",
-            rank=peft_config.r,
-            alpha=peft_config.lora_alpha,
-            dropout=peft_config.lora_dropout,
-            lean=peft_config.form == "lean",
-        )
+        options = options_of(peft_config)
+        if not linear:  # an embedding has no product to adapt: its scale is a vector in any carrier
+            options = replace(options, carrier="scale")
         layer.update_layer(
             adapter_name,
             options,
@@ -210,23 +199,6 @@ class SanModel(BaseTuner):
         if shifted:
             hold_biases(model)
         return model
-
-
-def hold_biases(model: Any) -> None:
-    """Let a stock config load the merged biases: set its flags, fill absent biases with zeros."""
-    for flag, parent in BIAS_FLAGS[model.config.model_type].items():
-        linears = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and f".{parent}." in f".{name}"
-        ]
-        if any(linear.bias is not None for linear in linears):
-            setattr(model.config, flag, True)
-            for linear in linears:
-                if linear.bias is None:
-                    zeros = torch.zeros(linear.out_features, device=linear.weight.device)
-                    like = linear.weight.dtype if linear.weight.is_floating_point() else zeros.dtype
-                    linear.bias = nn.Parameter(zeros.to(like), requires_grad=False)
 
 
 def _check_vectors(

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import gguf_model, write_gguf
 
-from san_llm.checkpoint import SEAL, _seal, best_of
+from san_llm.train.checkpoint import SEAL, _seal, best_of
 
 Damage = Callable[[Path], None]
 

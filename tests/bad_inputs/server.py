@@ -31,10 +31,10 @@ def import_everything() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     import san_llm.cli
-    import san_llm.diff
     import san_llm.evaluate.run
-    import san_llm.train
-    import san_llm.verify
+    import san_llm.look.diff
+    import san_llm.merge.verify
+    import san_llm.train.run
 
     datasets.disable_progress_bars()
     del accelerate, gguf, peft, transformers, san_llm

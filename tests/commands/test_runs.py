@@ -8,9 +8,9 @@ import sys
 import pytest
 from tiny import rows, save_tiny, write_recipe, write_rows
 
-from san_llm.lock import sole_writer
-from san_llm.recipe import load_recipe
-from san_llm.record import new_run, point_latest
+from san_llm.recipe.read import load_recipe
+from san_llm.runs.folder import new_run, point_latest
+from san_llm.runs.lock import sole_writer
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from unrender import REAL, raw_of, write_jsonl
 
 from san_llm.data.build import build_commonsense
 from san_llm.data.raw import find_raw, read_raw
-from san_llm.data.render import LEADS, render
 from san_llm.data.rows import POCKET
-from san_llm.data.tasks import TASKS
 from san_llm.errors import InputError, SanError
+from san_llm.protocol.row_text import LEADS, render
+from san_llm.protocol.tasks import TASKS
 
 ROWS = {
     name: json.loads((POCKET / name / "test.json").read_text(encoding="utf-8"))[:6]

@@ -23,18 +23,12 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from san_llm.data.encode import (
-    IGNORE,
-    Pad,
-    Rows,
-    encode_rows,
-    evaluation_text,
-    label_rows,
-    pad_id,
-)
-from san_llm.data.prompts import evaluation_prompt, training_prompt
+from san_llm.data.batches import Pad, pad_id
+from san_llm.data.encode import IGNORE, Encoding, evaluation_text, label_rows
 from san_llm.data.rows import Row, read_rows
+from san_llm.data.tokenized import Rows, encode_rows
 from san_llm.errors import InputError, SanError
+from san_llm.protocol.prompts import evaluation_prompt, training_prompt
 
 EOS = 1  # of the tiny tokenizer
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +47,7 @@ CHAT = Row(
 
 def one(row, tokenizer, style="alpaca", loss="response", cutoff=1000):
     """Return the tokens and labels of a row."""
-    encoded = encode_rows([row], tokenizer, style, loss, cutoff)
+    encoded = encode_rows([row], Encoding(tokenizer, style, loss, cutoff))
     return encoded.rows[0]["input_ids"], encoded.rows[0]["labels"]
 
 
@@ -149,7 +143,7 @@ def test_the_cutoff_counts_what_it_cuts_and_drops(tokenizer, loss):
         replace(ROW, instruction="Is it????", output="a"),  # no room: its response is cut away
         replace(ROW, instruction="x" * 500),
     ]
-    encoded = encode_rows(rows, tokenizer, "alpaca", loss, prompt + 3)
+    encoded = encode_rows(rows, Encoding(tokenizer, "alpaca", loss, prompt + 3))
     assert (encoded.dropped, encoded.cut) == (2, 3)
     assert [tokenizer.decode(row["input_ids"][-3:]) for row in encoded.rows] == [
         "ab</s>",
@@ -178,7 +172,7 @@ def test_rows_longer_than_the_cutoff_altogether_are_refused_with_their_file(
     path = tmp_path / "long.json"
     path.write_text(json.dumps(boolq_rows(3)))
     with pytest.raises(InputError) as error:
-        encode_rows(read_rows(path), tokenizer, "alpaca", loss, 20)
+        encode_rows(read_rows(path), Encoding(tokenizer, "alpaca", loss, 20))
     assert str(error.value) == (
         "no tokens to learn: the cutoff of 20 tokens cuts away the response of all 3 rows, "
         f"from {path}: row 1 on; raise data.cutoff"
@@ -192,7 +186,7 @@ def test_a_response_of_which_no_token_is_made_is_refused_with_file_and_row(tmp_p
     good = {"instruction": "Is it?", "output": "yes"}
     path.write_text("\n".join(json.dumps(row) for row in (good, good | {"output": "\u200b"})))
     with pytest.raises(InputError, match=r"rows\.jsonl: line 2: .* no tokens of its response"):
-        encode_rows(read_rows(path), deaf, "alpaca", "all", 1000)
+        encode_rows(read_rows(path), Encoding(deaf, "alpaca", "all", 1000))
 
 
 # --- chat ---
@@ -238,7 +232,7 @@ def test_a_chat_template_without_an_end_token_gets_one_learned(tokenizer):
 
 def test_a_conversation_cut_after_its_first_response_is_kept_and_counted(tokenizer):
     first = len("<|system|>Be kind.") + 2 + len("<|user|>Hi") + 2 + len("<|assistant|>Hello") + 1
-    encoded = encode_rows([CHAT], tokenizer, "chat", "response", first)
+    encoded = encode_rows([CHAT], Encoding(tokenizer, "chat", "response", first))
     assert (encoded.dropped, encoded.cut, encoded.supervised) == (0, 1, 6)
 
 
@@ -266,7 +260,7 @@ def test_a_conversation_that_the_template_cannot_write_is_refused_with_file_and_
     turns = [{"role": role, "content": content} for role, content in messages]
     path.write_text(json.dumps({"messages": turns}))
     with pytest.raises(InputError) as error:
-        encode_rows(read_rows(path), strict, "chat", "response", 1000)
+        encode_rows(read_rows(path), Encoding(strict, "chat", "response", 1000))
     assert str(error.value).startswith(f"{path}: line 1: ")
     assert message in str(error.value)
 
@@ -276,7 +270,7 @@ def test_a_conversation_in_a_text_style_is_refused_with_file_and_row(tokenizer, 
     turns = [{"role": role, "content": content} for role, content in CHAT.messages]
     path.write_text(json.dumps([boolq_rows(1)[0], {"messages": turns}]))
     with pytest.raises(InputError, match=r"chat\.json: row 2: a conversation cannot be written"):
-        encode_rows(read_rows(path), tokenizer, "alpaca", "response", 1000)
+        encode_rows(read_rows(path), Encoding(tokenizer, "alpaca", "response", 1000))
 
 
 @pytest.mark.slow
@@ -285,16 +279,19 @@ def test_a_mistake_is_named_also_when_several_threads_tokenize(tokenizer, tmp_pa
     turns = [{"role": role, "content": content} for role, content in CHAT.messages]
     path.write_text(json.dumps([*boolq_rows(4200), {"messages": turns}]))
     with pytest.raises(InputError, match=r"many\.json: row 4201: a conversation cannot be"):
-        encode_rows(read_rows(path), tokenizer, "alpaca", "response", 1000, workers=2)
+        encode_rows(read_rows(path), Encoding(tokenizer, "alpaca", "response", 1000, workers=2))
 
 
 @pytest.mark.slow
 def test_several_threads_give_the_tokens_of_one(tokenizer):
     rows = [replace(ROW, instruction=f"Is {n} it?") for n in range(4200)]
-    one_thread = encode_rows(rows, tokenizer, "alpaca", "response", 1000, workers=1)
+    one_thread = encode_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000, workers=1))
     kept = one_thread.rows[:]
     os.environ["SAN_LLM_CACHE"] += "-2"  # restored by the fixture of every test
-    assert encode_rows(rows, tokenizer, "alpaca", "response", 1000, workers=2).rows[:] == kept
+    assert (
+        encode_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000, workers=2)).rows[:]
+        == kept
+    )
 
 
 # --- the batched way beside a plain one ---
@@ -345,7 +342,7 @@ SPECIAL = {
 def test_rows_in_batches_are_the_rows_one_by_one(texts, kind, style, cutoff):
     rows = [Row(instruction, "", output) for instruction, output in texts]
     for row, got in zip(
-        rows, label_rows(rows, SPECIAL[kind], style, "response", cutoff), strict=True
+        rows, label_rows(rows, Encoding(SPECIAL[kind], style, "response", cutoff)), strict=True
     ):
         expected = plainly(row, SPECIAL[kind], style, cutoff)
         assert (got.tokens, got.labels, got.fate) == expected
@@ -359,30 +356,32 @@ def test_real_tokens_in_batches_are_those_one_by_one(real):
         *(replace(ROW, output=output) for output in RESPONSES),
     ]
     for style in STYLES:
-        for row, got in zip(rows, label_rows(rows, real, style, "response", 90), strict=True):
+        for row, got in zip(
+            rows, label_rows(rows, Encoding(real, style, "response", 90)), strict=True
+        ):
             assert (got.tokens, got.labels, got.fate) == plainly(row, real, style, 90)
 
 
 def test_a_tokenizer_file_that_asks_for_a_cutoff_or_padding_changes_nothing(tokenizer):
     rows = [ROW, replace(ROW, output="no")]
-    expected = list(label_rows(rows, tokenizer, "alpaca", "response", 1000))
+    expected = list(label_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000)))
     eager = tiny_tokenizer()
     eager.backend_tokenizer.enable_truncation(16)
     eager.backend_tokenizer.enable_padding(length=400)
-    assert list(label_rows(rows, eager, "alpaca", "response", 1000)) == expected
+    assert list(label_rows(rows, Encoding(eager, "alpaca", "response", 1000))) == expected
 
 
 def test_an_instruction_of_100_000_characters_is_dropped_and_counted(tokenizer):
     huge = replace(ROW, instruction="x" * 100_000, where="rows.json: row 2")
-    encoded = encode_rows([ROW, huge], tokenizer, "alpaca", "response", 256)
+    encoded = encode_rows([ROW, huge], Encoding(tokenizer, "alpaca", "response", 256))
     assert (len(encoded.rows), encoded.dropped, encoded.cut) == (1, 1, 0)
     with pytest.raises(InputError, match=r"cuts away the response of all 1 rows, from rows\.json"):
-        encode_rows([huge], tokenizer, "alpaca", "response", 256)
+        encode_rows([huge], Encoding(tokenizer, "alpaca", "response", 256))
 
 
 def test_lengths_are_those_of_the_rows(tokenizer):
     rows = [replace(ROW, output="a" * length) for length in (3, 1, 2)]
-    data = Rows(encode_rows(rows, tokenizer, "alpaca", "response", 1000))
+    data = Rows(encode_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000)))
     assert data.lengths == [len(data[place]["input_ids"]) for place in range(3)]
 
 
@@ -393,19 +392,19 @@ def test_a_tokenizer_without_an_end_token_is_refused():
     endless = tiny_tokenizer()
     endless.eos_token = None
     with pytest.raises(InputError, match="no end-of-text token"):
-        encode_rows([ROW], endless, "alpaca", "response", 100)
+        encode_rows([ROW], Encoding(endless, "alpaca", "response", 100))
 
 
 def test_a_tokenizer_without_a_fast_version_is_refused():
     with pytest.raises(InputError, match="no fast version"):
-        encode_rows([ROW], ByT5Tokenizer(), "alpaca", "response", 100)
+        encode_rows([ROW], Encoding(ByT5Tokenizer(), "alpaca", "response", 100))
 
 
 def test_the_chat_style_needs_a_chat_template():
     mute = tiny_tokenizer()
     mute.chat_template = None
     for use in (
-        lambda: encode_rows([ROW], mute, "chat", "response", 100),
+        lambda: encode_rows([ROW], Encoding(mute, "chat", "response", 100)),
         lambda: evaluation_text("chat", ROW, mute),
     ):
         with pytest.raises(InputError, match=r"no chat template; choose data\.prompt alpaca"):
@@ -488,7 +487,7 @@ RESPONSES = [
 @pytest.mark.parametrize("style", STYLES)
 def test_the_real_tokenizer_learns_the_whole_response(real, style):
     rows = [replace(ROW, output=output) for output in RESPONSES]
-    encoded = encode_rows(rows, real, style, "response", 1000)
+    encoded = encode_rows(rows, Encoding(real, style, "response", 1000))
     for row, got in zip(rows, encoded.rows, strict=True):
         prompt = training_prompt(style, row.instruction)
         assert real.decode(got["input_ids"]) == prompt + row.output + "<|im_end|>"
@@ -546,11 +545,12 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("empty_cache")
 def test_the_same_rows_are_read_from_the_cache_whatever_their_file(tokenizer):
-    first = encode_rows([ROW], tokenizer, "alpaca", "response", 200)
+    first = encode_rows([ROW], Encoding(tokenizer, "alpaca", "response", 200))
     before = cached()
     assert len(before) == 1
     again = encode_rows(
-        [replace(ROW, where="other.json: row 9")], tiny_tokenizer(), "alpaca", "response", 200
+        [replace(ROW, where="other.json: row 9")],
+        Encoding(tiny_tokenizer(), "alpaca", "response", 200),
     )
     assert cached() == before
     assert again.rows[:] == first.rows[:]
@@ -559,7 +559,7 @@ def test_the_same_rows_are_read_from_the_cache_whatever_their_file(tokenizer):
 
 @pytest.mark.usefixtures("empty_cache")
 def test_other_settings_rows_or_tokenizers_are_tokenized_anew(tokenizer):
-    encode_rows([ROW], tokenizer, "alpaca", "response", 200)
+    encode_rows([ROW], Encoding(tokenizer, "alpaca", "response", 200))
     template = tiny_tokenizer()
     template.chat_template = template.chat_template.replace("<|", "<<")
     more = tiny_tokenizer()
@@ -576,14 +576,15 @@ def test_other_settings_rows_or_tokenizers_are_tokenized_anew(tokenizer):
         ([ROW], template, "chat", "response", 200),
     ]
     for number, change in enumerate(changes, start=2):
-        encode_rows(*change)
+        rows, *settings = change
+        encode_rows(rows, Encoding(*settings))
         assert len(cached()) == number, change
 
 
 @pytest.mark.usefixtures("empty_cache")
 def test_rows_that_are_refused_leave_nothing_in_the_cache(tokenizer):
     with pytest.raises(InputError):
-        encode_rows([ROW, CHAT], tokenizer, "alpaca", "response", 200)
+        encode_rows([ROW, CHAT], Encoding(tokenizer, "alpaca", "response", 200))
     assert cached() == {}
 
 
@@ -593,13 +594,14 @@ def test_two_processes_at_once_tokenize_once_and_get_the_same(tokenizer, tiny_ba
     script = (
         "import json, sys\n"
         "from transformers import AutoTokenizer\n"
-        "from san_llm.data.encode import encode_rows\n"
+        "from san_llm.data.encode import Encoding\n"
+        "from san_llm.data.tokenized import encode_rows\n"
         "from san_llm.data.rows import Row\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "rows = [Row(f'Is {n} it?', '', 'yes') for n in range(1500)]\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
-        "encoded = encode_rows(rows, tokenizer, 'alpaca', 'response', 300)\n"
+        "encoded = encode_rows(rows, Encoding(tokenizer, 'alpaca', 'response', 300))\n"
         "print(json.dumps([encoded.supervised, len(encoded.rows)]))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -638,7 +640,7 @@ def test_a_batch_is_padded_on_the_right_to_a_multiple_of_eight():
 
 
 def test_the_filler_behind_the_rows_teaches_nothing(tokenizer):
-    data = Rows(encode_rows([ROW], tokenizer, "alpaca", "response", 200))
+    data = Rows(encode_rows([ROW], Encoding(tokenizer, "alpaca", "response", 200)))
     assert len(data) == 1
     assert data.lengths == [len(data[0]["input_ids"])]
     assert data[1]["labels"] == [IGNORE]

@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 from tiny import rows as boolq_rows
 from tiny import tiny_tokenizer, write_recipe, write_rows
 
-from san_llm.data.encode import IGNORE, label_rows
+from san_llm.data.encode import IGNORE, Encoding, label_rows
 from san_llm.data.inspect import GRAM, Inspection, inspect, report
-from san_llm.data.render import LEADS
 from san_llm.data.rows import POCKET, Row, read_rows
 from san_llm.errors import InputError
+from san_llm.protocol.row_text import LEADS
 
 SETTINGS = ("alpaca", "response")
 
 
 def look(rows, tests=None, cutoff=1000) -> Inspection:
-    how = (tiny_tokenizer(), *SETTINGS, cutoff, 1)
-    return inspect(iter(rows), tests or {}, *how, about={"files": "a.json"})
+    encoding = Encoding(tiny_tokenizer(), *SETTINGS, cutoff)
+    return inspect(iter(rows), tests or {}, encoding, about={"files": "a.json"})
 
 
 def plain_lengths(rows) -> list[int]:
-    return [seen.length for seen in label_rows(rows, tiny_tokenizer(), *SETTINGS, 10**6)]
+    return [seen.length for seen in label_rows(rows, Encoding(tiny_tokenizer(), *SETTINGS, 10**6))]
 
 
 ROWS = [
@@ -59,7 +59,7 @@ def test_one_very_long_row_leaves_the_histogram_readable():
 def test_the_cutoff_is_counted_as_training_counts_it():
     cutoff = sorted(plain_lengths(ROWS))[20]
     found = look(ROWS, cutoff=cutoff)
-    seen = list(label_rows(ROWS, tiny_tokenizer(), *SETTINGS, cutoff))
+    seen = list(label_rows(ROWS, Encoding(tiny_tokenizer(), *SETTINGS, cutoff)))
     fates = Counter(one.fate for one in seen)
     kept = [one for one in seen if one.fate != "dropped"]
     assert fates["cut"] > 0
@@ -78,8 +78,8 @@ def test_doubles_and_other_responses_to_one_question_are_counted():
     reply = Row(messages=(("user", "Hi"), ("assistant", "Good day")))
     found = look([one, other, one, one, again, Row(one.instruction, "Look.", one.output)])
     assert (found.duplicates, found.disputed) == (2, 1)
-    how = (tiny_tokenizer(), "chat", "response", 1000, 1)
-    found = inspect([chat, reply, chat], {}, *how, about={})
+    encoding = Encoding(tiny_tokenizer(), "chat", "response", 1000)
+    found = inspect([chat, reply, chat], {}, encoding, about={})
     assert (found.duplicates, found.disputed) == (1, 1)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from san_llm.data import rows
 from san_llm.data.rows import POCKET, Row, read_rows, read_task, training_files
-from san_llm.data.tasks import TASKS
 from san_llm.errors import InputError
+from san_llm.protocol.tasks import TASKS
 
 GOOD = {"instruction": "Is it?", "input": "", "output": "the correct answer is true"}
 GOOD["answer"] = "true"

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from san_llm.data.rows import sha256_of
-from san_llm.data.tasks import TASKS
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import compare
 from san_llm.evaluate.compare_tables import grids, latex, legend, markdown, remarks
-from san_llm.evaluate.protocol import Settings
-from san_llm.evaluate.report import EvalResult
+from san_llm.evaluate.questions import Settings
 from san_llm.evaluate.score import Choice, Judged, judge_choices, judge_text, score
 from san_llm.evaluate.store import write_evaluation
+from san_llm.evaluate.table import EvalResult
+from san_llm.files import sha256_of
+from san_llm.protocol.tasks import TASKS
 
 
 def row(task, number, right):

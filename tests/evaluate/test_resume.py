@@ -17,13 +17,14 @@ from running import start, workers
 from san.adapted import adapt
 from tiny import rows, save_tiny, tiny_model, write_rows
 
-from san_llm.data.tasks import TASKS
 from san_llm.errors import InputError
-from san_llm.evaluate.protocol import Settings
-from san_llm.evaluate.questions import read_questions
-from san_llm.evaluate.run import identity
+from san_llm.evaluate.identity import identity
+from san_llm.evaluate.questions import Settings, read_questions
+from san_llm.evaluate.request import EvalTask
 from san_llm.evaluate.store import Progress, read_evaluation
-from san_llm.subject import find_subject
+from san_llm.models.locate import find_base
+from san_llm.models.subject import find_subject
+from san_llm.protocol.tasks import TASKS
 
 FILES = ("rows.jsonl", "results.json")
 
@@ -81,11 +82,12 @@ def test_who_shares_a_forward_is_in_the_key_where_it_can_change_a_bit(
     here, data, tiny_base, monkeypatch, protocol, strict, matters
 ):
     subject = find_subject(str(tiny_base))
-    questions = read_questions([TASKS["boolq"]], str(data), 2)
+    questions, found = read_questions([TASKS["boolq"]], str(data), 2), find_base(subject.base)
 
     def key(batch_size: int, processes: int) -> dict[str, Any]:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        return identity(subject, questions, Settings(protocol, "alpaca", batch_size, strict))
+        settings = Settings(protocol, "alpaca", batch_size, strict)
+        return identity(EvalTask(subject, questions, settings, {}, here), found)
 
     one = key(1, 1)
     for name, other in (("batch_size", key(2, 1)), ("processes", key(1, 2))):

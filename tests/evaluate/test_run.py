@@ -13,13 +13,12 @@ from tiny import rows, save_tiny, tiny_model, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from san_llm.data.rows import POCKET
-from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.errors import InputError
-from san_llm.evaluate.protocol import Settings
-from san_llm.evaluate.questions import read_questions
-from san_llm.evaluate.run import answer, pose, units
-from san_llm.recipe import load_recipe
-from san_llm.record import new_run, point_latest
+from san_llm.evaluate.pose import judged_answers, pose, units
+from san_llm.evaluate.questions import Settings, read_questions
+from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.recipe.read import load_recipe
+from san_llm.runs.folder import new_run, point_latest
 
 TASK = "the correct answer is"
 
@@ -69,7 +68,8 @@ def answers(model, tokenizer, questions, style="alpaca", **settings):
     context = model.config.max_position_embeddings
     items = pose(questions, settings, tokenizer, context)
     found = {}
-    answer(model, tokenizer, items, settings, units(items, settings), found.update)
+    for some in judged_answers(model, tokenizer, items, settings, units(items, settings)):
+        found.update(some)
     assert sorted(found) == list(range(len(items)))
     return [found[number] for number in range(len(items))]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from san_llm.data.tasks import TASKS, find_tasks
 from san_llm.evaluate.score import Judged, TaskScore, average, parse_answer, score
+from san_llm.protocol.tasks import TASKS, find_tasks
 
 # task; generated text; the published extraction's answer
 TEXTS = [

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from reference import ALL_LINKS, FOUR, SEVEN, dense_logits, dense_model, module_name
 from safetensors.torch import load_file
 from san.adapted import FAMILIES, FUSED, adapt, family_model, logits, relative, text, vectors
-from san.test_fold import LOW_RANK, assert_same, kept_for_backward, loss_and_gradients
+from san.test_lean import LOW_RANK, assert_same, kept_for_backward, loss_and_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -30,11 +30,11 @@ from transformers import (
 from san_llm import SanConfig, propagation_graph
 from san_llm.data.encode import IGNORE
 from san_llm.errors import InputError
-from san_llm.loss import token_losses
-from san_llm.model import add_adapter
-from san_llm.recipe import DoraMethod, LoraMethod, SanMethod
+from san_llm.models.adapter import add_adapter
+from san_llm.ops.scale import ScaledNorm, ScaledSwiGLU
+from san_llm.recipe.schema import DoraMethod, LoraMethod, SanMethod
 from san_llm.san import graph
-from san_llm.san.autograd import ScaledNorm, ScaledSwiGLU
+from san_llm.train.loss import token_losses
 
 EVERY = (*FAMILIES, *FUSED)
 NEW = ("qwen3", "gemma", "gemma2", "gemma3_text", "phi3")

@@ -17,8 +17,9 @@ from tiny import tiny_config, tiny_model
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from san_llm import SanConfig, propagation_graph
+from san_llm.architectures.decoders import LINKS
+from san_llm.architectures.lookup import link_into
 from san_llm.errors import InputError
-from san_llm.san.graph import LINKS, link_into
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32

@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from san_llm import SanConfig
-from san_llm.san.carriers import merged_bias, merged_weight
+from san_llm.san.formulas import merged_bias, merged_weight
 from san_llm.san.layer import SanEmbedding, SanLinear, scaled
 
 EVERYTHING: dict[str, Any] = {"shift": True, "adapt_embedding": True}

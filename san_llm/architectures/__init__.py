@@ -1,0 +1,1 @@
+"""What a model is, as data: families, their modules, wiring and sizes."""

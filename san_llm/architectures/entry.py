@@ -1,0 +1,81 @@
+"""What is said of a family of models: an entry's fields, and the words they are filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Kind = Literal["attention", "mlp", "residual"]
+How = Literal["as is", "repeat kv heads"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One row of the propagation table.
+
+    Attributes:
+        kind: What joins the two ends: attention, the gated MLP, or the residual stream.
+        posterior: The Linear whose columns are scaled.
+        anterior: The Linear whose neuron scale is carried there.
+        blocks_back: 0 when both stand in the same block, 1 when the anterior is one block earlier.
+        how: How gamma (d_out of the anterior) becomes s (d_in of the posterior).
+        first: What feeds the posterior where there is no earlier block.
+        part: Which rows of the anterior feed it, where one Linear computes several projections;
+            None for all rows.
+    """
+
+    kind: Kind
+    posterior: str
+    anterior: str
+    blocks_back: int = 0
+    how: How = "as is"
+    first: str | None = None
+    part: str | None = None
+
+
+class Family(NamedTuple):
+    """How the blocks of one model type are wired.
+
+    Attributes:
+        projections: What a block computes, in the order of the model: LLaMA's seven.
+        links: Its propagation table.
+        norms: Which Linears read the output of which RMSNorm of a block.
+        norm_offset: A norm multiplies by ``norm_offset + weight``.
+        fused: Linears that compute several of the seven projections, in the order of their rows.
+    """
+
+    projections: tuple[str, ...]
+    links: tuple[Link, ...]
+    norms: Mapping[str, tuple[str, ...]]
+    norm_offset: int = 0
+    fused: Mapping[str, tuple[str, ...]] = {}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The Linears of a block that SAN adapts, in the order of the model."""
+        return tuple(dict.fromkeys(self.linear_of(name) for name in self.projections))
+
+    def linear_of(self, projection: str) -> str:
+        """Return the Linear that computes one of the seven projections: itself, or a fused one."""
+        wholes = (whole for whole, parts in self.fused.items() if projection in parts)
+        return next(wholes, projection)
+
+
+KINDS: tuple[Kind, ...] = ("attention", "mlp", "residual")
+
+
+class Carry(NamedTuple):
+    """How gamma (d_out of the anterior) becomes s (d_in of the posterior).
+
+    Attributes:
+        start: The first row of the anterior that feeds the posterior.
+        stop: The row after the last one.
+        groups: How often the channels of each head are repeated: query heads per kv head, or 1.
+        head_dim: Channels of one head, which are repeated together.
+    """
+
+    start: int
+    stop: int
+    groups: int
+    head_dim: int

@@ -1,0 +1,118 @@
+"""Names looked up in the families' entries: who feeds whom, in which block, in which order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from san_llm.architectures.decoders import FAMILIES, PARENTS
+from san_llm.architectures.entry import KINDS, Carry, Link
+from san_llm.architectures.sizes import projection_shapes, setting
+from san_llm.errors import InputError
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """Return a module's block, None where it is in none, and its short name: ``up_proj``."""
+    parts = name.split(".")
+    return (int(parts[-3]) if parts[-1] in PARENTS else None), parts[-1]
+
+
+def in_model_order(vectors: Iterable[str]) -> list[str]:
+    """Sort module names as a model has them: the embedding, then block by block."""
+    known = list(PARENTS)
+
+    def place(name: str) -> tuple[int, int]:
+        parts = name.split(".")
+        return (int(parts[-3]), known.index(parts[-1])) if parts[-1] in PARENTS else (-1, 0)
+
+    return sorted(vectors, key=place)
+
+
+LINEAR = re.compile(
+    r"(?P<prefix>(?:.*\.)?)layers\.(?P<block>\d+)\.(?P<parent>self_attn|mlp)\.(?P<name>\w+_proj)"
+)
+
+
+def check_family(model_type: str | None) -> None:
+    """Refuse a model that the propagation table does not describe.
+
+    Raises:
+        InputError: naming the supported families.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"model type {model_type!r} is not supported by SAN: its propagation map is known for "
+            f"{', '.join(FAMILIES)}"
+        )
+
+
+def family_targets(targets: Any, model_type: str) -> Any:
+    """Return ``target_modules`` in the names of a family.
+
+    Args:
+        targets: A list of names, one regular expression, or None for all projections.
+        model_type: A supported family.
+
+    Returns:
+        A regular expression as it is, or a list. Where a Linear computes several projections, it
+        stands for their names if all of them are there.
+
+    Raises:
+        InputError: when only some of them are: a Linear is adapted whole.
+    """
+    family = FAMILIES[model_type]
+    if targets is None:
+        return list(family.targets)
+    if isinstance(targets, str):
+        return targets
+    for whole, parts in family.fused.items():
+        there = [part for part in parts if part in targets]
+        if there and len(there) < len(parts):
+            raise InputError(
+                f"target module {there[0]!r} is a part of {whole!r} in a {model_type} model: name "
+                f"that, or all of {', '.join(parts)}"
+            )
+    return list(dict.fromkeys(family.linear_of(name) for name in targets))
+
+
+def link_into(
+    posterior: str, kinds: tuple[str, ...] = KINDS, model_type: str = "llama"
+) -> tuple[str, Link] | None:
+    """Return the full name of the module that feeds ``posterior``, and the table's row.
+
+    Args:
+        posterior: A module name such as ``model.layers.3.mlp.down_proj``, with any prefix.
+        kinds: The link kinds that are switched on.
+        model_type: The family, whose table is read.
+
+    Returns:
+        ``(anterior name, row)``, or None where nothing feeds it or its kind is off.
+    """
+    match = LINEAR.fullmatch(posterior)
+    if match is None:
+        return None
+    for link in FAMILIES[model_type].links:
+        if link.posterior != match["name"] or link.kind not in kinds:
+            continue
+        block = int(match["block"]) - link.blocks_back
+        if block >= 0:
+            parent = PARENTS[link.anterior]
+            return f"{match['prefix']}layers.{block}.{parent}.{link.anterior}", link
+        if link.first is not None:
+            return f"{match['prefix']}{link.first}", link
+    return None
+
+
+def carry(link: Link, config: Any) -> Carry:
+    """Return how a row of the propagation table maps its vector in a model of this config."""
+    sizes = {name: d_out for name, (d_out, _) in projection_shapes(config).items()}
+    heads = setting(config, "num_attention_heads")
+    groups, head_dim = 1, sizes["q_proj"] // heads
+    if link.how == "repeat kv heads":
+        groups = sizes["q_proj"] // sizes["v_proj"]
+    if link.part is None:
+        return Carry(0, sizes[link.anterior], groups, head_dim)
+    parts = FAMILIES[setting(config, "model_type")].fused[link.anterior]
+    start = sum(sizes[part] for part in parts[: parts.index(link.part)])
+    return Carry(start, start + sizes[link.part], groups, head_dim)

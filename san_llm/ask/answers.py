@@ -1,0 +1,180 @@
+"""Generation as in the published evaluation: 4 beams, at most 32 new tokens, no sampling.
+
+The published script pads without a mask, so that an answer depends on the batch it was in. Ours
+does not: no token sees padding. As many prompts are worked at as memory allows, the longest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from san_llm.ask.beam_search import BeamSearch
+from san_llm.ask.packed import can_pack, inner
+from san_llm.data.batches import pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+BEAMS = 4
+NEW_TOKENS = 32
+LARGEST_BATCH = 32
+
+
+def fitting_batch_size(config: Any, longest: int, free: int) -> int:
+    """Return how many prompts to answer at once.
+
+    Args:
+        config: The model's config.
+        longest: Tokens of the longest prompt.
+        free: Bytes of memory that may be used.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    blocks, vocabulary = config.num_hidden_layers, config.vocab_size
+    tokens = longest + BEAMS * NEW_TOKENS
+    # Keys and values in fp32, and a few fp32 copies of each beam's last logits.
+    cache = 2 * 4 * blocks * kv_heads * head_dim * tokens
+    row = cache + BEAMS * 8 * 4 * vocabulary
+    return max(1, min(LARGEST_BATCH, int(free // (2 * row))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    batch_size: int | None,
+    answer: Callable[[int, str], str | None] | None = None,
+) -> Iterator[list[tuple[int, str]]]:
+    """Answer every prompt, the longest first.
+
+    Args:
+        model: A causal LM, in eval mode.
+        tokenizer: Its tokenizer.
+        prompts: The tokens of each prompt.
+        batch_size: Prompts at once; None: chosen by memory, and halved when it runs out. With 1
+            each prompt is computed alone, whatever the others are.
+        answer: Reads the answer of a prompt from its text, None while there is none, by a first
+            match that more text cannot change. Given, texts may be cut short, and only the answers
+            in them are the same as without.
+
+    Yields:
+        ``(prompt number, new text)`` of some prompts, of each once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    if not order:
+        return
+    longest = len(prompts[order[0]])
+    size = batch_size or fitting_batch_size(model.config, longest, free_memory(model.device))
+
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    ends = end_tokens(model, tokenizer)
+    read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
+    search = BeamSearch(BEAMS, NEW_TOKENS, ends, read)
+    for group in [[number] for number in order] if batch_size == 1 else [order]:
+        left = set(group)
+        packs = can_pack(model, len(prompts[group[0]]) + NEW_TOKENS)
+        while left:
+            waiting = [(number, prompts[number]) for number in group if number in left]
+            if packs:
+                steps = search.run(model, waiting, size)
+            else:
+                steps = _stock(model, waiting, size, ends, pad_id(tokenizer))
+            try:
+                for ended in steps:
+                    left.difference_update(number for number, _ in ended)
+                    yield [(number, text(tokens)) for number, tokens in ended]
+            except torch.OutOfMemoryError:
+                if size == 1 or batch_size is not None:
+                    raise
+                size //= 2
+                torch.cuda.empty_cache()
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the tokens that end an answer: the model's own, and the one that training teaches."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+
+
+@contextmanager
+def without_habits(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a model's own settings out, which ``generate`` takes where the protocol has none.
+
+    A repetition penalty from ``generation_config.json``, say, would change the answers.
+    """
+    from transformers import GenerationConfig
+
+    bare = inner(model)
+    habits, bare.generation_config = bare.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        bare.generation_config = habits
+
+
+def _stock(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, list[int]]],
+    batch_size: int,
+    ends: list[int],
+    padding: int,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Answer prompts of a model that cannot be packed by transformers' own search.
+
+    The beams of a prompt share its keys and values, which are computed once.
+    """
+    from transformers import DynamicCache, GenerationConfig
+
+    settings = GenerationConfig(
+        num_beams=BEAMS,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=padding,
+    )
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        width = len(batch[0][1])
+        tokens = torch.full((len(batch), width), padding)
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        for i, (_, prompt) in enumerate(batch):
+            tokens[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode(), without_habits(model):
+            if width > 1:
+                model(
+                    input_ids=tokens[:, :-1],
+                    attention_mask=mask[:, :-1],
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache.batch_repeat_interleave(BEAMS)
+            out: torch.Tensor = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=settings,
+            )
+        new = out[:, width:].tolist()
+        yield [(number, tokens) for (number, _), tokens in zip(batch, new, strict=True)]

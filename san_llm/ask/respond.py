@@ -1,0 +1,195 @@
+"""What a model answers to one prompt, told as it comes: the base, the adapted or a merged model.
+
+One sequence, one token after another, greedily or sampled at a temperature. The protocol's beams
+and batches are ``evaluate.generate``'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer, set_seed
+
+from san_llm.ask.answers import end_tokens, without_habits
+from san_llm.data.batches import pad_id
+from san_llm.data.encode import chat_prompt, evaluation_text
+from san_llm.data.rows import Row
+from san_llm.errors import InputError
+from san_llm.launch.processes import world_size
+from san_llm.models.subject import Subject
+from san_llm.protocol.prompts import PromptStyle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+NO_STYLE = "none"  # the prompt as it stands, for a base to go on with
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        new_tokens: How many there are at most.
+        temperature: 0 takes the likeliest, 1 samples the model's own distribution.
+        seed: Of the sampling; None: another one each time.
+    """
+
+    new_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said.
+
+    Attributes:
+        by: ``base``, ``adapted``, or ``model`` for one that is evaluated as it is.
+        text: The new text, without special tokens.
+        tokens: How many were generated.
+        ended: Whether the model came to its end; else the tokens were used up.
+        seconds: How long it took.
+    """
+
+    by: str
+    text: str
+    tokens: int
+    ended: bool
+    seconds: float
+
+
+def usual_style(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the prompt style a model was trained in, else its chat template, else ``none``."""
+    return subject.prompt or ("chat" if tokenizer.chat_template else NO_STYLE)
+
+
+def question(
+    prompt: str, style: PromptStyle | None, tokenizer: PreTrainedTokenizerFast, context: str = ""
+) -> tuple[str, list[int]]:
+    """Return the text that a model goes on from, and its tokens.
+
+    Args:
+        prompt: What is asked.
+        style: As in evaluation; None: the prompt as it stands.
+        tokenizer: The model's.
+        context: What a training row has as ``input``; for styles with a place for it.
+
+    Raises:
+        InputError: when the style is ``chat`` and there is no chat template.
+    """
+    if style is None:
+        return prompt, tokenizer(prompt)["input_ids"]
+    if style == "chat":
+        refuse_no_template(tokenizer)
+    return evaluation_text(
+        style, Row(instruction=prompt, context=context, where="the prompt"), tokenizer
+    )
+
+
+def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
+    """Return a conversation's text in the chat template, and its tokens."""
+    return chat_prompt(turns, tokenizer, "the conversation")
+
+
+def refuse_no_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that cannot write a conversation.
+
+    Raises:
+        InputError: naming what asks without one.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
+            "`san-llm generate --prompt-style alpaca` asks without one"
+        )
+
+
+def room(tokens: list[int], config: Any) -> int | None:
+    """Return how many tokens fit behind a prompt; None: any number.
+
+    Args:
+        tokens: The prompt's.
+        config: The model's.
+
+    Raises:
+        InputError: when there is no place for one.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and len(tokens) >= context:
+        raise InputError(
+            f"the prompt has {len(tokens):,} tokens, the model's context is {context:,}"
+        )
+    return None if context is None else context - len(tokens)
+
+
+class _Told(TextStreamer):
+    """Tells new text as soon as whole words of it are there."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, told: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.told = told
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.told(text)
+
+
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: list[int],
+    how: Sampling,
+    told: Callable[[str], None],
+    by: str = "model",
+) -> Answer:
+    """Answer one prompt.
+
+    Args:
+        model: Base, adapted or merged, in eval mode.
+        tokenizer: Its tokenizer.
+        tokens: The prompt's.
+        how: How the next token is chosen; never past the model's context.
+        told: Called with each piece of new text.
+        by: ``base`` leaves the adapter out.
+
+    Raises:
+        InputError: when the prompt fills the model's context.
+    """
+    fitting = room(tokens, model.config)
+    settings = GenerationConfig(
+        max_new_tokens=how.new_tokens if fitting is None else min(how.new_tokens, fitting),
+        do_sample=how.temperature > 0,
+        eos_token_id=end_tokens(model, tokenizer) or None,
+        pad_token_id=pad_id(tokenizer),
+        # Where sampled, from all tokens: the library's own default would be the likeliest 50.
+        **({"temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}),
+    )
+    if how.seed is not None:
+        set_seed(how.seed)
+    given = torch.tensor([tokens], device=model.device)
+    bare: Any = model.disable_adapter() if by == "base" and _adapted(model) else nullcontext()
+    began = time.perf_counter()
+    # Not inference mode: where the model is in training, its next step needs what is made here.
+    with torch.no_grad(), without_habits(model), bare:
+        out = model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            generation_config=settings,
+            streamer=_Told(tokenizer, told),
+            synced_gpus=world_size() > 1,  # a shard is needed until the last process is done
+        )
+    new = out[0, len(tokens) :].tolist()
+    ended = bool(new) and new[-1] in end_tokens(model, tokenizer)
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    return Answer(by, text, len(new), ended, round(time.perf_counter() - began, 3))
+
+
+def _adapted(model: Any) -> bool:
+    return hasattr(model, "peft_config")

@@ -1,0 +1,115 @@
+"""``san-llm chat``: talk with a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from san_llm.ask.voices import show, voices
+from san_llm.commands.options import (
+    Adapter,
+    BaseOnly,
+    Compare,
+    DType,
+    Model,
+    NewTokens,
+    Seed,
+    Temperature,
+)
+from san_llm.errors import InputError
+from san_llm.models.subject import find_subject
+from san_llm.progress import quiet_libraries, stderr
+
+if TYPE_CHECKING:
+    from san_llm.ask.respond import Answer
+    from san_llm.models.subject import Subject
+
+
+chat_app = typer.Typer(rich_markup_mode=None)
+
+
+@chat_app.command(
+    epilog="""Examples:
+
+    san-llm chat
+
+    san-llm chat --compare --temperature 0.7
+
+    san-llm chat --model runs/latest/merged"""
+)
+def chat(
+    model: Model = None,
+    adapter: Adapter = None,
+    base_only: BaseOnly = False,
+    compare: Compare = False,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    dtype: DType = None,
+) -> None:
+    """Talk with a model in its chat template; /clear begins anew, /exit or Ctrl-D ends."""
+    quiet_libraries()
+    subject = find_subject(model, adapter, base_only, dtype)
+    names = voices(subject, compare)
+
+    from san_llm.ask.respond import Sampling, refuse_no_template, respond, talk, usual_style
+    from san_llm.models.load import load_model, load_tokenizer
+    from san_llm.models.locate import find_base
+
+    found = find_base(subject.base)
+    tokenizer = load_tokenizer(found)
+    refuse_no_template(tokenizer)
+    trained = usual_style(subject, tokenizer)
+    if trained != "chat":
+        stderr.print(f"trained in prompt style {trained}, as `san-llm generate` asks; this is chat")
+    loaded = load_model(found, subject.adapter)
+    how = Sampling(max_new_tokens, temperature, seed)
+    turns: dict[str, list[dict[str, str]]] = {voice: [] for voice in names}
+
+    def ask(by: str, told: Callable[[str], None]) -> Answer:
+        _, tokens = talk(turns[by], tokenizer)
+        return respond(loaded, tokenizer, tokens, how, told, by)
+
+    for said in _lines(subject):
+        if said == "/exit":
+            return
+        if said == "/clear":
+            turns = {voice: [] for voice in names}
+            continue
+        before = {voice: list(history) for voice, history in turns.items()}
+        for history in turns.values():
+            history.append({"role": "user", "content": said})
+        try:
+            answers = show(names, ask)
+        except InputError as error:  # too long for the context, say: the rest may go on
+            stderr.print(f"{error}; /clear begins anew", markup=False)
+            turns = before
+            continue
+        except KeyboardInterrupt:
+            stderr.print("\nstopped; the question is taken back")
+            turns = before
+            continue
+        for answer in answers:
+            turns[answer.by].append({"role": "assistant", "content": answer.text.strip()})
+
+
+def _lines(subject: Subject) -> Iterator[str]:
+    """Give what is typed or piped in, line by line; empty ones are left out."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - input() then has a history and arrow keys
+
+        stderr.print(f"asking {subject}; /clear begins anew, /exit or Ctrl-D ends", markup=False)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            if sys.stdin.isatty():
+                print()
+            return
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin: not UTF-8: byte {error.start} is not valid") from None
+        if line.strip():
+            yield line.strip()

@@ -1,0 +1,127 @@
+"""The ``san-llm data`` commands: options -> one function -> one printed result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from san_llm.commands.options import Json, Overrides
+from san_llm.errors import InputError, did_you_mean
+
+stdout = Console(highlight=False, soft_wrap=True)
+
+data_app = typer.Typer(
+    help="Build the protocol's data from the public data sets, and look into training data.",
+    epilog="""Examples:
+
+    san-llm data build commonsense --from raw
+
+    san-llm data inspect smollm2_demo""",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+SETS = ("commonsense",)
+
+
+@data_app.command(
+    epilog="""Examples:
+
+    san-llm data build commonsense --from hub
+
+    san-llm data build commonsense --from downloads --output data/commonsense"""
+)
+def build(
+    name: Annotated[str, typer.Argument(metavar="commonsense", help="The set to build.")],
+    source: Annotated[
+        str,
+        typer.Option("--from", metavar="hub|DIR", help="The hub, or a folder with the raw sets."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("data/commonsense"),
+    as_json: Json = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what was built there before.")
+    ] = False,
+) -> None:
+    """Write the eight commonsense tasks and their training mix as LLM-Adapters published them."""
+    if name not in SETS:
+        raise InputError(
+            f"{name!r} is not a set that can be built; known: {', '.join(SETS)}"
+            f"{did_you_mean(name, SETS)}"
+        )
+    from san_llm.data.build import MIX, build_commonsense
+    from san_llm.progress import stderr
+    from san_llm.protocol.tasks import TASKS
+
+    built = build_commonsense(source, output, overwrite)
+    if built.differs:
+        stderr.print("not the full published set:")
+    for line in built.differs:
+        stderr.print(f"  {line}", markup=False)
+    if as_json:
+        print(json.dumps(asdict(built)))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "train", "published", "test", "published"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in TASKS.values():
+        have = [
+            f"{rows[task.name]:,}" if task.name in rows else "-"
+            for rows in (built.train, built.test)
+        ]
+        table.add_row(task.name, have[0], f"{task.train_rows:,}", have[1], f"{task.test_rows:,}")
+    published = sum(task.train_rows for task in TASKS.values())
+    table.add_row(f"[bold]{MIX}[/]", f"{built.mix:,}", f"{published:,}", "", "")
+    stdout.print(table)
+    stdout.print(built.output, markup=False)
+
+
+@data_app.command(
+    epilog="""Examples:
+
+    san-llm data inspect llama7b_commonsense
+
+    san-llm data inspect mine.yaml data.cutoff=512
+
+    san-llm data inspect rows.jsonl base.model=models/llama3 data.prompt=chat"""
+)
+def inspect(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE",
+            help="A recipe, or a .json or .jsonl file, which is read as the recipe smollm2_demo "
+            "would.",
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model will see of training rows: lengths, cuts, doubles, answers, overlap."""
+    from san_llm.data.rows import stream_rows, training_files
+    from san_llm.recipe.read import load_recipe
+    from san_llm.recipe.shipped import find_recipe
+
+    changes = list(overrides or [])
+    is_file = Path(what).suffix.lower() not in ("", ".yaml", ".yml")
+    if is_file:
+        changes.insert(0, f"data.train={json.dumps(what)}")
+    recipe = load_recipe(find_recipe("smollm2_demo" if is_file else what), changes)
+    for file in training_files(recipe.data.train):
+        next(iter(stream_rows(file)))  # a file that is not there is found before torch is loaded
+
+    from san_llm.data.inspect import inspect_recipe, report
+
+    found = inspect_recipe(recipe)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    for part in report(found, colour=stdout.is_terminal):
+        stdout.print(part)
+        stdout.print()

@@ -1,0 +1,122 @@
+"""``san-llm generate``: one answer of a base, an adapted or a merged model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from san_llm.ask.voices import show, voices
+from san_llm.commands.options import (
+    Adapter,
+    BaseOnly,
+    Compare,
+    DType,
+    Json,
+    Model,
+    NewTokens,
+    Seed,
+    Temperature,
+)
+from san_llm.errors import InputError, check_one_of
+from san_llm.models.subject import find_subject
+from san_llm.progress import quiet_libraries, stderr
+from san_llm.protocol.prompts import STYLES, prompt_style
+
+if TYPE_CHECKING:
+    from san_llm.ask.respond import Answer
+
+
+generate_app = typer.Typer(rich_markup_mode=None)
+
+
+@generate_app.command(
+    epilog="""Examples:
+
+    san-llm generate "Why is the sky blue?"
+
+    san-llm generate --compare "Translate into French." --input "It is raining."
+
+    san-llm generate --prompt-style alpaca < question.txt
+
+    san-llm generate --model runs/latest/merged --json "Is ice lighter than water?" """
+)
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What is asked. Default: what stdin has.")
+    ] = None,
+    context: Annotated[
+        str, typer.Option("--input", help="What a training row has as its input, if any.")
+    ] = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    base_only: BaseOnly = False,
+    compare: Compare = False,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-style",
+            help="llm-adapters, llm-adapters-aligned, alpaca, chat, or none for the prompt as it "
+            "stands. Default: the run's, else chat where the model has a template, else none.",
+        ),
+    ] = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt, as it was asked in training."""
+    quiet_libraries()
+    if style is not None:
+        check_one_of("--prompt-style", style, (*STYLES, "none"))
+    subject = find_subject(model, adapter, base_only, dtype)
+    names = voices(subject, compare)
+    asked = _asked(prompt)
+
+    from san_llm.ask.respond import NO_STYLE, Sampling, question, respond, room, usual_style
+    from san_llm.models.load import load_config, load_model, load_tokenizer
+    from san_llm.models.locate import find_base
+
+    found = find_base(subject.base)
+    tokenizer = load_tokenizer(found)
+    style = style or usual_style(subject, tokenizer)
+    if context and style == NO_STYLE:
+        raise InputError("--input: prompt style none has no place for one; put it in the prompt")
+    if not as_json:
+        stderr.print(f"asking {subject} in prompt style {style}", markup=False)
+    named = None if style == NO_STYLE else prompt_style(style)
+    text, tokens = question(asked, named, tokenizer, context)
+    room(tokens, load_config(found))  # told before the weights are loaded
+    loaded = load_model(found, subject.adapter)
+    how = Sampling(max_new_tokens, temperature, seed)
+
+    def ask(by: str, told: Callable[[str], None]) -> Answer:
+        return respond(loaded, tokenizer, tokens, how, told, by)
+
+    answers = show(names, ask, quiet=as_json)
+    if as_json:
+        about = {
+            "model": subject.base.model,
+            "adapter": str(subject.adapter) if subject.adapter else None,
+            "style": style,
+            "prompt": text,
+        }
+        print(json.dumps(about | {"answers": [asdict(answer) for answer in answers]}))
+
+
+def _asked(prompt: str | None) -> str:
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: write one behind the command, or pipe one in")
+        try:
+            prompt = sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin: not UTF-8: byte {error.start} is not valid") from None
+    if not prompt.strip():
+        raise InputError("the prompt is empty")
+    return prompt

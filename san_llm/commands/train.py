@@ -1,0 +1,108 @@
+"""``san-llm train``: an adapter, trained as a recipe says, or gone on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from san_llm.commands.options import Json, Overrides, Overwrite, recipes_and_runs, stdout
+from san_llm.progress import quiet_libraries, stderr
+from san_llm.shown import plain
+
+train_app = typer.Typer(rich_markup_mode=None)
+
+
+@train_app.command(
+    epilog="""Examples:
+
+    san-llm train recipes/smollm2_demo.yaml
+
+    san-llm train smollm2_demo training.epochs=2 method.mode=neuron
+
+    san-llm train llama7b_commonsense --processes 8
+
+    san-llm train --resume"""
+)
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            autocompletion=recipes_and_runs,
+            help="A recipe file or the name of a shipped one; with --resume a run's folder "
+            "(default: the last run).",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
+    ] = None,
+    accelerate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.yaml",
+            help="Launch as this file of Accelerate's says, or a shipped one: ddp, fsdp2, ...",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run's folder. Default: runs/NAME-DATE-TIME.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of a run.")
+    ] = False,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train an adapter as a recipe says; the run's folder holds all that it leaves behind."""
+    quiet_libraries()
+    from san_llm.train.start import TrainRequest, start
+
+    ended = start(
+        TrainRequest(
+            recipe=recipe,
+            overrides=overrides or (),
+            processes=processes,
+            accelerate=accelerate,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+    )
+    result = ended.result
+    if result is not None and as_json:
+        print(json.dumps(asdict(result)))
+    elif result is not None and result.finished:
+        stdout.print(_train_table(asdict(result)))
+        stderr.print('next: `san-llm generate "..." --compare`, `eval`, `merge --verify`, `report`')
+    if result is not None and not result.finished:
+        stderr.print(
+            f"stopped after step {result.steps} of {result.max_steps}; "
+            f"`san-llm train {result.run} --resume` goes on",
+            markup=False,
+        )
+    raise typer.Exit(ended.code)
+
+
+def _train_table(result: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    loss = result["held_out_loss"]
+    rows = [
+        ("trained numbers", f"{result['trained_numbers']:,}"),
+        (
+            "rows",
+            f"{result['rows']:,} ({result['dropped_rows']:,} dropped, {result['cut_rows']:,} cut)",
+        ),
+        ("steps", f"{result['steps']:,}; the checkpoint of step {result['best_step']:,} is kept"),
+        ("held-out loss", "-" if loss is None else f"{loss:.4f} a token"),
+        ("time", f"{result['seconds']:.0f} s"),
+        ("adapter", f"{result['run']}/adapter"),
+    ]
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", escape(plain(value)))
+    return table

@@ -1,0 +1,62 @@
+"""What makes it the same evaluation: all that its answers depend on, by content."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from san_llm.ask.answers import BEAMS, NEW_TOKENS
+from san_llm.evaluate.request import EvalTask
+from san_llm.evaluate.score import ANSWER_TEXT
+from san_llm.files import code_sha256, folder_sha256
+from san_llm.launch.processes import world_size
+from san_llm.models.locate import FoundBase
+from san_llm.runs.record import versions
+
+FORMAT = 1  # part of the key: raise it when the same inputs give other rows
+
+
+def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
+    """Return all that the answers depend on, by content: what makes it the same evaluation.
+
+    Who shares a batch is among it where an answer's last bits may depend on that: not with
+    ``strict``, nor in texts generated in fp32.
+    """
+    subject, questions, settings = task.subject, task.questions, task.settings
+    base, fresh = subject.base, task.fresh
+    by_lm_eval, generated = (settings.protocol == name for name in ("lm-eval", "generate"))
+    wide = base.dtype == "float32" and base.quantization != "8bit"
+    exact = settings.strict or (wide and generated)
+    shared: dict[str, Any] = {} if exact else {"batch_size": settings.batch_size}
+    if not exact and settings.protocol != "loglik":
+        shared["processes"] = world_size()
+    how: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
+    if generated:
+        how |= {"beams": BEAMS, "new_tokens": NEW_TOKENS, "answers_only": settings.answers_only}
+    else:
+        how["choices"] = ANSWER_TEXT
+    return {
+        "format": FORMAT,
+        "model": folder_sha256(found.folder, fresh),
+        "load": base.model_dump(mode="json", exclude={"model", "revision"}),
+        "adapter": folder_sha256(subject.adapter, fresh) if subject.adapter else None,
+        "data": {
+            task.name: {"sha256": digest, "rows": len(rows)}
+            for (task, rows), digest in zip(
+                questions.rows.items(), questions.sha256.values(), strict=True
+            )
+        },
+        "protocol": how | {"strict": settings.strict},
+        **shared,
+        "device": _device(),
+        "versions": versions() | ({"lm_eval": version("lm_eval")} if by_lm_eval else {}),
+        "code": code_sha256(),
+    }
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"

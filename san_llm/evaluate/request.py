@@ -1,0 +1,121 @@
+"""What an evaluation was asked, and all of it checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from san_llm.errors import InputError
+from san_llm.evaluate.questions import Questions, Settings, find_protocol, read_questions
+from san_llm.files import refuse_files
+from san_llm.launch.processes import is_first
+from san_llm.models.subject import Subject, find_subject
+from san_llm.protocol.prompts import prompt_style
+from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.recipe.schema import Evaluation
+from san_llm.runs.folder import new_eval_folder
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What ``san-llm eval`` was asked; None stands for the recipe's word, or the default.
+
+    Attributes:
+        tasks: Names of tasks.
+        model: A model, by folder or hub id.
+        adapter: An adapter's folder, or its run's.
+        base_only: Leave the adapter of the last run out.
+        data: ``pocket``, or a folder with ``<task>/test.json``.
+        protocol: ``generate``, ``loglik`` or ``lm-eval``.
+        prompt: The prompt style.
+        limit: Only the first rows of each task.
+        batch_size: Rows at once.
+        dtype: Instead of the base's.
+        strict: Compute each row alone.
+        answers_only: Generate no further than an answer is certain.
+        processes: On this machine.
+        fresh: Answer every row, whatever was stored.
+        output: The folder to make.
+        overwrite: Replace what is there.
+    """
+
+    tasks: Sequence[str] | None = None
+    model: str | None = None
+    adapter: Path | None = None
+    base_only: bool = False
+    data: str | None = None
+    protocol: str = "generate"
+    prompt: str | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    strict: bool = False
+    answers_only: bool = False
+    processes: int | None = None
+    fresh: bool = False
+    output: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """An evaluation that can be made.
+
+    Attributes:
+        subject: What is evaluated.
+        questions: What is asked.
+        settings: How.
+        about: What the record calls the model and the data.
+        output: The folder; it appears when all rows are in it. Only the first process writes it.
+        overwrite: Replace what is there.
+        fresh: Answer every row, whatever was stored, and hash every file.
+    """
+
+    subject: Subject
+    questions: Questions
+    settings: Settings
+    about: dict[str, object]
+    output: Path
+    overwrite: bool = False
+    fresh: bool = False
+
+
+def check_request(request: EvalRequest) -> EvalTask:
+    """Look up what a request names, and read its questions.
+
+    Raises:
+        InputError: when an option, the adapter or a row cannot be right.
+    """
+    named = None if request.tasks is None else find_tasks(request.tasks)
+    style = None if request.prompt is None else prompt_style(request.prompt)
+    protocol = find_protocol(request.protocol)
+    if request.answers_only and protocol != "generate":
+        raise InputError(f"--answers-only: protocol {protocol} generates nothing")
+    subject = find_subject(request.model, request.adapter, request.base_only, request.dtype)
+    defaults = subject.recipe.evaluation if subject.recipe else Evaluation()
+    data, limit = request.data or defaults.data, request.limit or defaults.limit
+    style = style or defaults.prompt or subject.prompt or "llm-adapters"
+    output = request.output
+    if is_first():
+        alone = "base" if subject.run else "model"
+        output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else alone)
+        refuse_files(output, request.overwrite)
+    tasks = named or [TASKS[name] for name in defaults.tasks]
+    return EvalTask(
+        subject=subject,
+        questions=read_questions(tasks, data, limit),
+        settings=Settings(
+            protocol, style, request.batch_size, request.strict, request.answers_only
+        ),
+        about={
+            "title": f"{subject} on {data}",
+            "model": subject.base.model,
+            "adapter": str(subject.adapter) if subject.adapter else None,
+            "data": data,
+            "limit": limit,
+        },
+        output=output or Path(),
+        overwrite=request.overwrite,
+        fresh=request.fresh,
+    )

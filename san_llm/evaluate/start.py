@@ -1,0 +1,67 @@
+"""Where an evaluation begins: in this process, or in several that a launcher starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from san_llm.errors import InputError
+from san_llm.evaluate.request import EvalRequest, check_request
+from san_llm.launch.command import accelerate_command, run_launched
+from san_llm.launch.processes import is_first, world_size
+from san_llm.models.cards import add_scores
+from san_llm.models.subject import Subject
+from san_llm.progress import stderr
+from san_llm.shown import plain
+
+if TYPE_CHECKING:
+    from san_llm.evaluate.table import EvalResult
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an evaluation ended.
+
+    Attributes:
+        code: The command's exit code.
+        result: What it came to; None where another process tells it.
+    """
+
+    code: int
+    result: EvalResult | None = None
+
+
+def start(request: EvalRequest) -> Ended:
+    """Evaluate as asked, in this process or in several that are launched for it.
+
+    Raises:
+        InputError: when something that was asked for cannot be right.
+        SanError: when the evaluation fails.
+    """
+    task = check_request(request)
+    launched = "WORLD_SIZE" in os.environ
+    try:
+        if (request.processes or 1) > 1 and not launched:
+            command = accelerate_command(sys.argv[1:], request.processes, None)
+            return Ended(1 if run_launched([*command, "--output", str(task.output)]) else 0)
+        from san_llm.evaluate.run import evaluate
+
+        result = evaluate(task)
+    except KeyboardInterrupt:
+        if is_first() and not (launched and world_size() > 1):
+            stderr.print("the same command goes on with the rows that are not answered yet")
+        raise
+    if result is not None:
+        _into_card(task.subject, result)
+    return Ended(0, result)
+
+
+def _into_card(subject: Subject, result: EvalResult) -> None:
+    if subject.adapter is None or subject.recipe is None:
+        return
+    try:
+        add_scores(subject.adapter, subject.recipe.name, result.to_json())
+    except InputError as error:  # a card of somebody's own; the evaluation stands
+        stderr.print(f"scores are not put into the card: {plain(str(error))}", markup=False)

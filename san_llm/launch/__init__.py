@@ -1,0 +1,1 @@
+"""Several processes: started, told apart, watched, stopped together."""

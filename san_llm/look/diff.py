@@ -1,0 +1,161 @@
+"""What training changed: which channels an adapter strengthens, and which it weakens.
+
+A neuron scale above 1 is long-term potentiation (LTP), one below 1 long-term depression (LTD), in
+the words of the paper. The ``scale`` carrier holds the scales themselves; those of the low-rank
+carriers are ratios of row norms, and take the base's weights, some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from san_llm.architectures.decoders import EMBEDDING, PARENTS
+from san_llm.architectures.lookup import place_of
+from san_llm.models.adapter import open_adapter
+from san_llm.models.locate import find_base
+from san_llm.models.scales import neuron_scales
+from san_llm.models.subject import find_subject
+from san_llm.models.weights import Numbers
+from san_llm.runs.folder import adapter_of, last_run
+from san_llm.san.formulas import STILL
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+LARGEST = 3  # channels that are named
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happened to the channels of one module, or to those of its kind in all blocks.
+
+    Attributes:
+        module: The projection: ``up_proj``.
+        block: Its block; None for all blocks, or where there is none.
+        channels: How many channels.
+        potentiated: Share of them with gamma > 1.
+        depressed: Share of them with gamma < 1.
+        mean_change: Mean of ``|gamma - 1|``.
+        largest: The channels that moved furthest, each with its gamma.
+    """
+
+    module: str
+    block: int | None
+    channels: int
+    potentiated: float
+    depressed: float
+    mean_change: float
+    largest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class DiffResult:
+    """What an adapter changes.
+
+    Attributes:
+        adapter: The adapter's folder.
+        base: The base that it names, or that was given.
+        carrier: What holds its scales.
+        mode: Where they act.
+        total: All channels together; its largest are not named.
+        modules: Each projection, over all blocks; nor are theirs.
+        blocks: Each module of each block, in the model's order.
+    """
+
+    adapter: str
+    base: str
+    carrier: str
+    mode: str
+    total: Change
+    modules: list[Change]
+    blocks: list[Change]
+
+
+def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
+    """Return what an adapter changes.
+
+    Args:
+        where: The folder of an adapter or of a finished run; default: the last run.
+        base: The model it was trained on; default: the one it names. Read for the low-rank
+            carriers, and for a check of sizes if it is given.
+
+    Raises:
+        InputError: when there is no SAN adapter, or it does not fit the base.
+        SanError: when its numbers are not finite.
+    """
+    adapter = adapter_of(last_run()) if where is None else where
+    if (adapter / "recipe.yaml").is_file():
+        adapter = adapter_of(adapter)
+    opened = open_adapter(adapter)
+    options, carrier = opened.options, str(opened.options.get("carrier") or "scale")
+    source = None
+    if base is not None or carrier != "scale":
+        named = find_subject(base, adapter).base
+        source, base = find_base(named).folder, named.model
+    gammas = neuron_scales(opened, source)
+    blocks: list[Change] = []
+    kinds: dict[str, list[Numbers]] = {}
+    for name, gamma in gammas.items():
+        block, module = place_of(name)
+        blocks.append(_change(module, block, gamma, LARGEST))
+        kinds.setdefault(module, []).append(gamma)
+    known = [EMBEDDING, *PARENTS]
+    return DiffResult(
+        adapter=str(adapter),
+        base=str(base or options.get("base_model_name_or_path")),
+        carrier=carrier,
+        mode=str(options.get("mode") or "both"),
+        total=_change("all", None, np.concatenate(list(gammas.values())), 0),
+        modules=[
+            _change(kind, None, np.concatenate(kinds[kind]), 0)
+            for kind in sorted(kinds, key=known.index)
+        ],
+        blocks=blocks,
+    )
+
+
+def _change(module: str, block: int | None, gamma: Numbers, named: int) -> Change:
+    moved = gamma - 1
+    size = np.abs(moved)
+    furthest = np.argsort(-size, kind="stable")[:named]
+    return Change(
+        module=module,
+        block=block,
+        channels=len(gamma),
+        potentiated=float((moved > STILL).mean()),
+        depressed=float((moved < -STILL).mean()),
+        mean_change=float(size.mean()),
+        largest=[(int(channel), float(gamma[channel])) for channel in furthest],
+    )
+
+
+def tables(result: DiffResult) -> Iterator[Table]:
+    """Return the result as two tables: over all blocks, and block by block."""
+    yield _table([*result.modules, result.total], blocks=False)
+    yield _table(result.blocks, blocks=True)
+
+
+def _table(changes: list[Change], blocks: bool) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in (*(("block",) if blocks else ()), "module", "channels", "LTP %", "LTD %", "mean"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    if blocks:
+        table.add_column("channel:gamma", no_wrap=True)
+    for change in changes:
+        shares = (f"{100 * share:.1f}" for share in (change.potentiated, change.depressed))
+        row = [f"{change.channels:,}", *shares, f"{change.mean_change:.4f}"]
+        if blocks:
+            place = "-" if change.block is None else str(change.block)
+            named = " ".join(f"{channel}:{gamma:.3f}" for channel, gamma in change.largest)
+            table.add_row(place, change.module, *row, named)
+        else:
+            table.add_row(f"[bold]{change.module}[/]", *row)
+    return table

@@ -1,0 +1,120 @@
+"""What a run's folder tells of it; what it does not have is said, with the command for it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from san_llm.errors import InputError, SanError, first_mistake
+from san_llm.files import read_json
+from san_llm.look.diff import DiffResult, diff
+from san_llm.models.cards import trained_on
+from san_llm.recipe.schema import Recipe
+from san_llm.runs.folder import read_log, recipe_of
+from san_llm.runs.listing import Run, look_at
+from san_llm.runs.record import Manifest, Metrics
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a run does not have.
+
+    Attributes:
+        what: In a sentence.
+        command: What would make it; empty where nothing would.
+    """
+
+    what: str
+    command: str = ""
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One run.
+
+    Attributes:
+        folder: Its.
+        run: Its status, steps, best loss and size.
+        recipe: As it ran.
+        manifest: Versions, device, hashes.
+        written: All of the manifest, as it stands; empty before the training's start.
+        metrics: What training came to; None before its end.
+        log: Its entries, a step or a held-out loss each.
+        scales: What happened to the neuron scales; None where there are none to be read.
+        missing: What is not there.
+    """
+
+    folder: Path
+    run: Run
+    recipe: Recipe
+    manifest: Manifest
+    written: Mapping[str, Any]
+    metrics: Metrics | None
+    log: tuple[Mapping[str, Any], ...]
+    scales: DiffResult | None
+    missing: tuple[Missing, ...]
+
+    @property
+    def method(self) -> str:
+        """The method and what kind of it."""
+        method = self.recipe.method
+        if method.name == "san":
+            return f"SAN ({method.carrier} carrier, mode {method.mode})"
+        return method.name.upper()
+
+    @property
+    def data(self) -> str:
+        """The names of what was learned from."""
+        return trained_on(self.recipe)
+
+
+def read_facts(folder: Path) -> Facts:
+    """Return what a run's files tell of it.
+
+    Raises:
+        InputError: when the folder is not a run, or its recipe, manifest or metrics are damaged.
+    """
+    recipe = recipe_of(folder)
+    run = look_at(folder)
+    written, came_to = (_object(folder / name) for name in ("manifest.json", "metrics.json"))
+    manifest = _as(Manifest, written, folder / "manifest.json")
+    metrics = _as(Metrics, came_to, folder / "metrics.json") if came_to else None
+    missing = []
+    log = tuple(read_log(folder))
+    if run.status == "running":
+        missing.append(Missing(f"It is running: this is what it was after step {run.steps:,}."))
+    elif not (folder / "adapter" / "adapter_config.json").is_file():
+        missing.append(
+            Missing(
+                f"Its training was not finished: it stopped after step {run.steps:,}.",
+                shlex.join(["san-llm", "train", str(folder), "--resume"]),
+            )
+        )
+    if log and not any("eval_loss" in entry for entry in log):
+        missing.append(Missing("It took no held-out loss."))
+    scales = None
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        try:
+            scales = diff(folder)
+        except SanError as error:
+            missing.append(Missing(f"Its neuron scales cannot be shown: {error}."))
+    return Facts(folder, run, recipe, manifest, written, metrics, log, scales, tuple(missing))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _as(kind: type[_Kind], values: Mapping[str, Any], path: Path) -> _Kind:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_mistake(error)}") from None

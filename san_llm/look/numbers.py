@@ -1,0 +1,302 @@
+"""The numbers of a run that can be drawn: losses, neuron and synapse scales, scores.
+
+Read from the run's files, and from the base's where it is on this machine: nothing is fetched, and
+torch is not needed. What cannot be had is said in a line instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from san_llm.architectures.decoders import EMBEDDING, PARENTS
+from san_llm.architectures.lookup import place_of
+from san_llm.errors import InputError, SanError, did_you_mean
+from san_llm.files import read_json
+from san_llm.models.adapter import open_adapter
+from san_llm.models.locate import config_here
+from san_llm.models.scales import neuron_scales
+from san_llm.models.weights import Numbers
+from san_llm.recipe.schema import Base
+from san_llm.runs.folder import adapter_of, read_log, recipe_of
+from san_llm.san.formulas import carried
+from san_llm.san.graph import Node, propagation_graph
+
+# What two evaluations must have in common for their scores to stand side by side.
+SAME = ("model", "data", "limit", "protocol", "prompt", "strict")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over the optimizer steps, (points,) each."""
+
+    steps: Numbers
+    values: Numbers
+
+
+@dataclass(frozen=True)
+class SynapseScale:
+    """What one weight matrix is multiplied by: ``gamma[:, None] * s[None, :]``.
+
+    Attributes:
+        module: ``model.layers.3.mlp.down_proj``.
+        anterior: The module whose gamma is propagated into its columns.
+        gamma: What its rows are multiplied by (d_out,); ones where the mode leaves them.
+        s: What its columns are multiplied by (d_in,).
+    """
+
+    module: str
+    anterior: str
+    gamma: Numbers
+    s: Numbers
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task's accuracy, or their average, as fractions of 1.
+
+    Attributes:
+        task: The task, or ``average``.
+        before: Accuracy and standard error of the base; None where it was not evaluated so.
+        after: The same with the adapter.
+    """
+
+    task: str
+    before: tuple[float, float | None] | None
+    after: tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """An evaluation of a run, beside that of its base on the same rows.
+
+    Attributes:
+        tasks: The tasks, and their average last if there are several.
+        rows: Rows of all tasks.
+        data: The data's name.
+        protocol: By which protocol.
+        no_answer: Outputs without an answer: of the base, or None, and with the adapter.
+    """
+
+    tasks: tuple[Score, ...]
+    rows: int
+    data: str
+    protocol: str
+    no_answer: tuple[int | None, int]
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """What a run has to be drawn; None for what it does not have.
+
+    Attributes:
+        title: The run's recipe, method and base, for a caption.
+        train_loss: Of each step, a token.
+        held_out_loss: Whenever it was taken.
+        learning_rate: Of each step.
+        gammas: Every neuron scale (d_out,), by module, in the model's order.
+        synapse: The effective scale of one weight matrix.
+        scores: The last evaluation's.
+        left_out: What is not there, and why: a line each.
+    """
+
+    title: str
+    train_loss: Curve | None
+    held_out_loss: Curve | None
+    learning_rate: Curve | None
+    gammas: Mapping[str, Numbers] | None
+    synapse: SynapseScale | None
+    scores: Scores | None
+    left_out: tuple[str, ...]
+
+
+def numbers_of(run: Path, weight: str | None = None) -> RunNumbers:
+    """Return what a run, finished or not, has to be drawn.
+
+    Args:
+        run: Its folder.
+        weight: The matrix whose synapse scale is wanted: ``3.down_proj``; default: the one with a
+            link that changed most.
+
+    Raises:
+        InputError: when the folder is not a run, or has no such weight.
+    """
+    recipe = recipe_of(run)
+    left_out: list[str] = []
+    log = list(read_log(run))
+    curves = {key: _curve(log, key) for key in ("loss", "eval_loss", "learning_rate")}
+    if curves["loss"] is None:
+        left_out.append("losses: no step is in log.jsonl yet")
+    gammas = synapse = None
+    try:
+        gammas, synapse = _scales(adapter_of(run), recipe.base, weight, left_out)
+    except WeightError:
+        raise
+    except SanError as error:
+        left_out.append(f"neuron scales: {error}")
+    scores = _scores(run, left_out)
+    return RunNumbers(
+        f"{recipe.name}: {recipe.method.name} over {Path(recipe.base.model).name}",
+        curves["loss"],
+        curves["eval_loss"],
+        curves["learning_rate"],
+        gammas,
+        synapse,
+        scores,
+        tuple(left_out),
+    )
+
+
+class WeightError(InputError):
+    """A weight that was asked for, and is not there or has no synapse scale."""
+
+
+def _curve(log: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
+    """Return one quantity of the log; what is null or no number is not counted."""
+    points = []
+    for entry in log:
+        with suppress(ValueError, KeyError, TypeError):
+            points.append((entry["step"], float(entry[key])))
+    found = [point for point in points if np.isfinite(point[1])]
+    if not found:
+        return None
+    steps, values = zip(*found, strict=True)
+    return Curve(np.array(steps), np.array(values))
+
+
+def _scales(
+    adapter: Path, base: Base, weight: str | None, left_out: list[str]
+) -> tuple[Mapping[str, Numbers], SynapseScale | None]:
+    opened = open_adapter(adapter)
+    options, config = opened.options, config_here(base)
+    source = None if config is None else config.parent
+    if source is None and (options.get("carrier") or "scale") != "scale":
+        raise InputError(
+            f"those of the {options['carrier']} carrier take the base's weights, and {base.model} "
+            "is not on this machine"
+        )
+    if source is None:
+        left_out.append(f"synapse scale: {base.model}, whose config it takes, is not here")
+        return neuron_scales(opened, None), None
+    gammas = neuron_scales(opened, source)
+    graph = propagation_graph(read_json(source / "config.json"), options)
+    linked = {
+        ".".join(map(str, place_of(node.name))): node for node in graph if node.anterior in gammas
+    }
+    if weight is not None and weight not in linked:
+        raise WeightError(
+            f"--weight: {weight!r}: expected a weight with a synapse scale, such as "
+            f"{next(iter(linked), 'none here')}{did_you_mean(weight, linked)}"
+        )
+    if not linked:
+        left_out.append(f"synapse scale: nothing is propagated in the mode {options.get('mode')!r}")
+        return gammas, None
+    own = options.get("mode") != "synapse"
+    scales = [
+        _synapse(node, gammas, own)
+        for node in ([linked[weight]] if weight is not None else linked.values())
+    ]
+    return gammas, max(scales, key=_moved)
+
+
+def _synapse(node: Node, gammas: Mapping[str, Numbers], own: bool) -> SynapseScale:
+    """Return a linked node's scale; its rows are left alone where the mode says so."""
+    assert node.anterior is not None
+    assert node.carry is not None
+    s = carried(gammas[node.anterior], node.carry)
+    gamma = gammas[node.name] if own and node.name in gammas else np.ones(node.d_out)
+    return SynapseScale(node.name, node.anterior, gamma, s)
+
+
+def _moved(scale: SynapseScale) -> float:
+    return float(np.abs(scale.gamma - 1).mean() + np.abs(scale.s - 1).mean())
+
+
+def in_blocks(gammas: Mapping[str, Numbers]) -> tuple[list[str], list[int], dict[Any, Numbers]]:
+    """Return the modules and the blocks that have scales, and the scales by block and module."""
+    placed = {place_of(name): gamma for name, gamma in gammas.items()}
+    known = [EMBEDDING, *PARENTS]
+    modules = sorted({module for _, module in placed}, key=known.index)
+    blocks = sorted({block for block, _ in placed if block is not None})
+    return modules, blocks, placed
+
+
+def block_maps(
+    gammas: Mapping[str, Numbers], *measures: Callable[[Numbers], Any]
+) -> tuple[list[str], list[int], list[Numbers]]:
+    """Return the modules and blocks of a map, and each measure of their gamma.
+
+    A measure's map is (modules, blocks), nan where there is no scale. The embedding is in no block.
+    """
+    modules, blocks, placed = in_blocks(gammas)
+    modules = [name for name in modules if any((block, name) in placed for block in blocks)]
+    cells = [[placed.get((block, module)) for block in blocks] for module in modules]
+    maps = [
+        np.array([[np.nan if g is None else measure(g) for g in line] for line in cells])
+        for measure in measures
+    ]
+    return modules, blocks, maps
+
+
+def _scores(run: Path, left_out: list[str]) -> Scores | None:
+    found = []
+    for file in sorted(run.glob("eval/*/results.json")):
+        try:
+            made = str(read_json(file.with_name("manifest.json")).get("made"))
+            found.append((made, read_json(file)))
+        except InputError as error:
+            left_out.append(f"scores: {error}")
+    found.sort(key=lambda pair: pair[0])
+    after = next((one for _, one in reversed(found) if one.get("adapter")), None)
+    if after is None:
+        left_out.append(f"scores: not evaluated yet: `san-llm eval --adapter {run / 'adapter'}`")
+        return None
+    same = [one for _, one in found if not one.get("adapter") and _comparable(one, after)]
+    before = same[-1] if same else None
+    if before is None:
+        left_out.append("scores of the base: not evaluated so: `san-llm eval --base-only`")
+    try:
+        return _side_by_side(before, after)
+    except (KeyError, TypeError, ValueError):
+        left_out.append(f"scores: not the results of an evaluation: {after.get('output')}")
+        return None
+
+
+def _comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    def rows(results: Mapping[str, Any]) -> list[Any]:
+        return [(task.get("task"), task.get("n")) for task in results.get("tasks", ())]
+
+    return all(one.get(key) == other.get(key) for key in SAME) and rows(one) == rows(other)
+
+
+def _side_by_side(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Scores:
+    def pair(entry: Mapping[str, Any]) -> tuple[float, float | None]:
+        error = entry["standard_error"]
+        return float(entry["accuracy"]), None if error is None else float(error)
+
+    def lost(results: Mapping[str, Any]) -> int:
+        return sum(int(task["unparseable"]) for task in results["tasks"])
+
+    tasks = [
+        Score(
+            str(task["task"]),
+            None if before is None else pair(before["tasks"][number]),
+            pair(task),
+        )
+        for number, task in enumerate(after["tasks"])
+    ]
+    if len(tasks) > 1:
+        old = None if before is None else pair(before["average"])
+        tasks.append(Score("average", old, pair(after["average"])))
+    return Scores(
+        tuple(tasks),
+        sum(int(task["n"]) for task in after["tasks"]),
+        str(after["data"]),
+        str(after["protocol"]),
+        (None if before is None else lost(before), lost(after)),
+    )

@@ -1,0 +1,115 @@
+"""The page itself: one HTML file that asks the network for nothing and runs no script.
+
+Whatever comes from files goes through :func:`_shown` and the template's escaping, and the page's
+content policy forbids what could have slipped through both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from san_llm import __version__
+from san_llm.errors import InputError
+from san_llm.evaluate.compare import LEVEL, RESAMPLES
+from san_llm.evaluate.compare_tables import Grid
+from san_llm.files import write_text
+from san_llm.look.evaluations import read_evaluations, table
+from san_llm.look.facts import read_facts
+from san_llm.look.side_by_side import side_by_side
+from san_llm.look.story import Part, tell
+from san_llm.protocol.published import QUOTED
+from san_llm.shown import escaped, masked
+
+PAGE = "report.html"
+_NUMERIC = frozenset("+-0123456789")
+
+
+def default_output(runs: Sequence[Path]) -> Path:
+    """Return where a page goes unless told otherwise: into its run, or for several here."""
+    return runs[0] / PAGE if len(runs) == 1 else Path(PAGE)
+
+
+def refuse_page(output: Path, overwrite: bool) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
+            its folder should be.
+    """
+    above = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise InputError(f"{output}: {above.name} is not a folder")
+    if output.is_dir():
+        raise InputError(f"{output}: a folder stands there; expected a file to write to")
+    if os.path.lexists(output) and not overwrite:
+        raise InputError(f"{output}: is there already; add --overwrite to replace it")
+
+
+def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> list[Part]:
+    """Write the page of one run, or of several side by side, and return what it says of each.
+
+    Args:
+        runs: Their folders.
+        output: The file, which appears whole.
+        overwrite: Replace what is there.
+
+    Raises:
+        InputError: when a folder is not a run or is damaged, or ``output`` is in the way.
+    """
+    refuse_page(output, overwrite)
+    facts = [read_facts(run) for run in runs]
+    read = [read_evaluations(one) for one in facts]
+    parts = []
+    for number, (one, (own, wrong)) in enumerate(zip(facts, read, strict=True)):
+        others = [
+            evaluated
+            for other, (found, _) in zip(facts, read, strict=True)
+            if other is not one and other.recipe.base == one.recipe.base
+            for evaluated in found
+        ]
+        parts.append(tell(number, one, own, others, wrong))
+    text = (
+        _environment()
+        .get_template("page.html")
+        .render(parts=parts, both=side_by_side(parts) if len(parts) > 1 else None)
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, text)
+    return parts
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.globals.update(
+        table=table,
+        text_columns=_text_columns,
+        version=__version__,
+        quoted=QUOTED,
+        resamples=RESAMPLES,
+        level=LEVEL,
+    )
+    return environment
+
+
+def _text_columns(grid: Grid) -> set[int]:
+    """Return the columns in which nothing begins as a number does."""
+    columns = range(len(grid.header))
+    return {n for n in columns if not any(row[n][:1] in _NUMERIC for row in grid.rows if row[n])}
+
+
+def _shown(value: Any) -> Any:
+    """Return a value as a page may show it: no secrets, and characters that hide as escapes."""
+    return value if isinstance(value, Markup) else escaped(masked(str(value)), kept="\n")

@@ -1,0 +1,444 @@
+"""The drawings of a run, as matplotlib figures: for ``san-llm show`` and for reports.
+
+Readable without colour: maps of shares and sizes grow darker steadily, a side of 1 is told by place
+or by a sign as well, curves differ in their marks. A title says what is seen, in numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from san_llm.architectures.lookup import place_of
+from san_llm.errors import InputError
+from san_llm.files import whole_folder
+from san_llm.look.numbers import (
+    Curve,
+    RunNumbers,
+    Scores,
+    SynapseScale,
+    block_maps,
+    in_blocks,
+    numbers_of,
+)
+from san_llm.models.weights import Numbers
+from san_llm.san.formulas import STILL
+from san_llm.shown import plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+ABOVE, BELOW, INK, SOFT = "#b35806", "#542788", "#222222", "#767676"  # PuOr's two ends, two greys
+MORE, LESS, FAR = "Oranges", "Purples", "Greys"  # pale to dark, in grey and to every eye
+SIDES = "PuOr_r"  # purple below 1, orange above
+POINTS = 400  # rows and columns of a weight's map at most
+LONG = 400  # steps
+DPI = 150
+GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+    "text.parse_math": False,  # a name may have a dollar sign
+    "svg.hashsalt": "san-llm",  # the same numbers, the same file
+    "svg.fonttype": "path",
+    "path.simplify": True,
+}
+
+
+def draw(run: Path, weight: str | None = None) -> dict[str, Figure]:
+    """Return the drawings that a run has the data for, by name.
+
+    Args:
+        run: Its folder.
+        weight: See :func:`san_llm.look.numbers.numbers_of`.
+
+    Raises:
+        InputError: when the folder is not a run, or matplotlib is not installed.
+    """
+    return figures(numbers_of(run, weight))
+
+
+def figures(numbers: RunNumbers) -> dict[str, Figure]:
+    """Return a drawing for each thing that there are numbers of: loss, gamma, ... by name.
+
+    Raises:
+        InputError: when matplotlib is not installed.
+    """
+    check_matplotlib()
+    drawn: dict[str, Figure] = {}
+    with _style():
+        if numbers.train_loss is not None:
+            drawn["loss"] = _loss(numbers, numbers.train_loss)
+        if numbers.gammas is not None:
+            drawn["gamma"] = _gamma(numbers.gammas)
+            drawn["distribution"] = _distribution(numbers.gammas)
+        if numbers.synapse is not None:
+            drawn["synapse"] = _synapse(numbers.synapse)
+        if numbers.scores is not None:
+            drawn["scores"] = _scores(numbers.scores)
+        for figure in drawn.values():
+            caption: dict[str, Any] = {"ha": "right", "va": "bottom", "size": 9, "color": SOFT}
+            figure.text(0.995, 0.005, plain(numbers.title), **caption)
+            # Laid out once, and rounded: the layout's last digits are never the same.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            for axis in figure.axes:
+                left, bottom, width, height = axis.get_position(original=True).bounds
+                axis.set_position([round(at, 5) for at in (left, bottom, width, height)])  # type: ignore[arg-type]
+    return drawn
+
+
+def check_matplotlib() -> None:
+    """Refuse to draw without matplotlib.
+
+    Raises:
+        InputError: saying how to get it.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401  # found, or not
+    except ImportError:
+        raise InputError(
+            "drawings need matplotlib: `pip install 'san-llm[plots]'` gets it"
+        ) from None
+
+
+def as_svg(figure: Figure) -> str:
+    """Return a figure as one ``<svg>`` element, the same for the same figure; text is paths."""
+    text = io.StringIO()
+    title = figure.get_suptitle()
+    # What is None here is not written: no date, and no address of a metadata scheme.
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with _style():
+        figure.savefig(text, format="svg", metadata={**nothing, "Title": title})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]  # without the prolog, whose doctype is an address
+
+
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    image = io.BytesIO()
+    with _style():
+        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
+    return image.getvalue()
+
+
+def save(numbers: RunNumbers, folder: Path, overwrite: bool) -> list[Path]:
+    """Write every drawing as PNG and SVG into a folder, which appears whole, and return the files.
+
+    Raises:
+        InputError: when there is nothing to draw, the folder has files and ``overwrite`` is not
+            set, or they are not drawings; or without matplotlib.
+    """
+    drawn = figures(numbers)
+    if not drawn:
+        raise InputError(f"nothing to draw yet: {'; '.join(numbers.left_out)}")
+    if folder.is_dir():
+        strange = [path.name for path in folder.iterdir() if path.suffix not in (".png", ".svg")]
+        if strange:
+            raise InputError(f"{folder}: {min(strange)} is in it, which is no drawing")
+    with whole_folder(folder, overwrite) as temporary:
+        for name, figure in drawn.items():
+            (temporary / f"{name}.png").write_bytes(as_png(figure))
+            (temporary / f"{name}.svg").write_text(as_svg(figure), encoding="utf-8")
+    return [folder / f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()  # a user's own style is for their drawings
+        mpl.rcParams.update(STYLE)
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in another script
+        yield
+
+
+def _new(width: float, height: float, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0, 0.035, 1, 0.965))  # type: ignore[union-attr, call-arg]
+    figure.suptitle(title, x=0.01, ha="left", size=13)
+    return figure
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _loss(numbers: RunNumbers, train: Curve) -> Figure:
+    held_out, rate = numbers.held_out_loss, numbers.learning_rate
+    title = f"Training loss went from {train.values[0]:.3g} to {train.values[-1]:.3g}"
+    title += f" in {int(train.steps[-1]):,} steps"
+    if held_out is not None:
+        best = int(held_out.values.argmin())
+        title += f"; held-out at best {held_out.values[best]:.3g}"
+    figure = _new(8, 5, title)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    thin = 1.4 if len(train.steps) < LONG else 0.5  # a long noisy curve would hide the other
+    top.plot(train.steps, train.values, color=BELOW, lw=thin, label="training, each step's batch")
+    if held_out is not None:
+        last: dict[str, Any] = {
+            "color": ABOVE,
+            "ls": "--",
+            "marker": "o",
+            "ms": 7 if len(held_out.steps) < 20 else 4,
+            "label": "held-out rows",
+        }
+        top.plot(held_out.steps, held_out.values, **last)
+    top.legend(frameon=False)
+    if min(curve.values.min() for curve in (train, held_out) if curve is not None) > 0:
+        top.set_yscale("log")
+        for axis in (top.yaxis.set_major_formatter, top.yaxis.set_minor_formatter):
+            axis(_plain_ticks())
+        top.set_ylabel("loss (nats a token, log scale)")
+    else:
+        top.set_ylabel("loss (nats a token)")
+    top.grid(axis="y", color="#dddddd", lw=0.6)
+    if rate is not None:
+        below.plot(rate.steps, rate.values, color=INK, lw=1.4)
+    below.set_ylim(bottom=0)
+    below.set_ylabel("learning\nrate")
+    below.set_xlabel("optimizer step")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _plain_ticks() -> Any:
+    """Return a formatter for a log axis that writes 0.2 and 1, and leaves some in-betweens out."""
+    from matplotlib.ticker import FuncFormatter
+
+    def shown(value: float, _: object) -> str:
+        digit = round(value / 10 ** np.floor(np.log10(value) + 1e-9))
+        return f"{value:g}" if digit in (1, 2, 3, 5) else ""
+
+    return FuncFormatter(shown)
+
+
+def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
+    """Draw what the paper does of LTP and LTD: a cell for each module of each block."""
+    modules, blocks, maps = block_maps(
+        gammas,
+        lambda g: 100 * (g > 1 + STILL).mean(),
+        lambda g: 100 * (g < 1 - STILL).mean(),
+        lambda g: np.abs(g - 1).mean(),
+        lambda g: g.mean(),
+    )
+    more, less, far, mean = (found.T for found in maps)  # (blocks, modules): drawn upwards
+    every = np.concatenate(list(gammas.values()))
+    title = f"{_percent((every > 1 + STILL).mean())} of the channels potentiated, "
+    title += f"{_percent((every < 1 - STILL).mean())} depressed; "
+    title += f"{GAMMA} is on average {np.abs(every - 1).mean():.2g} away from 1"
+    figure = _new(11, max(4.5, min(10, 3 + 0.14 * len(blocks))), title)
+    panels = figure.subplots(1, 4, sharey=True)
+
+    shares = _limits(np.stack([more, less]))  # one scale for the two that belong together
+    minus = "\N{MINUS SIGN}"
+    for panel, label, colours, grid, norm in zip(
+        panels,
+        (
+            f"LTP: channels\nwith {GAMMA} > 1 (%)",
+            f"LTD: channels\nwith {GAMMA} < 1 (%)",
+            f"distance from 1:\nmean |{GAMMA} {minus} 1|",
+            f"mean {GAMMA}\n(+ above, {minus} below 1)",
+        ),
+        (MORE, LESS, FAR, SIDES),
+        (more, less, far, mean),
+        (shares, shares, _limits(far), _around_one(mean)),
+        strict=True,
+    ):
+        image = panel.imshow(
+            grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", origin="lower"
+        )
+        bar = figure.colorbar(image, ax=panel, location="bottom", pad=0.02)
+        bar.ax.locator_params(nbins=3)
+        panel.set_title(label)
+        panel.set_xticks(range(len(modules)), [_short(name) for name in modules], rotation=90)
+    _mark_sides(panels[-1], mean)
+    step = max(1, round(len(blocks) / 8))
+    shown = range(0, len(blocks), step)
+    panels[0].set_yticks(list(shown), [str(blocks[at]) for at in shown])
+    panels[0].set_ylabel("block (0 is next to the embedding)")
+    return figure
+
+
+def _short(module: str) -> str:
+    return module.removesuffix("_proj").replace("embed_tokens", "embed")
+
+
+def _limits(grid: Numbers) -> Any:
+    from matplotlib.colors import Normalize
+
+    return Normalize(float(np.nanmin(grid)), float(np.nanmax(grid)))
+
+
+def _around_one(grid: Numbers) -> Any:
+    from matplotlib.colors import CenteredNorm
+
+    widest = float(np.nanmax(np.abs(grid - 1)))
+    return CenteredNorm(1, max(widest, STILL))
+
+
+def _mark_sides(panel: Any, grid: Numbers) -> None:
+    """Write the side of 1 into each cell, which a diverging map does not tell in grey."""
+    widest = np.nanmax(np.abs(grid - 1))
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value) and abs(value - 1) > max(STILL, widest / 10):
+            sign = "+" if value > 1 else "\N{MINUS SIGN}"
+            ink = "white" if abs(value - 1) > 0.55 * widest else INK
+            panel.text(column, row, sign, ha="center", va="center", size=7, color=ink)
+
+
+def _distribution(gammas: Mapping[str, Numbers]) -> Figure:
+    modules, _, placed = in_blocks(gammas)
+    kinds = {
+        module: np.concatenate([g for (_, name), g in placed.items() if name == module])
+        for module in modules
+    }
+    every = np.concatenate(list(kinds.values()))
+    low, high = np.quantile(every, [0.025, 0.975])
+    far = max(kinds, key=lambda module: float(np.abs(kinds[module] - 1).max()))
+    furthest = kinds[far][np.abs(kinds[far] - 1).argmax()]
+    title = f"95 % of the {GAMMA} lie between {low:.3f} and {high:.3f}; "
+    title += f"the furthest is {furthest:.3f}, in {_short(far)}"
+    width = max(float(np.quantile(np.abs(values - 1), 0.999)) for values in kinds.values())
+    edges = np.linspace(1 - 1.05 * max(width, STILL), 1 + 1.05 * max(width, STILL), 81)
+    columns = min(4, len(modules))
+    lines = -(-len(modules) // columns)
+    figure = _new(2.6 * columns, 1 + 2.2 * lines, title)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    for panel, module in zip(panels.flat, modules, strict=False):
+        values = kinds[module]
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        shares = 100 * counts / len(values)
+        middle = (edges[1:] + edges[:-1]) / 2
+        for side, colour in ((middle < 1, BELOW), (middle > 1, ABOVE)):
+            panel.fill_between(middle, np.where(side, shares, 0), step="mid", color=colour, lw=0)
+        panel.axvline(1, color=INK, lw=1)
+        panel.set_title(_short(module), weight="bold")
+        panel.set_ylim(0, 1.35 * shares.max())
+        for x, name, share in (
+            (0.02, "LTD", (values < 1 - STILL).mean()),
+            (0.98, "LTP", (values > 1 + STILL).mean()),
+        ):
+            told = f"{name}\n{_percent(share)}"
+            end = "left" if x < 0.5 else "right"
+            panel.text(x, 0.98, told, transform=panel.transAxes, ha=end, va="top", size=10)
+        panel.locator_params(axis="y", nbins=3)
+        panel.locator_params(axis="x", nbins=3)
+        panel.tick_params(labelbottom=True)
+    for panel in list(panels.flat)[len(modules) :]:
+        panel.set_visible(False)
+    figure.supxlabel(f"neuron scale {GAMMA} of a channel; all blocks", size=11)
+    figure.supylabel("share of channels (%)", size=11)
+    return figure
+
+
+def _synapse(scale: SynapseScale) -> Figure:
+    """Draw the factor of each weight, rows and columns sorted, with the two vectors beside it."""
+    rows, columns = _thinned(scale.gamma), _thinned(scale.s)
+    factors = scale.gamma[:, None] * _thinned(scale.s)  # one side thinned is precise enough
+    up = float((factors > 1 + STILL).mean())
+    block, name = place_of(scale.module)
+    fed, anterior = place_of(scale.anterior)
+    where = "" if block is None else f"of block {block}"
+    title = f"{_short(name)} {where}: {_percent(up)} of its weights are strengthened, "
+    title += f"{_percent(float((factors < 1 - STILL).mean()))} weakened"
+    figure = _new(8.5, 6.5, title)
+    grid = figure.add_gridspec(2, 2, width_ratios=[1, 4.5], height_ratios=[1, 4.5])
+    panel = figure.add_subplot(grid[1, 1])
+    left = figure.add_subplot(grid[1, 0], sharey=panel)
+    top = figure.add_subplot(grid[0, 1], sharex=panel)
+    high, wide = len(scale.gamma), len(scale.s)
+    shown = rows[:, None] * columns
+    image = panel.imshow(
+        shown, cmap=SIDES, norm=_around_one(shown), aspect="auto", extent=(0, wide, 0, high)
+    )
+    across = (np.arange(len(columns)) + 0.5) * wide / len(columns)
+    along = (np.arange(len(rows)) + 0.5) * high / len(rows)
+    if shown.min() < 1 < shown.max() and min(shown.shape) > 1:
+        lines = panel.contour(across, along[::-1], shown, levels=[1], colors=INK, linewidths=1.2)
+        panel.clabel(lines, fmt={1: "1 (unchanged)"}, fontsize=10)
+    for corner, x, y, end, bottom in (
+        (shown[0, 0], 0.03, 0.96, "left", "top"),
+        (shown[-1, -1], 0.97, 0.04, "right", "bottom"),
+    ):
+        told = "strengthened" if corner > 1 else "weakened"
+        look: dict[str, Any] = {"ha": end, "va": bottom, "color": "white", "weight": "bold"}
+        if abs(corner - 1) > 0.7 * np.abs(shown - 1).max():  # dark enough to be written on
+            panel.text(x, y, told, transform=panel.transAxes, **look)
+    left.plot(rows, along[::-1], color=INK, lw=1.4)
+    left.axvline(1, color=SOFT, lw=0.8, ls=":")
+    left.set_xlabel(f"{GAMMA} of {_short(name)}")
+    left.set_ylabel(f"rows: outputs, by {GAMMA}")
+    top.plot(across, columns, color=INK, lw=1.4)
+    top.axhline(1, color=SOFT, lw=0.8, ls=":")
+    source = f"{_short(anterior)}" + ("" if fed == block else f"\nof block {fed}")
+    top.set_ylabel(f"s: {GAMMA} of\n{source}")
+    panel.set_xlabel("columns: inputs, by s")
+    for axis in (top, panel):
+        axis.tick_params(labelbottom=axis is panel)
+    panel.tick_params(labelleft=False)
+    figure.colorbar(image, ax=[panel], label=f"a weight's factor {GAMMA} \N{MULTIPLICATION SIGN} s")
+    return figure
+
+
+def _thinned(values: Numbers) -> Numbers:
+    """Return values sorted downwards, as at most ``POINTS`` quantiles: none is averaged away."""
+    ordered = np.sort(values)[::-1]
+    places = np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered)))
+    thinned: Numbers = ordered[np.round(places).astype(int)]
+    return thinned
+
+
+def _scores(scores: Scores) -> Figure:
+    tasks = scores.tasks
+    last = tasks[-1]
+    many = f"over {len(tasks) - 1} tasks" if len(tasks) > 1 else f"on {last.task}"
+    title = f"{100 * last.after[0]:.1f} % right {many}"
+    if last.before is not None:
+        title += f", where the base has {100 * last.before[0]:.1f} %"
+    figure = _new(8.5, 1.9 + 0.42 * len(tasks), title)
+    axis = figure.subplots()
+    places = np.arange(len(tasks))[::-1].astype(float)
+    sides = [("with adapter", [task.after for task in tasks], "s", ABOVE, ABOVE, 0.12)]
+    if last.before is not None:
+        before = [task.before for task in tasks if task.before is not None]
+        sides.insert(0, ("base", before, "o", "white", INK, -0.12))
+    for (name, found, marker, fill, ink, shift), lost in zip(
+        sides, scores.no_answer[-len(sides) :], strict=True
+    ):
+        label = f"{name}: no answer in {lost} of {scores.rows} outputs"
+        axis.errorbar(
+            [100 * value for value, _ in found],
+            places - shift,
+            xerr=[100 * (error or 0) for _, error in found],
+            label=label if scores.protocol == "generate" else name,
+            fmt=marker,
+            ms=7,
+            mfc=fill,
+            color=ink,
+            capsize=3,
+            lw=1.3,
+        )
+    if len(tasks) > 1:
+        axis.axhline(0.5, color=SOFT, lw=0.8)
+    axis.set_yticks(places, [plain(task.task) for task in tasks])
+    axis.set_ylim(-0.6, len(tasks) - 0.4)
+    axis.set_xlim(-1, 101)
+    axis.set_xlabel(f"accuracy on {plain(scores.data)} (%); bars: one standard error either way")
+    axis.grid(axis="x", color="#dddddd", lw=0.6)
+    axis.set_axisbelow(True)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, ncols=2, fontsize=10)
+    return figure

@@ -1,0 +1,257 @@
+"""What the page says of one run: its story in three sentences, tables, and what is not there."""
+
+from __future__ import annotations
+
+import shlex
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from san_llm.errors import InputError
+from san_llm.evaluate.compare import LEVEL
+from san_llm.evaluate.compare_tables import Grid, label, p_value, points
+from san_llm.look.evaluations import Evaluated, Judgement, evenly, judge, overview
+from san_llm.look.facts import Facts, Missing
+from san_llm.look.numbers import numbers_of
+from san_llm.look.plots import as_svg, check_matplotlib, figures
+from san_llm.look.repeat import Step, steps
+from san_llm.recipe.schema import leaves
+from san_llm.shown import duration, percent, shown, with_error
+
+LOSSES = 12  # rows of the table beside the curves
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page says of one run.
+
+    Attributes:
+        label: ``A``, ``B``, ... where there are several.
+        facts: From its files.
+        story: What was done, in three sentences.
+        drawings: By name; those that its data allow.
+        losses: Some of them, a token; None where nothing was logged.
+        costs: Time and memory.
+        scales: What happened to the neuron scales, by module; None where they are not known.
+        evaluations: Every one, in a table; None where there is none.
+        judgements: Those of the adapter, beside the base's.
+        manifest: All of it, by dotted keys; None where training has not begun.
+        repeat: What makes all of it again.
+        missing: What is not there.
+    """
+
+    label: str
+    facts: Facts
+    story: tuple[str, ...]
+    drawings: Mapping[str, Drawing]
+    losses: Grid | None
+    costs: Grid
+    scales: Grid | None
+    evaluations: Grid | None
+    judgements: tuple[Judgement, ...]
+    manifest: Grid | None
+    repeat: tuple[Step, ...]
+    missing: tuple[Missing, ...]
+
+
+def tell(
+    number: int,
+    facts: Facts,
+    own: Sequence[Evaluated],
+    others: Sequence[Evaluated],
+    wrong: Sequence[Missing],
+) -> Part:
+    """Return what the page says of a run.
+
+    Args:
+        number: Its place among the runs, from 0.
+        facts: From its files.
+        own: Its evaluations.
+        others: Those of other runs over the same base.
+        wrong: What is wrong with evaluations that are left out.
+    """
+    judgements = judge(own, others)
+    drawn, undrawn = drawings(facts)
+    return Part(
+        label=label(number),
+        facts=facts,
+        story=(_done(facts), _came_to(facts), *(_scored(one) for one in judgements[-1:])),
+        drawings=drawn,
+        losses=_losses(facts),
+        costs=_costs(facts),
+        scales=_scales(facts),
+        evaluations=overview(own) if own else None,
+        judgements=tuple(judgements),
+        manifest=_manifest(facts),
+        repeat=tuple(steps(facts, own)),
+        missing=(*facts.missing, *wrong, *_not_judged(facts, judgements), *undrawn),
+    )
+
+
+def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
+    adapter = facts.folder / "adapter"
+    if not judgements and facts.run.status == "finished":
+        told = "Its adapter was not evaluated."
+        return [Missing(told, shlex.join(["san-llm", "eval", "--adapter", str(adapter)]))]
+    found = []
+    for one in judgements:
+        if one.base is not None:
+            continue
+        command = one.adapter.command.replace("san-llm eval", "san-llm eval --base-only", 1)
+        if not facts.run.latest:  # --base-only is of the last run
+            command = (
+                f'ln -sfn "$(realpath {shlex.quote(str(facts.folder))})" runs/latest && {command}'
+            )
+        name = one.adapter.stored.folder.name
+        told = f"The base was not asked the questions of the evaluation {name}, so nothing tells"
+        found.append(Missing(f"{told} what training gained.", command))
+    return found
+
+
+def _done(facts: Facts) -> str:
+    recipe, metrics = facts.recipe, facts.metrics
+    training = recipe.training
+    begun = f"{facts.method} over {recipe.base.model}"
+    if recipe.base.quantization is not None:
+        begun += f" in {recipe.base.quantization}"
+    if metrics is None:
+        return f"{begun}, to be trained on {facts.data} in steps of {training.batch_size:,} rows."
+    return (
+        f"{begun}: {metrics.trained_numbers:,} numbers trained in {metrics.steps:,} steps of "
+        f"{training.batch_size:,} rows, on {metrics.rows:,} rows of {facts.data}."
+    )
+
+
+def _came_to(facts: Facts) -> str:
+    metrics, manifest = facts.metrics, facts.manifest
+    if metrics is None or facts.run.status != "finished":
+        return f"Training is not finished: {facts.run.status} after step {facts.run.steps:,}."
+    count = manifest.processes
+    steps = f"The steps from {metrics.resumed_at + 1:,} on" if metrics.resumed_at else "It"
+    took = f"{steps} took {duration(metrics.seconds)} on {manifest.device or 'an unknown device'}, "
+    took += "1 process" if count == 1 else f"{count} processes ({manifest.engine})"
+    if metrics.held_out_loss is None:
+        return f"{took}; the mean training loss was {metrics.train_loss:.4f} a token."
+    return (
+        f"{took}; the loss on held-out rows came to {metrics.held_out_loss:.4f} a token, at step "
+        f"{metrics.best_step:,}, whose weights were kept."
+    )
+
+
+def _scored(judgement: Judgement) -> str:
+    results = judgement.adapter.stored.results
+    count = len(judgement.adapter.stored.rows)
+    tasks = len(results["tasks"])
+    asked = f"over {tasks} tasks" if tasks > 1 else f"on {results['tasks'][0]['task']}"
+    asked += f" ({count:,} rows of {Path(str(results['data'])).name})"
+    if not judgement.comparisons:
+        average = results["average"]
+        return f"Accuracy {asked}: {_percent(average['accuracy'], average['standard_error'])}."
+    base, adapted = judgement.comparisons[0].runs
+    found = adapted.differences[-1]
+    interval = f"{LEVEL:.0%} interval {points(found.low)} to {points(found.high)}"
+    return (
+        f"Accuracy {asked}: {_percent(*base.accuracies['average'])} before, "
+        f"{_percent(*adapted.accuracies['average'])} after; {points(found.difference)} points "
+        f"({interval}; McNemar's p over all rows {p_value(found.p)})."
+    )
+
+
+def _percent(accuracy: float, error: float | None) -> str:
+    return f"{with_error(accuracy, error)} %"
+
+
+def _losses(facts: Facts) -> Grid | None:
+    """Return the held-out losses, each with its step's training loss, or that of some steps."""
+    trained = {entry["step"]: entry for entry in facts.log if "loss" in entry}
+    judged = {entry["step"]: entry for entry in facts.log if "eval_loss" in entry}
+    chosen = evenly(sorted(judged or trained), LOSSES)
+    rows = tuple(
+        (
+            f"{step:,}",
+            _number(trained.get(step, {}), "loss", ".4f"),
+            _number(judged.get(step, {}), "eval_loss", ".4f"),
+            _number(trained.get(step, {}), "learning_rate", ".2e"),
+        )
+        for step in chosen
+    )
+    header = ("step", "training loss", "held-out loss", "learning rate")
+    return Grid("Losses, a token", header, rows) if rows else None
+
+
+def _number(entry: Mapping[str, Any], key: str, how: str) -> str:
+    found = entry.get(key)
+    return format(found, how) if isinstance(found, (int, float)) else "-"
+
+
+def _manifest(facts: Facts) -> Grid | None:
+    rows = tuple((key, shown(value)) for key, value in leaves(dict(facts.written)).items())
+    return Grid("manifest.json", ("key", "value"), rows) if rows else None
+
+
+def _costs(facts: Facts) -> Grid:
+    metrics, run = facts.metrics, facts.run
+    rows = [("optimizer steps", f"{run.steps:,}")]
+    if metrics is not None:
+        done = metrics.steps - metrics.resumed_at
+        peak = metrics.peak_memory
+        rows += [
+            ("of them timed", f"{done:,} (a resume times its own)"),
+            ("training time", f"{duration(metrics.seconds)}, held-out losses included"),
+            ("a step", f"{metrics.seconds / done:.2f} s" if done else "-"),
+            ("peak memory of a process", "not recorded" if peak is None else decimal(peak)),
+            ("rows dropped", f"{metrics.dropped_rows:,} (the cutoff took the whole response)"),
+            ("rows cut", f"{metrics.cut_rows:,} (the cutoff took the response's end)"),
+            ("batches skipped", f"{metrics.skipped_batches:,}"),
+        ]
+    weights = facts.folder / "adapter" / "adapter_model.safetensors"
+    if weights.is_file():
+        rows.append(("adapter", decimal(weights.stat().st_size)))
+    rows.append(("the run's folder", decimal(run.bytes)))
+    return Grid("Time and memory", ("what", "how much"), tuple(rows))
+
+
+def _scales(facts: Facts) -> Grid | None:
+    if facts.scales is None:
+        return None
+    rows = tuple(
+        (
+            *(change.module, f"{change.channels:,}"),
+            *(percent(change.potentiated), percent(change.depressed)),
+            "-" if change.mean_change is None else f"{change.mean_change:.4f}",
+        )
+        for change in [*facts.scales.modules, facts.scales.total]
+    )
+    header = ("module", "channels", "potentiated, %", "depressed, %", "mean |gamma - 1|")
+    return Grid("Neuron scales over all blocks", header, rows)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing.
+
+    Attributes:
+        title: What is seen, for who cannot see it.
+        source: A ``data:`` address with the SVG: as a picture it can neither run a script nor
+            disturb the page, and its names are its own.
+    """
+
+    title: str
+    source: str
+
+
+def drawings(facts: Facts) -> tuple[dict[str, Drawing], list[Missing]]:
+    """Return what can be drawn of a run, by name, and what hinders it."""
+    try:
+        check_matplotlib()
+    except InputError as error:
+        return {}, [Missing(f"It has no drawings: {error}.")]
+    drawn = {}
+    for name, figure in figures(numbers_of(facts.folder)).items():
+        encoded = b64encode(as_svg(figure).encode()).decode()
+        drawn[name] = Drawing(figure.get_suptitle(), f"data:image/svg+xml;base64,{encoded}")
+    return drawn, []

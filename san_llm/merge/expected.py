@@ -1,0 +1,187 @@
+"""Merged weights against the method's formula, worked out a second time in fp64 from the files.
+
+Nothing of the merge's own arithmetic is used: row norms are those of the dense matrix, scales are
+repeated head by head, and every tensor of the checkpoint is looked at, touched or not. Some rows at
+a time, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from san_llm.architectures.decoders import EMBEDDING
+from san_llm.errors import InputError, SanError
+from san_llm.models.adapter import Adapter
+from san_llm.models.weights import (
+    Numbers,
+    Stored,
+    read_checkpoint,
+    read_rows,
+    row_blocks,
+)
+from san_llm.san.graph import Node, propagation_graph
+
+# Half a step of the last place, relative; and the smallest number with all its places.
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+SMALLEST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
+ARITHMETIC = 1e-5  # what products and norms in fp32 add to that
+
+# The rows from one number to another of a tensor of the base, in fp32; None where it has none.
+BaseRows = Callable[[str, int, int], Numbers | None]
+
+
+def stored_rows(base: Path) -> BaseRows:
+    """Return the reader of a full-precision checkpoint's rows."""
+    stored = {tensor.name: tensor for tensor in read_checkpoint(base)}
+
+    def rows(name: str, first: int, last: int) -> Numbers | None:
+        return read_rows(stored[name], first, last) if name in stored else None
+
+    return rows
+
+
+class Expected:
+    """The neuron scales of an adapter and the rows of the merged model, in fp64."""
+
+    def __init__(self, base: BaseRows, config: Mapping[str, Any], adapter: Adapter) -> None:
+        """Open a SAN adapter; the arguments are those of :func:`weight_errors`."""
+        self._base, self._options = base, adapter.options
+        self._nodes = {node.name: node for node in propagation_graph(config, adapter.options)}
+        self._vectors = adapter.tensors
+        self._wide: dict[str, Numbers | None] = {}
+        self._known: dict[str, tuple[Numbers | float, Numbers | float]] = {}
+
+    def _vector(self, name: str) -> Numbers | None:
+        if name not in self._wide:
+            tensor = self._vectors.get(name)
+            self._wide[name] = None if tensor is None else read_rows(tensor).astype(np.float64)
+        return self._wide[name]
+
+    def _adapted(self, node: Node, first: int, last: int) -> tuple[Numbers, Numbers]:
+        """Return rows of W and of W + (alpha / r) B A."""
+        rows = self._base(f"{node.name}.weight", first, last)
+        if rows is None:
+            raise InputError(f"the base has no {node.name}.weight")
+        weight = rows.astype(np.float64)
+        if not node.rank:
+            return weight, weight
+        a, b = self._vector(f"{node.name}.san_lora_A"), self._vector(f"{node.name}.san_lora_B")
+        if a is None or b is None:
+            raise InputError(f"the adapter has no low-rank matrices for {node.name}")
+        factor = self._options["lora_alpha"] / self._options["r"]
+        return weight, weight + factor * (b[first:last] @ a)
+
+    def _scales(self, node: Node) -> tuple[Numbers | float, Numbers | float]:
+        """Return ``(what rows are multiplied by, gamma)`` of a node, (d_out,) or 1."""
+        if node.name not in self._known:
+            self._known[node.name] = self._computed(node)
+        return self._known[node.name]
+
+    def _computed(self, node: Node) -> tuple[Numbers | float, Numbers | float]:
+        synapse = self._options.get("mode") == "synapse"
+        if node.carrier == "scale":
+            gamma = self._vector(f"{node.name}.san_gamma")
+            given = 1.0 if gamma is None else gamma
+            return (1.0 if synapse else given), given
+        norms: list[Numbers] = []
+        shape = Stored("", "F32", (node.d_out, node.d_in), Path(), 0, 0)
+        for first, last in row_blocks(shape):
+            both = self._adapted(node, first, last)
+            norms.append(np.stack([np.linalg.norm(rows, axis=1) for rows in both]))
+        norm, adapted = np.concatenate(norms, axis=1)
+        if node.carrier == "lora":
+            return (norm / adapted if synapse else 1.0), adapted / norm
+        magnitude = self._vector(f"{node.name}.san_magnitude")
+        if magnitude is None:
+            return norm / adapted, 1.0
+        return (norm if synapse else magnitude) / adapted, magnitude / norm
+
+    def gamma(self, node: Node) -> Numbers | None:
+        """Return the neuron scale (d_out,) of a node, or None where it has none."""
+        gamma = self._scales(node)[1]
+        return None if isinstance(gamma, float) else gamma
+
+    def _columns(self, node: Node) -> Numbers | float:
+        if node.anterior is None or node.carry is None:
+            return 1.0
+        gamma = self._scales(self._nodes[node.anterior])[1]
+        if isinstance(gamma, float):
+            return gamma
+        start, stop, groups, head = node.carry
+        heads = [gamma[at : at + head] for at in range(start, stop, head)] if groups > 1 else []
+        repeated = [one for one in heads for _ in range(groups)]
+        return np.concatenate(repeated) if repeated else gamma[start:stop]
+
+    def rows(self, name: str, first: int, last: int) -> Numbers:
+        """Return rows of a merged tensor."""
+        module, _, kind = name.rpartition(".")
+        node = self._nodes.get(module)
+        if name in self._vectors:  # a module that was trained whole
+            return read_rows(self._vectors[name], first, last).astype(np.float64)
+        if node is None or (kind == "weight" and not node.d_in):
+            # An output head that the base ties to its embedding keeps the embedding as it was.
+            source = self._base(name, first, last)
+            if source is None and name == "lm_head.weight":
+                source = self._base(f"model.{EMBEDDING}.weight", first, last)
+            plain = np.zeros(last - first) if source is None else source.astype(np.float64)
+            return plain if node is None else plain * self._scales(node)[0]
+        if kind == "weight":
+            scale = self._scales(node)[0]
+            column = scale if isinstance(scale, float) else scale[first:last, None]
+            return column * self._adapted(node, first, last)[1] * self._columns(node)
+        bias = self._base(name, first, last)
+        beta = self._vector(f"{module}.san_beta")
+        scale = 1.0 if node.rank else self._scales(node)[0]
+        part = scale if isinstance(scale, float) else scale[first:last]
+        whole = np.zeros(last - first) if bias is None else part * bias.astype(np.float64)
+        return whole if beta is None else whole + beta[first:last]
+
+
+def weight_errors(
+    base: BaseRows,
+    config: Mapping[str, Any],
+    adapter: Adapter,
+    merged: Path,
+    dtype: str,
+) -> dict[str, float]:
+    """Return the largest error of each merged tensor, relative to the largest number of its row.
+
+    Args:
+        base: The base's numbers.
+        config: Its ``config.json``.
+        adapter: A SAN adapter.
+        merged: The checkpoint.
+        dtype: The checkpoint's dtype.
+    """
+    expected = Expected(base, config, adapter)
+    errors = {}
+    for tensor in read_checkpoint(merged):
+        largest = 0.0
+        for first, last in row_blocks(tensor):
+            wanted = expected.rows(tensor.name, first, last)
+            off = np.abs(read_rows(tensor, first, last) - wanted)
+            size = np.maximum(np.abs(wanted).max(-1, keepdims=True), SMALLEST[dtype])
+            # Not max(): a NaN is to be kept, not passed over.
+            largest = float(np.maximum(largest, (off / size).max()))
+        errors[tensor.name] = largest
+    return errors
+
+
+def check_errors(merged: Path, errors: Mapping[str, float], dtype: str) -> None:
+    """Refuse a merged checkpoint with a weight that rounding to its dtype does not explain.
+
+    Raises:
+        SanError: naming the worst weight.
+    """
+    allowed = ROUNDING[dtype] + ARITHMETIC
+    wrong = [name for name, error in errors.items() if not error <= allowed]
+    if wrong:
+        worst = max(wrong, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+        raise SanError(
+            f"{merged}: {worst} is {errors[worst]:.3g} of its row's largest number away from the "
+            f"formula where {dtype} allows {allowed:.3g} ({len(wrong)} of {len(errors)} tensors)"
+        )

@@ -1,0 +1,229 @@
+"""What a merge was asked, and all of it checked before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from san_llm.architectures.lookup import check_family
+from san_llm.errors import InputError, check_one_of
+from san_llm.files import read_json, refuse_files
+from san_llm.merge.gguf import KINDS, check_exportable
+from san_llm.models.adapter import Adapter, open_adapter
+from san_llm.models.hub import check_push
+from san_llm.models.locate import Bits, FoundBase, config_here, find_base, stored_bits
+from san_llm.models.subject import Subject, find_subject
+from san_llm.models.weights import DTYPES
+from san_llm.recipe.schema import Base
+from san_llm.runs.folder import adapter_of, last_run
+
+SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
+QUANTIZED = ("dequantize", "keep")
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What a merge is asked for.
+
+    Attributes:
+        subject: An adapter, of any method that PEFT can merge, and its base.
+        output: The folder to make.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; default: the one the base is stored in,
+            bfloat16 for a dequantized one. Of a model in 4 bits, what is not.
+        overwrite: Replace what is in ``output``.
+        verified: Compare with base + adapter before the folder gets its name.
+        shard_size: Bytes that one file of weights may hold.
+        quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
+            that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
+        gguf: Write ``model.gguf`` beside the checkpoint, as ``f16``, ``bf16`` or ``q8_0``.
+        push_to: The hub id to upload the folder to, when it is whole.
+        private: Whether a repository that is made for it is seen by its owner alone.
+    """
+
+    subject: Subject
+    output: Path
+    dtype: str | None = None
+    overwrite: bool = False
+    verified: bool = False
+    shard_size: int = SHARD_SIZE
+    quantized: str | None = None
+    gguf: str | None = None
+    push_to: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """A request that can be carried out.
+
+    Attributes:
+        request: What was asked.
+        adapter: The adapter.
+        found: The base to merge into, with the quantization that is merged over, if any.
+        dtype: Of the merged weights.
+        trained: The base as it was in training, where that was quantized and this one is not.
+        trained_over: In which bits it was then, or None.
+    """
+
+    request: MergeRequest
+    adapter: Adapter
+    found: FoundBase
+    dtype: str
+    trained: Base | None
+    trained_over: Bits | None
+
+
+def asked(
+    model: str | None,
+    adapter: Path | None,
+    output: Path | None,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    verified: bool = False,
+    shard_size: int = SHARD_SIZE,
+    quantized: str | None = None,
+    gguf: str | None = None,
+    push_to: str | None = None,
+    private: bool = False,
+) -> MergeRequest:
+    """Return the request that a command's options make; see :class:`MergeRequest`.
+
+    Args:
+        model: The base; default: the one that the adapter names.
+        adapter: The adapter's folder, or its run's; default: the last run's.
+        output: Default: ``merged/`` in the run's folder.
+        dtype: As there, like all that follow.
+        overwrite: As there.
+        verified: As there.
+        shard_size: As there.
+        quantized: As there.
+        gguf: As there.
+        push_to: As there.
+        private: As there.
+
+    Raises:
+        InputError: when an option cannot be followed, there is no such adapter, or no place to
+            save.
+    """
+    check_values(dtype, quantized, gguf, push_to, private)
+    subject = find_subject(model, adapter or adapter_of(last_run()))
+    if output is None:
+        if subject.run is None:
+            raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
+        output = subject.run / "merged"
+    return MergeRequest(
+        *(subject, output, dtype, overwrite, verified, shard_size),
+        *(quantized, gguf, push_to, private),
+    )
+
+
+def check_values(
+    dtype: str | None, quantized: str | None, gguf: str | None, push_to: str | None, private: bool
+) -> None:
+    """Refuse options that no adapter and base could follow.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for option, value, known in (
+        ("--dtype", dtype, DTYPES),
+        ("--quantized", quantized, QUANTIZED),
+        ("--gguf", gguf, KINDS),
+    ):
+        if value is not None:
+            check_one_of(option, value, known)
+    if private and push_to is None:
+        raise InputError("--private: says how to --push, which is not asked for")
+
+
+def check_request(request: MergeRequest) -> MergeTask:
+    """Look a request's adapter and base up, and refuse what cannot be merged.
+
+    Raises:
+        InputError: when the adapter or base cannot be read, or do not go together as asked.
+    """
+    subject, quantized = request.subject, request.quantized
+    check_values(request.dtype, quantized, request.gguf, request.push_to, request.private)
+    if subject.adapter is None:
+        raise InputError("there is no adapter to merge")
+    refuse_files(request.output, request.overwrite)
+    if request.push_to is not None:
+        check_push(request.push_to)
+    adapter = open_adapter(subject.adapter)
+    if quantized == "keep" and adapter.method != "SAN":
+        raise InputError(
+            f"{adapter.folder}: a {adapter.method} adapter changes weights within their 4-bit "
+            "blocks; only SAN's scales can keep them: use --quantized dequantize"
+        )
+    found = find_base(subject.base)
+    check_family(found.config.get("model_type"))
+    if "auto_map" in found.config:
+        raise InputError(f"{found.base.model}: its config needs code of its own: not a stock model")
+    trained = subject.recipe.base if subject.recipe else subject.base
+    trained_over = found.bits or _trained_bits(trained)
+    if quantized is not None:
+        found = as_trained(found, trained)
+        if quantized == "keep" and trained_over == "8bit":
+            raise InputError(
+                f"{found.base.model}: only weights in 4 bits can be kept, these are in 8: use "
+                "--quantized dequantize"
+            )
+    elif found.bits:
+        raise InputError(
+            f"{found.base.model}: a quantized checkpoint has no full-precision weights; name the "
+            "model that it was made from, or say how to merge over this one: --quantized "
+            "dequantize or --quantized keep"
+        )
+    if request.gguf is not None:
+        _check_gguf(quantized, found, adapter)
+    elsewhere = trained if quantized is None and trained_over else None
+    return MergeTask(request, adapter, found, _dtype(request, found), elsewhere, trained_over)
+
+
+def as_trained(found: FoundBase, trained: Base) -> FoundBase:
+    """Return a base with the quantization that an adapter was trained over.
+
+    Args:
+        found: The base to merge into.
+        trained: The one in the recipe of the adapter's run.
+
+    Raises:
+        InputError: when nothing says that there was one.
+    """
+    base = found.base
+    if found.bits is not None:
+        return replace(found, base=base.model_copy(update={"quantization": None}))
+    if trained.quantization is None:
+        raise InputError(
+            f"{base.model}: not quantized, and the adapter's run did not quantize it: merge "
+            "without --quantized, or name the quantized base with --model"
+        )
+    update = {"model": base.model, "revision": base.revision}
+    return replace(found, base=trained.model_copy(update=update))
+
+
+def _trained_bits(trained: Base) -> Bits | None:
+    """Return in which bits a base was trained over; one that is not here any more in none."""
+    if trained.quantization is not None:
+        return trained.quantization
+    config = config_here(trained)
+    return None if config is None else stored_bits(trained.model, read_json(config))
+
+
+def _check_gguf(quantized: str | None, found: FoundBase, adapter: Adapter) -> None:
+    if quantized == "keep":
+        raise InputError("--gguf: 4-bit weights of bitsandbytes are not written; dequantize")
+    check_exportable(found.folder, found.config)
+    if adapter.options.get("shift"):
+        raise InputError("--gguf: a shift merges into biases, which readers pass over")
+
+
+def _dtype(request: MergeRequest, found: FoundBase) -> str:
+    own = found.config.get("dtype") or found.config.get("torch_dtype") or "float32"
+    if request.quantized == "keep" and found.base.quantization is not None:
+        own = found.base.dtype  # its codes are those of weights in this dtype
+    dtype = request.dtype or ("bfloat16" if request.quantized == "dequantize" else own)
+    if dtype not in DTYPES:
+        raise InputError(f"{found.base.model}: is stored as {dtype}; say which --dtype to save")
+    return str(dtype)

@@ -1,0 +1,141 @@
+"""An adapter and its base become one stock checkpoint: complete, or absent.
+
+The adapter is folded into the base's full-precision weights in fp32, and every weight is rounded
+once to the dtype asked for. A SAN adapter is streamed from file to file (``stream``) without torch;
+the methods of PEFT go through a model in memory (``peft``), and so do merges over the base as it
+was quantized in training (``quantized``).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from san_llm.errors import SanError, first_line
+from san_llm.files import refuse_link, sha256_of, whole_folder, write_json, write_text
+from san_llm.merge.gguf import export_gguf
+from san_llm.merge.in_range import check_files, in_range
+from san_llm.merge.request import MergeRequest, MergeTask, check_request
+from san_llm.merge.stream import Folded
+from san_llm.merge.write import write_checkpoint
+from san_llm.models.cards import model_card
+from san_llm.models.hub import push
+from san_llm.models.subject import MERGE_MANIFEST
+from san_llm.models.weights import DTYPES, read_checkpoint
+from san_llm.progress import bar
+from san_llm.runs.record import MergeResult, VerifyResult, manifest
+
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
+)
+
+
+def merge(request: MergeRequest) -> MergeResult:
+    """Merge an adapter into its base and save a stock checkpoint.
+
+    Raises:
+        InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
+        SanError: when merged numbers are not finite, or the hub does not take the folder, which
+            stays then.
+    """
+    task = check_request(request)
+    output, recipe = request.output, request.subject.recipe
+    with whole_folder(output, request.overwrite) as folder:
+        sums, parameters = write_weights(task, folder)
+        copy_companions(task.found.folder, folder)
+        result = MergeResult(
+            output=str(output),
+            base=task.found.base.model,
+            adapter=str(task.adapter.folder),
+            dtype=task.dtype,
+            parameters=parameters,
+            trained_over=task.trained_over,
+            quantized=request.quantized,
+        )
+        if request.gguf is not None:
+            file = export_gguf(folder, request.gguf)
+            result = replace(result, gguf=str(output / file.name))
+            sums[file.name] = sha256_of(file)
+        write_text(folder / "README.md", model_card(result, recipe, task.adapter.method))
+        facts = manifest(
+            base=task.found.base.model,
+            prompt=recipe.data.prompt if recipe else None,
+            sha256={
+                "base config": sha256_of(task.found.folder / "config.json"),
+                "adapter": sha256_of(task.adapter.weights),
+                **sums,
+            },
+        )
+        write_json(folder / MERGE_MANIFEST, facts)
+        if request.verified:
+            result = replace(result, verified=_verified(task, folder))
+    if request.push_to is not None:
+        result = replace(result, pushed=push(output, request.push_to, request.private))
+    return result
+
+
+def write_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int]:
+    """Write the merged weights and their config; return each file's sha256, and the parameters."""
+    adapter, dtype, shard_size = task.adapter, task.dtype, task.request.shard_size
+    if task.request.quantized is not None:
+        from san_llm.merge.quantized import merge_quantized
+
+        with _in_one_line(adapter.folder):
+            written = merge_quantized(
+                task.request.quantized, task.found, adapter.folder, folder, dtype, shard_size
+            )
+        check_files(folder)
+        return written
+    if adapter.method == "SAN":
+        folded = Folded(adapter, task.found)
+        outputs = [in_range(output, dtype) for output in folded.outputs(DTYPES[dtype])]
+        with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
+            sums = write_checkpoint(folder, outputs, shard_size, progress.advance)
+        write_json(folder / "config.json", folded.merged_config(dtype))
+    else:  # PEFT's own methods fold in the model itself
+        from san_llm.merge.peft import merge_in_memory
+
+        with _in_one_line(adapter.folder):
+            sums = merge_in_memory(task.found, adapter.folder, folder, dtype, shard_size)
+        check_files(folder)
+    return sums, sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
+
+
+def _verified(task: MergeTask, folder: Path) -> VerifyResult:
+    from san_llm.merge.verify import verify
+
+    return verify(folder, task)
+
+
+@contextmanager
+def _in_one_line(adapter: Path) -> Iterator[None]:
+    try:
+        yield
+    except SanError:
+        raise
+    except ValueError as error:  # PEFT's word for numbers that are not finite
+        raise SanError(f"{adapter}: cannot be merged: {first_line(error)}") from error
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, its chat template, the generation config and the licence."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not (folder / file.name).exists():
+                refuse_link(file)
+                shutil.copyfile(file, folder / file.name)
+
+
+def full_precision_note(result: MergeResult) -> str | None:
+    """Return what a merge after quantized training changes, or None where it changes nothing."""
+    if result.trained_over is None or result.quantized is not None:
+        return None
+    return (
+        f"trained over a {result.trained_over} base, merged into the full-precision "
+        f"{result.base}: outputs differ from training's by the base's quantization error"
+    )

@@ -1,0 +1,116 @@
+"""A SAN adapter folded into a full-precision base at the speed of the disk.
+
+Every tensor goes from the base's files to the new ones once: copied as it is, or read some rows at
+a time, folded in fp32 by the carriers' formula and rounded once. Neither torch nor a whole weight
+is ever in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING
+from san_llm.errors import InputError
+from san_llm.merge.write import Output
+from san_llm.models.adapter import Adapter
+from san_llm.models.locate import FoundBase
+from san_llm.models.scales import Scales
+from san_llm.models.weights import Numbers, Stored
+from san_llm.san.formulas import merged_bias, merged_weight
+from san_llm.san.graph import Node
+
+
+class Folded:
+    """The tensors of the merged checkpoint, each with how its rows come about."""
+
+    def __init__(self, adapter: Adapter, found: FoundBase) -> None:
+        """Open a SAN adapter over a base in full precision.
+
+        Raises:
+            InputError: when they do not fit together.
+            SanError: when a number of the adapter is not finite.
+        """
+        self._scales = Scales(adapter, found.folder, found.config)
+        self._tensors, self._config = adapter.tensors, found.config
+        embedding = f"model.{EMBEDDING}" in self._scales.nodes
+        self.untied = embedding and "lm_head.weight" not in self._scales.stored
+
+    def outputs(self, dtype: str) -> list[Output]:
+        """Return the tensors of the merged checkpoint as ``dtype``, in the base's order.
+
+        Raises:
+            InputError: when the family's config cannot hold a shift.
+        """
+        made = []
+        parents = self._biased()
+        for name, tensor in self._scales.stored.items():
+            module, _, kind = name.rpartition(".")
+            node = self._scales.nodes.get(module)
+            if name in self._tensors:
+                tensor = self._tensors[name]
+            if node is not None and kind == "weight":
+                made.append(self._weight(node, tensor, dtype))
+            elif node is not None and kind == "bias":
+                made.append(self._bias(module, node.d_out, tensor, dtype))
+            else:
+                made.append(Output(name, dtype, tensor.shape, tensor))
+            if (
+                kind == "weight"
+                and module.rpartition(".")[0].rpartition(".")[2] in parents
+                and f"{module}.bias" not in self._scales.stored
+            ):
+                # A config's flag gives a bias to all Linears of a parent, or to none.
+                made.append(self._bias(module, tensor.shape[0], None, dtype))
+        if self.untied:
+            table = self._scales.stored[f"model.{EMBEDDING}.weight"]
+            made.append(Output("lm_head.weight", dtype, table.shape, table))
+        return made
+
+    def _weight(self, node: Node, tensor: Stored, dtype: str) -> Output:
+        def fold(wide: Numbers, first: int, last: int) -> Numbers:
+            row_scale, gamma = self._scales.scales(node)
+            if not node.d_in:  # an embedding's features are its columns
+                return merged_weight(wide, None, None, gamma, in_place=True)
+            delta, s = self._scales.delta(node, first, last), self._scales.synapse_scale(node)
+            rows = None if row_scale is None else row_scale[first:last]
+            return merged_weight(wide, rows, delta, s, in_place=True)
+
+        return Output(tensor.name, dtype, tensor.shape, tensor, fold)
+
+    def _bias(self, module: str, d_out: int, tensor: Stored | None, dtype: str) -> Output:
+        node = self._scales.nodes.get(module)
+
+        def fold(zeros_or_bias: Numbers, first: int, last: int) -> Numbers:
+            if node is None:
+                return zeros_or_bias
+            row_scale = None if node.rank else self._scales.scales(node)[0]
+            row_scale, beta = (
+                None if vector is None else vector[first:last]
+                for vector in (row_scale, self._scales.vector(node, "beta"))
+            )
+            bias = merged_bias(None if tensor is None else zeros_or_bias, row_scale, beta)
+            if bias is not None:
+                zeros_or_bias[...] = bias
+            return zeros_or_bias
+
+        return Output(f"{module}.bias", dtype, (d_out,), tensor, fold)
+
+    def _biased(self) -> set[str]:
+        """Return the parents, such as ``mlp``, whose Linears all get a bias from a shift."""
+        parents = {node.name.split(".")[-2] for node in self._scales.graph if node.beta}
+        family = self._config["model_type"]
+        if parents and family not in BIAS_FLAGS:
+            raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
+        return parents
+
+    def merged_config(self, dtype: str) -> dict[str, Any]:
+        """Return the base's config with what the merge changes; dtype as torch spells it."""
+        dropped = ("_name_or_path", "torch_dtype", "transformers_version")
+        config = {key: value for key, value in self._config.items() if key not in dropped}
+        config["dtype"] = dtype
+        for flag, parent in BIAS_FLAGS.get(config["model_type"], {}).items():
+            if parent in self._biased():
+                config[flag] = True
+        if self.untied:
+            config["tie_word_embeddings"] = False
+        return config

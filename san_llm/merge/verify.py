@@ -1,0 +1,194 @@
+"""The merged checkpoint against base + adapter: the same weights and logits, or an error.
+
+The weights are compared with the method's formula (``weight_check``), the answers with those of
+base + adapter: there the checkpoint is loaded by stock transformers in a fresh process that never
+imports this package. Both sides compute in fp32, so that what is left is the rounding of the merged
+weights; what that does is measured on a model merged in memory, and the checkpoint must be that
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from san_llm.errors import SanError
+from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_errors
+from san_llm.merge.quantized import keep
+from san_llm.merge.request import MergeTask, as_trained
+from san_llm.merge.stock_logits import in_fp32, logits
+from san_llm.models.adapter import base_parameters, load_adapter
+from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.locate import find_base
+from san_llm.models.quantize import dequantize
+from san_llm.progress import bar
+from san_llm.runs.record import VerifyResult
+
+PROMPTS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nName three things that float on water.\n\n### Response:\n",
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "1, 2, 3, 4,",
+)
+
+# What the checkpoint may be away from the model whose weights were merged and rounded in memory, in
+# units of the logits' standard deviation: fp32 sums in another order, and a share of what rounding
+# does, for the few weights that such a sum puts on the other side of a rounding. How far rounding
+# itself moves logits differs from model to model, so it is measured, and no bound is guessed.
+ARITHMETIC, ROUNDING_SHARE = 1e-3, 0.1
+
+
+def verify(merged: Path, task: MergeTask) -> VerifyResult:
+    """Compare a merged checkpoint with base + adapter.
+
+    Args:
+        merged: The checkpoint.
+        task: The merge that made it.
+
+    Raises:
+        SanError: when it does not load in stock transformers, or differs by more than rounding.
+    """
+    found, adapter = task.found, task.adapter.folder
+    dtype, quantized = task.dtype, task.request.quantized
+    with bar("Verifying", 4, "parts") as progress:
+        tokenizer = load_tokenizer(found)
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        if quantized is None:
+            model: Any = load_base(found, dtype=torch.float32)
+        else:
+            model = dequantize(load_base(found))
+        adapted: Any = load_adapter(model, adapter)
+        wanted = _logits(adapted, tokens)
+        with adapted.disable_adapter():
+            plain = _logits(adapted, tokens)
+        progress.advance(note="base + adapter computed")
+        got, new = _stock_answers(merged, tokens)
+        same_greedy = sum(map(partial(_shared, adapted), tokens, new)) / sum(map(len, new))
+        progress.advance(note="merged model computed")
+        errors = None
+        if quantized != "keep" and task.adapter.method == "SAN":
+            errors = _weight_errors(adapted, task, merged)
+        progress.advance(note="weights compared")
+        # The same merge in memory, before and after its weights are rounded.
+        if quantized == "keep":
+            del adapted, model
+            folded = keep(load_base(found), adapter)
+            in_fp32(folded)
+        else:
+            folded = adapted.merge_and_unload()
+        exact = _logits(folded, tokens)
+        rounded = _logits(_rounded(folded, getattr(torch, dtype)), tokens)
+        difference = _largest(got, wanted)
+        spread = torch.cat(wanted).std().item()
+        explained = _largest(rounded, exact) / spread
+        unexplained = _worse(_largest(got, rounded), _largest(exact, wanted)) / spread
+        allowed = ARITHMETIC + ROUNDING_SHARE * explained
+        result = VerifyResult(
+            largest_difference=difference,
+            relative=difference / spread,
+            bound=explained + allowed,
+            adapter_moved=_largest(wanted, plain),
+            same_top_word=torch.cat(
+                [(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(got, wanted, strict=True)]
+            )
+            .mean()
+            .item(),
+            same_greedy=same_greedy,
+            quantization_moved=None if task.trained is None else _moved(task, got, tokens),
+            weight_errors=errors,
+        )
+        progress.advance(note="compared")
+    # A NaN is above no bound: ask for what must be true, not for what must not.
+    if not unexplained <= allowed:
+        raise SanError(
+            f"{merged}: differs from base + adapter by {difference:.3g}, that is "
+            f"{result.relative:.3g} of the logits' spread; rounding to {dtype} explains "
+            f"{explained:.3g}, and {unexplained:.3g} is unexplained where {allowed:.3g} is allowed"
+        )
+    if errors is not None:
+        check_errors(merged, errors, dtype)
+    return result
+
+
+def _weight_errors(adapted: Any, task: MergeTask, merged: Path) -> dict[str, float]:
+    quantized = task.request.quantized is not None
+    rows = _rows_in_memory(adapted) if quantized else stored_rows(task.found.folder)
+    return weight_errors(rows, task.found.config, task.adapter, merged, task.dtype)
+
+
+def _rows_in_memory(adapted: Any) -> BaseRows:
+    weights = base_parameters(adapted)
+
+    def rows(name: str, first: int, last: int) -> Any:
+        return weights[name][first:last].detach().cpu().numpy() if name in weights else None
+
+    return rows
+
+
+def _moved(task: MergeTask, got: list[torch.Tensor], tokens: list[list[int]]) -> float:
+    """Return how far a merged model's logits are from the model that was trained."""
+    trained = task.trained or task.found.base
+    if trained.quantization is not None:
+        found = as_trained(task.found, trained)
+    else:  # stored quantized, elsewhere
+        found = find_base(trained)
+    model = load_adapter(load_base(found), task.adapter.folder)
+    in_fp32(model)
+    return _largest(got, _logits(model, tokens))
+
+
+def _rounded(model: Any, dtype: torch.dtype) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if getattr(parameter, "quant_state", None) is None:
+                parameter.copy_(parameter.to(dtype))
+    return model
+
+
+def _logits(model: Any, tokens: list[list[int]]) -> list[torch.Tensor]:
+    return [logits(model, ids) for ids in tokens]
+
+
+def _largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def _worse(a: float, b: float) -> float:
+    """Return the larger, or a NaN where one is: max() would pass over it."""
+    return a if a != a or a > b else b
+
+
+def _shared(model: Any, prompt: list[int], new: list[int]) -> int:
+    """Return how many words of a greedy text this model would begin its own with."""
+    # Up to the first difference both have read the same: one forward shows all its choices.
+    own = logits(model, prompt + new)[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return next((i for i, (x, y) in enumerate(zip(own, new, strict=True)) if x != y), len(new))
+
+
+def _stock_answers(
+    merged: Path, tokens: list[list[int]]
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Return the logits of each prompt and the words after it, from a process of their own."""
+    from safetensors.torch import load_file
+
+    script = Path(__file__).with_name("stock_logits.py")
+    with tempfile.TemporaryDirectory() as temporary:
+        prompts, out = Path(temporary) / "prompts.json", Path(temporary) / "logits.safetensors"
+        prompts.write_text(json.dumps(tokens), encoding="utf-8")
+        # -P keeps the script's folder, which is this package, out of the import path.
+        command = [sys.executable, "-P", str(script), str(merged), str(prompts), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SanError(f"{merged}: stock transformers cannot load it: {last}")
+        found = load_file(out)
+        numbers = range(len(tokens))
+        return [found[str(n)] for n in numbers], [found[f"new.{n}"].tolist() for n in numbers]

@@ -1,0 +1,1 @@
+"""Bases and adapters: found, downloaded, loaded, read as files; their cards."""

@@ -1,0 +1,186 @@
+"""An adapter: opened as files, put on a base, saved, loaded. Only here are PEFT's names known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from san_llm.architectures.lookup import family_targets
+from san_llm.errors import InputError, SanError, nearest_file
+from san_llm.files import read_json
+from san_llm.models.weights import Stored, read_header
+from san_llm.recipe.schema import DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
+from san_llm.runs.record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from san_llm.san.options import saved_options
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+PREFIX = "base_model.model."  # PEFT's, before a module's name in the base
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter, by its files.
+
+    Attributes:
+        folder: Its.
+        options: Its ``adapter_config.json``.
+        method: PEFT's name of the method: ``SAN``, ``LORA``, ``IA3``, ...
+        tensors: What it holds, by the names in the base: ``model.layers.0.mlp.up_proj.san_gamma``.
+    """
+
+    folder: Path
+    options: Mapping[str, Any]
+    method: str
+    tensors: Mapping[str, Stored]
+
+    @property
+    def weights(self) -> Path:
+        """The file with its tensors."""
+        return self.folder / ADAPTER_WEIGHTS
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Read what an adapter's files say; its tensors' numbers are not read yet.
+
+    Raises:
+        InputError: when the folder holds no adapter in safetensors, or one with options that are
+            none.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: not an adapter: no {name} in it")
+    options = read_json(folder / ADAPTER_CONFIG)
+    method = str(options.get("peft_type"))
+    if method == "SAN":
+        saved_options(options)
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    return Adapter(
+        folder, options, method, {tensor.name.removeprefix(PREFIX): tensor for tensor in header}
+    )
+
+
+def named_base(folder: Path) -> str:
+    """Return the base model that an adapter's config names.
+
+    Raises:
+        InputError: when the folder holds no adapter, or it names no base.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        near = "" if folder.exists() else nearest_file(folder)
+        raise InputError(f"{folder}: not an adapter: no {ADAPTER_CONFIG} in it{near}")
+    name = read_json(path).get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{folder}: does not name its base model; give it with --model")
+    return str(name)
+
+
+def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
+    """Return the PEFT config of a recipe's method on a model of this family."""
+    from peft import IA3Config, LoraConfig
+
+    targets = family_targets(method.target_modules, model_type)
+    match method:
+        case SanMethod():
+            from san_llm.san.config import SanConfig
+
+            options = method.options
+            return SanConfig(
+                task_type="CAUSAL_LM",
+                target_modules=targets,
+                carrier=options.carrier,
+                mode=options.mode,
+                shift=options.shift,
+                links=options.links,
+                adapt_embedding=options.adapt_embedding,
+                r=options.rank,
+                lora_alpha=options.alpha,
+                lora_dropout=options.dropout,
+                form=options.form,
+            )
+        case LoraMethod() | DoraMethod():
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                target_modules=targets,
+                r=method.rank,
+                lora_alpha=method.alpha,
+                lora_dropout=method.dropout,
+                use_dora=isinstance(method, DoraMethod),
+            )
+        case Ia3Method():
+            return IA3Config(
+                task_type="CAUSAL_LM",
+                target_modules=targets,
+                feedforward_modules=list(method.feedforward_modules),
+            )
+
+
+def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
+    """Put a fresh adapter on a base.
+
+    Raises:
+        InputError: when a target matches nothing in the model.
+    """
+    from peft import get_peft_model
+
+    try:
+        adapted: PeftModel = get_peft_model(model, adapter_config(method, model.config.model_type))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"method {method.name}: {str(error).splitlines()[0]}") from error
+    return adapted
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter that is trained; of a base that is sharded nothing is gathered for it."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(str(folder), state_dict=state)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on a base.
+
+    Raises:
+        InputError: when the folder has no adapter in safetensors, or one of another base's shape.
+        SanError: when a number of it is not finite.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from san_llm.models.reading import is_finite, load_or_refuse
+
+    held = {PREFIX + name for name in open_adapter(folder).tensors}
+    adapted: PeftModel = load_or_refuse(
+        "adapter", str(folder), lambda name: PeftModel.from_pretrained(model, name)
+    )
+    # PEFT warns of what is missing, and goes on with the numbers that an adapter begins with.
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = set(tensors)
+    for name in sorted(wanted - held):
+        raise InputError(f"{folder}: has no {name}: it is cut, or was trained on another base")
+    for name in sorted(held - wanted):
+        if f".{adapted.base_model.prefix}" in name:
+            raise InputError(f"{folder}: {name} belongs to nothing in this base")
+    for name, numbers in tensors.items():
+        if not is_finite(numbers):
+            raise SanError(f"{folder}: {name} has numbers that are not finite")
+    return adapted.eval()
+
+
+def base_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of a base under an adapter, by their names in the base alone."""
+    return {
+        name.removeprefix(PREFIX).replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Return how many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,175 @@
+"""A base in memory: its config, its tokenizer, its weights, and the adapter on top."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from san_llm.architectures.decoders import PARENTS
+from san_llm.architectures.lookup import check_family
+from san_llm.architectures.sizes import check_sizes, linear_shapes
+from san_llm.errors import InputError
+from san_llm.launch.processes import world_size
+from san_llm.models.adapter import load_adapter
+from san_llm.models.locate import FoundBase
+from san_llm.models.quantize import quantization_config
+from san_llm.models.reading import is_finite, load_or_refuse
+from san_llm.models.weights import read_checkpoint
+from san_llm.san.model import keep_4bit_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_config(found: FoundBase) -> Any:
+    """Load a base's config as transformers reads it, and refuse what cannot be trained over.
+
+    Raises:
+        InputError: for a family that SAN's propagation table does not know, a quantized checkpoint
+            that would be quantized a second time, and weights that are damaged or another model's.
+    """
+    from transformers import AutoConfig
+
+    base = found.base
+    config = load_or_refuse(
+        "config",
+        str(found.folder),
+        AutoConfig.from_pretrained,
+        trust_remote_code=base.trust_remote_code,
+    )
+    check_family(config.model_type)
+    if found.bits and base.quantization:
+        raise InputError(f"base.quantization: {base.model} is stored in {found.bits}: leave it out")
+    check_sizes(config)
+    _check_weights(found.folder, config, quantized=found.bits is not None)
+    return config
+
+
+def _check_weights(folder: Path, config: Any, quantized: bool) -> None:
+    """Compare a checkpoint with its config by the headers of its files, which takes no time."""
+    stored = {tensor.name: tensor.shape for tensor in read_checkpoint(folder)}
+    numbers = {
+        int(name.split(".")[2]) for name in stored if re.match(r"model\.layers\.\d+\.", name)
+    }
+    if numbers and numbers != set(range(config.num_hidden_layers)):
+        raise InputError(
+            f"{folder}: its config.json has num_hidden_layers {config.num_hidden_layers}, its "
+            f"weights have {len(numbers)} blocks"
+        )
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    if not quantized:
+        for target, shape in linear_shapes(config).items():
+            for block in numbers:
+                shapes[f"model.layers.{block}.{PARENTS[target]}.{target}.weight"] = shape
+    for name, shape in shapes.items():
+        if stored.get(name, shape) != shape:
+            raise InputError(
+                f"{folder}: {name} has the shape {stored[name]}, by its config.json it is {shape}"
+            )
+
+
+def load_tokenizer(found: FoundBase) -> PreTrainedTokenizerFast:
+    """Load a base's tokenizer.
+
+    Raises:
+        InputError: when there is none that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((found.folder / name).is_file() for name in TOKENIZERS):
+        raise InputError(f"{found.folder}: no tokenizer in it: none of {', '.join(TOKENIZERS)}")
+    tokenizer: PreTrainedTokenizerFast = load_or_refuse(
+        "tokenizer",
+        str(found.folder),
+        AutoTokenizer.from_pretrained,
+        trust_remote_code=found.base.trust_remote_code,
+    )
+    return tokenizer
+
+
+def device() -> torch.device:
+    """Return the device of this process: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_base(
+    found: FoundBase, dtype: torch.dtype | None = None, sharded: bool = False
+) -> PreTrainedModel:
+    """Load the frozen base model onto this process's device.
+
+    Args:
+        found: The base.
+        dtype: Instead of the recipe's, and without its quantization: for merging.
+        sharded: Load this process's share only, by FSDP2; what the base computes with is gathered
+            block by block. Adapters that are put on later are whole in every process.
+
+    Raises:
+        InputError: when it cannot be loaded or its family is not supported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base, config = found.base, load_config(found)
+    chosen = dtype or getattr(torch, base.dtype)
+    how: dict[str, Any] = {"dtype": chosen}
+    stored = getattr(config, "quantization_config", None)
+    if sharded:
+        from transformers.distributed import DistributedConfig
+
+        if stored:
+            raise InputError(
+                f"base.model: {base.model} is stored quantized, which FSDP2 cannot shard; use DDP"
+            )
+        how["distributed_config"] = DistributedConfig(fsdp_size=world_size())
+    if stored:
+        # What the arithmetic is done in is the reader's choice, not the checkpoint's.
+        stored["bnb_4bit_compute_dtype"] = str(chosen).removeprefix("torch.")
+    elif base.quantization is not None and dtype is None:
+        how["quantization_config"] = quantization_config(base)
+    if stored or "quantization_config" in how:
+        how["device_map"] = {"": device()}
+    model, loading = load_or_refuse(
+        "weights",
+        str(found.folder),
+        AutoModelForCausalLM.from_pretrained,
+        trust_remote_code=base.trust_remote_code,
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        **how,
+    )
+    for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
+        raise InputError(f"{base.model}: its weights have no {name}")
+    keep_4bit_layout(model)
+    if stored:  # transformers leaves what is not quantized as it is stored
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(chosen)
+    if "device_map" not in how and dtype is None and not sharded:
+        model.to(device())
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not is_finite(parameter):
+            raise InputError(f"{base.model}: {name} has numbers that are not finite")
+    return model
+
+
+def load_model(found: FoundBase, adapter: Path | None) -> PreTrainedModel:
+    """Load what is asked, a base with its adapter or a model alone, in eval mode.
+
+    Raises:
+        InputError: when a part cannot be loaded.
+    """
+    model: Any = load_base(found)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    model.eval()
+    return cast("PreTrainedModel", model)

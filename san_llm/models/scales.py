@@ -1,0 +1,205 @@
+"""The scales of a SAN adapter over its base, computed from both one's files, without torch.
+
+A merge and ``san-llm diff`` ask for them. Norms of the low-rank carriers take the base's weights,
+some rows at a time, so that no whole weight is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from san_llm.architectures.lookup import in_model_order
+from san_llm.errors import InputError, SanError
+from san_llm.files import read_json
+from san_llm.models.adapter import Adapter
+from san_llm.models.weights import Numbers, Stored, read_checkpoint, read_rows, row_blocks
+from san_llm.san.formulas import carried, scales, squared_row_norms
+from san_llm.san.graph import Node, PropagationGraph, propagation_graph
+
+
+class Scales:
+    """The vectors of an adapter by the nodes of its graph, and what they make of a base.
+
+    Attributes:
+        graph: Who feeds whom.
+        nodes: Its nodes, by name.
+        stored: The base's tensors, by name.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Path,
+        config: Mapping[str, Any],
+        base_name: str = "this base",
+        dtype: type[np.floating[Any]] = np.float32,
+    ) -> None:
+        """Hold an adapter against a base.
+
+        Args:
+            adapter: A SAN adapter.
+            base: The base's folder, in full precision.
+            config: Its ``config.json``.
+            base_name: What messages call it.
+            dtype: The precision to compute in.
+
+        Raises:
+            InputError: when they do not fit together.
+            SanError: when a number of the adapter is not finite.
+        """
+        self.graph: PropagationGraph = propagation_graph(config, adapter.options)
+        self.nodes = {node.name: node for node in self.graph}
+        self.stored = {
+            tensor.name: tensor
+            for tensor in read_checkpoint(base)
+            # Buffers that old checkpoints hold and no model loads.
+            if not tensor.name.endswith("rotary_emb.inv_freq")
+        }
+        self._adapter, self._dtype = adapter, dtype
+        self._lock = Lock()
+        self._read: dict[str, Numbers | None] = {}
+        self._scales: dict[str, tuple[Numbers | None, Numbers | None]] = {}
+        for node in self.graph:
+            weight = self.stored.get(f"{node.name}.weight")
+            if weight is None or (node.d_in and weight.shape != (node.d_out, node.d_in)):
+                raise InputError(f"{base}: has no {node.name}.weight of the shape in its config")
+        self._check_tensors(base_name)
+
+    def _check_tensors(self, base_name: str) -> None:
+        folder = self._adapter.folder
+        for name, tensor in self._adapter.tensors.items():
+            module, _, kind = name.rpartition(".san_")
+            node = self.nodes.get(module)
+            if node is None and name in self.stored:
+                continue  # a whole module that was trained and saved beside the scales
+            if node is None:
+                raise InputError(f"{folder}: {name} belongs to nothing in {base_name}")
+            shape: tuple[int, ...] = (node.d_out,)
+            if kind.startswith("lora_"):
+                rank = self._adapter.options["r"]
+                shape = (rank, node.d_in) if kind == "lora_A" else (node.d_out, rank)
+            if tensor.shape != shape:
+                raise InputError(
+                    f"{folder}: {name} has the shape {tensor.shape}, {base_name} asks for {shape}: "
+                    "it was trained on another base"
+                )
+            if not np.isfinite(read_rows(tensor)).all():
+                raise SanError(f"{folder}: {name} has numbers that are not finite")
+
+    def _rows(self, tensor: Stored, first: int, last: int | None) -> Numbers:
+        return read_rows(tensor, first, last).astype(self._dtype, copy=False)
+
+    def vector(self, node: Node, kind: str) -> Numbers | None:
+        """Return one of the adapter's tensors of a node: ``gamma``, ``beta``, ``lora_A``, ..."""
+        name = f"{node.name}.san_{kind}"
+        if name not in self._read:
+            tensor = self._adapter.tensors.get(name)
+            self._read[name] = None if tensor is None else self._rows(tensor, 0, None)
+        return self._read[name]
+
+    def _needed(self, node: Node, kind: str) -> Numbers:
+        vector = self.vector(node, kind)
+        if vector is None:
+            raise InputError(f"the adapter has no {kind} for {node.name}")
+        return vector
+
+    def scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
+        """Return ``(row scale, gamma)`` of a node, each (d_out,) or None for 1."""
+        with self._lock:  # several threads ask, and norms take a whole weight
+            if node.name not in self._scales:
+                self._scales[node.name] = self._compute_scales(node)
+            return self._scales[node.name]
+
+    def _compute_scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
+        own = None
+        if node.carrier == "scale":
+            own = self._needed(node, "gamma") if node.gamma else None
+        elif node.carrier == "dora":
+            own = self.vector(node, "magnitude")
+        mode = self._adapter.options.get("mode", "both")
+        pair: tuple[Numbers | None, Numbers | None] = scales(
+            node.carrier, mode, own, lambda: self._norms(node)
+        )
+        return pair
+
+    def _norms(self, node: Node) -> tuple[Numbers, Numbers]:
+        """Return the row norms of W and of W + c B A, each (d_out,)."""
+        weight = self.stored[f"{node.name}.weight"]
+        a, b = self._needed(node, "lora_A"), self._needed(node, "lora_B")
+        squared, adapted = np.empty(node.d_out, self._dtype), np.empty(node.d_out, self._dtype)
+        for first, last in row_blocks(weight):
+            rows = self._rows(weight, first, last)
+            squares = squared[first:last] = (rows * rows).sum(-1)
+            adapted[first:last] = squared_row_norms(squares, rows @ a.T, a, b[first:last], self._c)
+        return np.sqrt(squared), np.sqrt(adapted)
+
+    @property
+    def _c(self) -> float:
+        return float(self._adapter.options["lora_alpha"]) / int(self._adapter.options["r"])
+
+    def delta(self, node: Node, first: int, last: int) -> Numbers | None:
+        """Return rows of ``c B A``, or None where the carrier has no low-rank product."""
+        if not node.rank:
+            return None
+        a, b = self._needed(node, "lora_A"), self._needed(node, "lora_B")
+        product: Numbers = self._dtype(self._c) * (b[first:last] @ a)
+        return product
+
+    def synapse_scale(self, node: Node) -> Numbers | None:
+        """Return s (d_in,) of a node, or None for 1."""
+        if node.anterior is None or node.carry is None:
+            return None
+        gamma = self.scales(self.nodes[node.anterior])[1]
+        if gamma is None:
+            return None
+        scale: Numbers = carried(gamma, node.carry)
+        return scale
+
+
+def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
+    """Return every neuron scale of a SAN adapter (d_out,), by module, in the model's order.
+
+    Args:
+        adapter: The adapter.
+        base: Its base's folder, which the low-rank carriers need; with None the ``scale`` carrier's
+            are returned as they are held.
+
+    Raises:
+        InputError: when it is another method's, there is no scale, or they do not fit the base.
+        SanError: when one is not finite.
+    """
+    if adapter.method != "SAN":
+        raise InputError(
+            f"{adapter.folder}: a {adapter.method} adapter: only SAN's have neuron scales"
+        )
+    gammas = _held(adapter) if base is None else _on_base(adapter, base)
+    for name, gamma in gammas.items():
+        if not np.isfinite(gamma).all():
+            raise SanError(f"{adapter.folder}: the scale of {name} has numbers that are not finite")
+    if not gammas:
+        raise InputError(f"{adapter.folder}: has no neuron scale in it")
+    return gammas
+
+
+def _held(adapter: Adapter) -> dict[str, Numbers]:
+    """Return the neuron scales that an adapter's file holds as they are, by module."""
+    ending = ".san_gamma"
+    held = {
+        name.removesuffix(ending): tensor
+        for name, tensor in adapter.tensors.items()
+        if name.endswith(ending)
+    }
+    return {name: read_rows(held[name]).astype(np.float64) for name in in_model_order(held)}
+
+
+def _on_base(adapter: Adapter, base: Path) -> dict[str, Numbers]:
+    """Return the neuron scales of an adapter on its base, by module."""
+    config = read_json(base / "config.json")
+    on_base = Scales(adapter, base, config, str(base), np.float64)
+    gammas = {node.name: on_base.scales(node)[1] for node in on_base.graph}
+    return {name: gamma for name, gamma in gammas.items() if gamma is not None}

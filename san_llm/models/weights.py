@@ -1,0 +1,227 @@
+"""Safetensors checkpoints tensor by tensor, in numpy: no torch, and never a whole model in memory.
+
+Format: https://huggingface.co/docs/safetensors: eight bytes with the header's length, a JSON header
+with the dtype, shape and offsets of each tensor, then the numbers. A checkpoint is one such file,
+or several with an index.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from san_llm.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The numbers of a checkpoint that is not quantized; bf16 is read as the upper half of an fp32.
+SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+# Bytes of the other kinds of numbers that a file may hold, of which only the place is read.
+OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+BLOCK = 2**16  # numbers worked on at once: what fits a core's cache
+Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Attributes:
+        name: The tensor's name.
+        dtype: As safetensors spells it: ``BF16``.
+        shape: Its shape.
+        file: The file it is in.
+        start: Where its bytes begin in the file.
+        size: How many bytes it has.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+
+def read_header(file: Path) -> list[Stored]:
+    """Return the tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        InputError: when the file is missing, cut short or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            head = opened.read(length) if size >= 8 and length <= min(size - 8, 10**8) else None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    if head is None:
+        raise InputError(f"{file}: not a safetensors file, or cut short")
+    try:
+        header = json.loads(head)
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: not a safetensors file: its header is not JSON") from None
+    tensors = []
+    try:
+        for name, facts in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = facts["data_offsets"]
+            start = 8 + length + begin
+            shape = tuple(facts["shape"])
+            tensors.append(Stored(name, facts["dtype"], shape, file, start, end - begin))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise InputError(f"{file}: not a safetensors file: its header is not a table") from None
+    for tensor in tensors:
+        _check_place(tensor)
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
+    position = 8 + length
+    for tensor in tensors:
+        if tensor.start != position:
+            raise InputError(f"{file}: damaged: {tensor.name} is not where the one before it ends")
+        position += tensor.size
+    if position > size:
+        raise InputError(f"{file}: cut short: {size:,} bytes, its header speaks of {position:,}")
+    if position < size:
+        raise InputError(f"{file}: damaged: {size:,} bytes, its header speaks of {position:,}")
+    return tensors
+
+
+def _check_place(tensor: Stored) -> None:
+    """Refuse a tensor whose numbers cannot be where the header says."""
+    numbers = (tensor.start, tensor.size, *tensor.shape)
+    if not isinstance(tensor.dtype, str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise InputError(f"{tensor.file}: not a safetensors file: its header is not a table")
+    each = (SIZES | OTHERS).get(tensor.dtype)
+    if each is not None and math.prod(tensor.shape) * each != tensor.size:
+        raise InputError(
+            f"{tensor.file}: damaged: {tensor.name} of the shape {tensor.shape} has "
+            f"{tensor.size:,} bytes"
+        )
+
+
+def read_checkpoint(folder: Path) -> list[Stored]:
+    """Return the tensors of a checkpoint, file by file.
+
+    Raises:
+        InputError: when there is none, or a file of its index is missing or wrong.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            files = sorted(set(index["weight_map"].values()))
+            strange = [file for file in files if Path(file).name != file]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{folder / INDEX}: not an index of safetensors files") from None
+        if strange:
+            raise InputError(f"{folder / INDEX}: {strange[0]!r} is not a file in the same folder")
+        tensors = [tensor for file in files for tensor in read_header(folder / file)]
+        lost = set(index["weight_map"]) - {tensor.name for tensor in tensors}
+        if lost:
+            raise InputError(f"{folder / INDEX}: {min(lost)} is in none of its files")
+        return tensors
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    hint = ""
+    for pickled in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])[:1]:
+        hint = f"; {pickled.name} is a pickle and can run code, so it is never loaded: convert it"
+    raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it{hint}")
+
+
+def widen(raw: Numbers, dtype: str, out: Numbers) -> Numbers:
+    """Return stored numbers in fp32 (``out``): uint16 patterns of bf16, float16 or float32."""
+    if dtype == "BF16":
+        bits = out.view(np.uint32)
+        bits[...] = raw
+        bits <<= 16
+    else:
+        out[...] = raw
+    return out
+
+
+def narrow(wide: Numbers, dtype: str, out: Numbers, odd: Numbers) -> Numbers:
+    """Return fp32 numbers rounded once, to nearest even, to a stored dtype.
+
+    Args:
+        wide: The numbers; they are changed.
+        dtype: Which dtype.
+        out: Where the rounded ones go.
+        odd: Room to work in, as many uint32.
+    """
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):  # to infinity, as every conversion does
+            out[...] = wide
+        return out
+    nan = np.isnan(wide) if wide.size and np.isnan(wide.max()) else None
+    bits = wide.view(np.uint32)
+    np.right_shift(bits, 16, out=odd)
+    odd &= 1
+    odd += 0x7FFF
+    bits += odd
+    bits >>= 16
+    np.copyto(out, bits, casting="unsafe")
+    if nan is not None:
+        out[nan] = 0x7FC0
+    return out
+
+
+RAW: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+
+
+def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Numbers:
+    """Return rows of a stored tensor as fp32, (last - first, ...).
+
+    Raises:
+        InputError: when its numbers are of a kind that is not read.
+    """
+    last = tensor.shape[0] if last is None else last
+    with tensor.file.open("rb", buffering=0) as file:
+        data = read_into(
+            file, tensor, first, last, np.empty(stored_bytes(tensor, first, last), np.uint8)
+        )
+    raw = raw_numbers(data, tensor, last - first)
+    return widen(raw, tensor.dtype, np.empty(raw.shape, np.float32))
+
+
+def stored_bytes(tensor: Stored, first: int, last: int) -> int:
+    """Return how many bytes some rows of a tensor take in its file."""
+    return (last - first) * (tensor.size // (tensor.shape[0] if tensor.shape else 1))
+
+
+def read_into(file: Any, tensor: Stored, first: int, last: int, data: Numbers) -> Numbers:
+    """Read some rows' bytes into ``data``, and return it."""
+    file.seek(tensor.start + stored_bytes(tensor, 0, first))
+    left = data.data
+    while left:
+        got = file.readinto(left)
+        if not got:
+            raise InputError(f"{tensor.file}: cut short while it was read")
+        left = left[got:]
+    return data
+
+
+def raw_numbers(data: Numbers, tensor: Stored, rows: int) -> Numbers:
+    """Return bytes as rows of what numpy has for the tensor's dtype; see :func:`widen`."""
+    if tensor.dtype not in SIZES:
+        raise InputError(
+            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; only "
+            f"{', '.join(SIZES)} can be merged"
+        )
+    numbers: Numbers = data.view(RAW[tensor.dtype])
+    return numbers.reshape(rows, *tensor.shape[1:])
+
+
+def row_blocks(tensor: Stored) -> Iterator[tuple[int, int]]:
+    """Iterate over ``(first, last)`` row numbers of blocks that fit a core's cache."""
+    width = max(1, int(np.prod(tensor.shape[1:])))
+    step = max(1, BLOCK // width)
+    for first in range(0, tensor.shape[0], step):
+        yield first, min(first + step, tensor.shape[0])

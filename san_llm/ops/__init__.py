@@ -1,0 +1,1 @@
+"""Arithmetic with its gradients: tensors in, tensors out."""

@@ -1,1 +1,0 @@
-"""One page about runs, for a reader who was not there: facts -> judged answers -> HTML."""

@@ -1,0 +1,276 @@
+"""What this machine can do for a run, found out by doing a little of it.
+
+Every check gives its findings and never stops the others: what is broken is what one came to see.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.filesize import decimal
+
+from san_llm.errors import first_line, unexpected
+from san_llm.files import cache_folder
+from san_llm.shown import plain
+
+GB = 10**9
+LITTLE_MEMORY, LITTLE_DISK = 4 * GB, 5 * GB  # what the 135M demo needs, with room
+NO_DISK = GB // 2
+HUB_SECONDS, PAIR_SECONDS = 3.0, 120.0
+# The numbers of the two processes, 1 and 2, are added up by both.
+PAIR = """
+import sys, torch, torch.distributed as dist
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+numbers = torch.full((4,), float(rank + 1))
+dist.all_reduce(numbers)
+dist.destroy_process_group()
+sys.exit(0 if numbers.tolist() == [3.0] * 4 else "the sum is wrong")
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        what: Its name.
+        state: ``ok``; ``warning``, when some runs will not do; ``error``, when none will.
+        found: What there is.
+        remedy: What would mend it; empty where nothing need be.
+    """
+
+    what: str
+    state: Literal["ok", "warning", "error"]
+    found: str
+    remedy: str = ""
+
+
+def diagnose() -> Iterator[Finding]:
+    """Look at everything, the quick checks first, and give each finding as it is known."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "python": _python,
+        "packages": _packages,
+        "memory": _memory,
+        "folders": _folders,
+        "hub": _hub,
+        "devices": _devices,
+        "bfloat16": _bfloat16,
+        "4 bits": _four_bits,
+        "two processes": _pair,
+    }
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:  # any of them, from any library: that is the finding
+            told = plain(unexpected(error))
+            yield Finding(name, "error", told, "install san-llm anew, in an environment of its own")
+
+
+def _python() -> Iterator[Finding]:
+    wanted = SpecifierSet(metadata("san-llm")["Requires-Python"])
+    found = platform.python_version()
+    fits = wanted.contains(found, prereleases=True)
+    yield Finding(
+        "python",
+        "ok" if fits else "error",
+        f"{found} on {platform.platform()}",
+        "" if fits else f"san-llm needs Python {wanted}",
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    """Hold what is installed to what the package asks for: its metadata travels in the wheel."""
+    wanted = [Requirement(text) for text in requires("san-llm") or ()]
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = 0
+    for one in wanted:
+        try:
+            found = version(one.name)
+        except PackageNotFoundError:
+            found = "not installed"
+        if found == "not installed" or not one.specifier.contains(found, prereleases=True):
+            wrong += 1
+            remedy = f"pip install '{one.name}{one.specifier}'"
+            yield Finding(one.name, "error", f"{found}; needed is {one.specifier}", remedy)
+    if not wrong:
+        main = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+        told = ", ".join(f"{name} {version(name)}" for name in main)
+        yield Finding("packages", "ok", f"all {len(wanted)} as needed: {told}")
+
+
+def _memory() -> Iterator[Finding]:
+    memory = psutil.virtual_memory()
+    enough = memory.available >= LITTLE_MEMORY
+    yield Finding(
+        "memory",
+        "ok" if enough else "warning",
+        f"{decimal(memory.available)} of {decimal(memory.total)} free",
+        "" if enough else "end other programs, or train over a 4-bit base (base.quantization)",
+    )
+
+
+def _folders() -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for what, folder, remedy in (
+        ("this folder", Path(), "work in a folder of your own"),
+        ("cache", cache_folder("tokenized").parent, "set SAN_LLM_CACHE to another folder"),
+        ("hub cache", Path(HF_HUB_CACHE), "set HF_HOME to another folder"),
+    ):
+        path = folder.expanduser().absolute()
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(b"written")
+        except OSError as error:
+            yield Finding(what, "error", f"{path}: {error.strerror}", remedy)
+            continue
+        free = shutil.disk_usage(there).free
+        state: Literal["ok", "warning", "error"] = (
+            "ok" if free >= LITTLE_DISK else "warning" if free >= NO_DISK else "error"
+        )
+        found = f"{path}: can be written, {decimal(free)} free"
+        yield Finding(what, state, found, "" if state == "ok" else f"make room there, or {remedy}")
+
+
+def _hub() -> Iterator[Finding]:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        yield Finding("hub", "ok", "switched off (HF_HUB_OFFLINE)")
+        return
+    address = constants.ENDPOINT
+    told: list[str] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(address, method="HEAD")
+            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+            told.append("")
+        except urllib.error.HTTPError:  # an answer, whatever it is
+            told.append("")
+        except Exception as error:
+            reason = getattr(error, "reason", error)
+            told.append(getattr(reason, "strerror", None) or str(reason) or type(error).__name__)
+
+    # Asking for a name's address knows no time-out, so the whole is left behind after one.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    why = told[0] if told else f"no answer in {HUB_SECONDS:.0f} s"
+    if why:
+        remedy = (
+            "models in folders do without; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy, "
+            "HF_HUB_OFFLINE=1 saves the asking"
+        )
+        yield Finding("hub", "warning", plain(f"{address} cannot be reached: {why}"), remedy)
+        return
+    signed = "signed in" if get_token() else "nobody signed in (`hf auth login`)"
+    yield Finding("hub", "ok", plain(f"{address} answers, {signed}"))
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        found = f"{name}, {decimal(free)} of {decimal(total)} free"
+        yield Finding(f"gpu {number}", "ok", found)
+    if torch.cuda.device_count():
+        return
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without"
+        yield Finding(
+            "devices",
+            "warning",
+            f"an NVIDIA driver is here, but torch {torch.__version__} ({built}) sees no GPU",
+            "install torch for the driver's CUDA (nvidia-smi names it), and look at "
+            "CUDA_VISIBLE_DEVICES",
+        )
+    yield Finding("cpu", "ok", f"{cores}; no GPU: small models only")
+
+
+def _bfloat16() -> Iterator[Finding]:
+    import torch
+
+    from san_llm.models.load import device
+
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 64, 64, device=device())
+    error = float(((a.bfloat16() @ b.bfloat16()).float() - a @ b).norm() / (a @ b).norm())
+    where = device().type
+    found = f"a product on the {where} is right to {error:.1g}"
+    if error > 0.02:  # 8 bits of mantissa allow half of that
+        yield Finding("bfloat16", "error", found, "set base.dtype to float32")
+    elif where == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        remedy = "set base.dtype to float16 or float32"
+        yield Finding("bfloat16", "warning", f"{found}, but emulated", remedy)
+    else:
+        yield Finding("bfloat16", "ok", found)
+
+
+def _four_bits() -> Iterator[Finding]:
+    from san_llm.models.load import device
+    from san_llm.models.quantize import nf4_error
+
+    remedy = "train over the base as it is (no base.quantization), or reinstall bitsandbytes"
+    try:
+        error = nf4_error(device())
+    except Exception as failed:  # an absent library, or one for another CUDA
+        yield Finding("4 bits", "warning", plain(first_line(failed)), remedy)
+        return
+    found = f"an NF4 layer on the {device().type} is within {error:.1g} of full precision"
+    right = 0 < error < 0.2  # its 16 levels are within 0.1 of normal numbers
+    yield Finding("4 bits", "ok" if right else "warning", found, "" if right else remedy)
+
+
+def _pair() -> Iterator[Finding]:
+    """Add numbers up between two processes, as every step of a training on several does."""
+    with tempfile.TemporaryDirectory(prefix="san-llm-") as folder, ExitStack() as stack:
+        pair = [
+            subprocess.Popen(
+                [sys.executable, "-c", PAIR, str(rank), str(Path(folder) / "meeting")],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(2)
+        ]
+        for process in pair:
+            stack.callback(process.kill)
+        told = ""
+        try:
+            for process in pair:
+                _, said = process.communicate(timeout=PAIR_SECONDS)
+                if process.returncode and not told:
+                    told = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            told = f"no sum in {PAIR_SECONDS:.0f} s"
+    if told:
+        remedy = (
+            "train in one process; or name the network interface they are to use, such as lo, in "
+            "GLOO_SOCKET_IFNAME"
+        )
+        yield Finding("two processes", "warning", plain(told), remedy)
+    else:
+        yield Finding("two processes", "ok", "have added their numbers up (gloo)")

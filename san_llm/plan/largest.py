@@ -1,0 +1,56 @@
+"""The largest micro-batch of a recipe's rows, tokenized and packed as training does it."""
+
+from __future__ import annotations
+
+from heapq import nlargest
+from typing import Any
+
+from san_llm.data.batches import Pack, Pad, pad_id
+from san_llm.data.encode import encoding_of
+from san_llm.data.split import split_held_out
+from san_llm.data.tokenized import encode_rows
+from san_llm.models.load import load_tokenizer
+from san_llm.models.locate import find_base
+from san_llm.plan.memory import Batch
+from san_llm.plan.planned import Seen
+from san_llm.recipe.schema import Recipe
+
+
+def look_at(recipe: Recipe, micro_batch: int) -> Seen:
+    """Tokenize the rows, which the training then finds in the cache, and batch the longest ones.
+
+    Args:
+        recipe: Whose rows.
+        micro_batch: How many are computed at once.
+
+    Raises:
+        InputError: when the rows or the tokenizer cannot serve.
+    """
+    rows, _, _ = split_held_out(recipe)
+    tokenizer = load_tokenizer(find_base(recipe.base))
+    encoded = encode_rows(rows, encoding_of(recipe.data, tokenizer)).rows
+    lengths = [len(row) for row in encoded["input_ids"]]
+    longest = nlargest(micro_batch, range(len(lengths)), key=lengths.__getitem__)
+    batch = [encoded[index] for index in longest]
+    if recipe.training.packing:
+        return Seen(len(lengths), _packed(batch, share=True), _packed(batch, share=False))
+    padded = Pad(pad_id(tokenizer))(batch)
+    tokens, width = padded["input_ids"].numel(), padded["input_ids"].shape[1]
+    learned = int((padded["labels"][:, 1:] != -100).sum())
+    masked = not bool(padded["attention_mask"].all())
+    found = Batch(tokens, learned, tokens, tokens, width, packed=False, masked=masked)
+    return Seen(len(lengths), found, found)
+
+
+def _packed(rows: list[dict[str, Any]], share: bool) -> Batch:
+    batch = Pack(share)(rows)
+    layout = batch["layout"]
+    return Batch(
+        tokens=batch["input_ids"].numel(),
+        learned=len(batch["labels"]),
+        keys=layout["keys"].numel(),
+        queries=layout["queries"].numel(),
+        longest=layout["keys"].shape[1],
+        packed=True,
+        masked=True,
+    )

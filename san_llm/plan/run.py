@@ -1,0 +1,195 @@
+"""What a recipe will train, in how many steps and how much memory: told before anything is loaded.
+
+Config files and rows are read, no weights, and torch is not imported unless the rows are to be
+tokenized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from san_llm.architectures.sizes import shape_of
+from san_llm.data.rows import stream_rows, training_files
+from san_llm.data.split import check_held_out
+from san_llm.errors import InputError
+from san_llm.launch.engine import check_engine
+from san_llm.models.locate import stored_bits
+from san_llm.plan.bases import config_of
+from san_llm.plan.memory import (
+    Device,
+    Setting,
+    full_batch,
+    graph_of,
+    memory,
+    traffic,
+    trained_numbers,
+)
+from san_llm.plan.planned import Plan, Seen, fits
+from san_llm.plan.request import PlanRequest, bytes_of, find_device
+from san_llm.recipe.read import given_keys, load_recipe
+from san_llm.recipe.schema import LoraMethod, Recipe, SanMethod, micro_batch
+from san_llm.recipe.shipped import find_recipe
+
+if TYPE_CHECKING:
+    from san_llm.data.inspect import Inspection
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a request came to.
+
+    Attributes:
+        plan: The run as it would be.
+        limit: Bytes that a device has, if that was asked.
+        inspected: What tokenizing the rows has shown, if that was asked.
+    """
+
+    plan: Plan
+    limit: int | None
+    inspected: Inspection | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe's method needs no more than the limit."""
+        return self.limit is None or fits(self.plan, self.limit)
+
+
+def plan(request: PlanRequest) -> Planned:
+    """Plan a run.
+
+    Raises:
+        InputError: when a recipe, a size, a device or a row cannot be right; see :func:`make_plan`.
+    """
+    limit = None if request.memory is None else bytes_of(request.memory)
+    device = find_device(request.device)
+    file, overrides = find_recipe(request.recipe), list(request.overrides)
+    recipe = load_recipe(file, overrides)
+    inspected = seen = None
+    if request.data:
+        at_once = micro_batch(recipe.training, request.devices)
+        for rows in training_files(recipe.data.train):
+            next(iter(stream_rows(rows)))  # what is not there is found before torch is loaded
+        from san_llm.data.inspect import inspect_recipe
+        from san_llm.plan.largest import look_at
+
+        inspected = inspect_recipe(recipe)
+        seen = look_at(recipe, at_once)
+    given = given_keys(file, overrides)
+    made = make_plan(recipe, given, device, request.devices, request.sharded, seen)
+    return Planned(made, limit, inspected)
+
+
+def make_plan(
+    recipe: Recipe,
+    given: set[str],
+    device: Device,
+    devices: int = 1,
+    sharded: bool = False,
+    seen: Seen | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        recipe: What would be run.
+        given: The keys that are no defaults.
+        device: Where it would run.
+        devices: On how many.
+        sharded: Whether they share the base (FSDP2).
+        seen: What tokenizing the rows has found (``data.largest``); else they are counted, and
+            taken to be as long as the cutoff and to share nothing.
+
+    Raises:
+        InputError: when the base is not known or not supported, a row is wrong, or devices cannot
+            work together as asked.
+    """
+    config, config_from = config_of(recipe.base)
+    bits = recipe.base.quantization or stored_bits(recipe.base.model, config)
+    if sharded:
+        check_engine("FSDP2", recipe)
+        if devices == 1:
+            raise InputError("--sharded: one device has nobody to share with; add --devices N")
+        if bits is not None:
+            raise InputError(
+                f"base.model: {recipe.base.model} is stored quantized, which FSDP2 cannot shard; "
+                "leave --sharded out"
+            )
+    shape = shape_of(config)
+    method, training = recipe.method, recipe.training
+    at_once = micro_batch(training, devices)
+    looked = seen is not None
+    if seen is None:
+        rows, missing = _count_rows(recipe)
+        full = full_batch(at_once, recipe.data.cutoff, training.packing)
+        seen = Seen(rows, full, full)
+    else:
+        rows, missing = seen.rows, None
+    steps, epochs = training.max_steps, None
+    if rows is not None:
+        an_epoch = ceil(rows / training.batch_size)
+        steps = steps or ceil(training.epochs * an_epoch)
+        epochs = steps / an_epoch
+    double = bool(recipe.base.double_quant)
+    if recipe.base.quantization is None and bits:
+        double = bool(config["quantization_config"].get("bnb_4bit_use_double_quant"))
+    setting = Setting(
+        shape=shape,
+        dtype=recipe.base.dtype,
+        bits=bits,
+        double_quant=double,
+        method=method,
+        batch=seen.batch_for(method),
+        checkpointing=training.gradient_checkpointing,
+        device=device,
+        devices=devices,
+        sharded=sharded,
+    )
+    lora = LoraMethod(name="lora")
+    beside = {_title(method): method, _title(lora): lora, "full fine-tuning": None}
+    return Plan(
+        recipe=recipe,
+        given=frozenset(given),
+        config_from=config_from,
+        graph=graph_of(shape, method) if isinstance(method, SanMethod) else None,
+        trained=trained_numbers(shape, method),
+        rows=rows,
+        missing=missing,
+        steps=steps,
+        epochs=epochs,
+        micro_batch=at_once,
+        batch=setting.batch,
+        looked=looked,
+        device=device,
+        devices=devices,
+        sharded=sharded,
+        memory={
+            name: memory(replace(setting, method=one, batch=seen.batch_for(one)))
+            for name, one in beside.items()
+        },
+        traffic=traffic(setting, training.batch_size // (at_once * devices)),
+    )
+
+
+def _title(method: Any) -> str:
+    carrier = getattr(method, "carrier", "scale")
+    names = {"san": "SAN", "lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
+    name = names[method.name] + ("" if carrier == "scale" else f" {carrier}")
+    rank = getattr(method, "rank", None)
+    return name if rank is None else f"{name} r{rank}"
+
+
+def _count_rows(recipe: Recipe) -> tuple[int | None, str | None]:
+    """Return the rows that are trained on, or the file that is not here to count them."""
+    data = recipe.data
+    files = training_files(data.train)
+    for file in files:
+        if not file.exists():
+            return None, str(file)
+    rows = sum(1 for _ in chain.from_iterable(map(stream_rows, files)))
+    rows = min(rows, data.limit or rows)
+    if isinstance(data.held_out, int):
+        check_held_out(data.held_out, rows)
+        rows -= data.held_out
+    return rows, None

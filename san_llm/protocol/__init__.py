@@ -1,0 +1,1 @@
+"""The published protocol: prompts, tasks and their rows' text, quoted numbers."""

@@ -1,0 +1,1 @@
+"""What is asked for: every key, read from YAML; what is wrong, and on which line."""

@@ -1,0 +1,135 @@
+"""What is wrong with a recipe, and where: line and key, what was found, what would be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from san_llm.errors import did_you_mean, not_one_of
+from san_llm.recipe.schema import Method, Recipe, SanMethod
+
+PathInProject = tuple[str | int, ...]
+
+
+@dataclass
+class Source:
+    """Where each key of a recipe was written: a line of the file or an argument."""
+
+    file: str
+    lines: dict[PathInProject, int] = field(default_factory=dict)
+    arguments: dict[PathInProject, str] = field(default_factory=dict)
+
+    def of(self, path: PathInProject) -> str:
+        """Return ``file:line`` or the argument that set ``path`` or the nearest key above it."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.arguments:
+                return f"argument {self.arguments[path[:end]]!r}"
+            if path[:end] in self.lines:
+                return f"{self.file}:{self.lines[path[:end]]}"
+        return self.file
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """Return a key's place as a recipe's user writes it: ``data.train[0]``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _strip(location: tuple[int | str, ...], raw: Any, missing: bool) -> PathInProject:
+    """Drop what pydantic adds to a location: the tag of a union's member is not in the file."""
+    path: list[str | int] = []
+    value = raw
+    for index, part in enumerate(location):
+        inside = isinstance(value, Mapping) and part in value
+        listed = isinstance(value, (list, tuple)) and isinstance(part, int)
+        absent = missing and index == len(location) - 1
+        if not (inside or listed or absent):
+            continue
+        path.append(part)
+        value = value[part] if inside or (listed and int(part) < len(value)) else None
+    return tuple(path)
+
+
+def _fields(path: PathInProject, raw: Mapping[str, Any]) -> list[str]:
+    """Return the keys that the schema knows beside ``path``'s last one."""
+    model: Any = Recipe
+    for part in path[:-1]:
+        if part == "method":
+            name = raw["method"].get("name") if isinstance(raw.get("method"), Mapping) else None
+            members = get_args(get_args(Method)[0])
+            named = [m for m in members if m.model_fields["name"].annotation == Literal[name]]
+            model = named[0] if named else SanMethod
+        else:
+            model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "string_too_short": "text",
+    "string_unicode": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "too_short": "at least one",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+    "string_pattern_mismatch": "letters, digits, '.', '_', '-', the first a letter or digit",
+}
+# Where a value may be of two kinds.
+_EITHER: dict[PathInProject, str] = {
+    ("data", "train"): "'pocket', a file or a list of files",
+    ("data", "held_out"): "a number of rows or a file",
+}
+
+
+def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
+    """Return one of pydantic's errors as one line: where, which key, what would be right."""
+    kind, context = error["type"], error.get("ctx", {})
+    path = _strip(error["loc"], raw, missing=kind == "missing")
+    if kind.startswith("union_tag"):
+        path = ("method", "name")
+    where, key, found = source.of(path), dotted(path), _listed(error["input"])
+    if kind == "extra_forbidden":
+        known = _fields(path, raw)
+        name = str(path[-1])
+        others = next(
+            (
+                f" (it belongs to {section!r})"
+                for section, info in Recipe.model_fields.items()
+                if name in getattr(info.annotation, "model_fields", {})
+            ),
+            "",
+        )
+        hint = did_you_mean(name, known) or others or f": known here are {', '.join(known)}"
+        return f"{where}: {key}: unknown key{hint}"
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{where}: {key}: missing"
+    if kind == "union_tag_invalid":
+        names = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        found = _listed(raw["method"]["name"])
+        return f"{where}: {key}: {not_one_of(found, names)}"
+    if kind == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        return f"{where}: {key}: {not_one_of(found, names)}"
+    if kind == "value_error":
+        message = str(context["error"])
+        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    shown = "nothing" if found is None else repr(found)
+    expected = _EITHER.get(path) or _EXPECTED.get(kind)
+    if expected:
+        quoted = kind == "string_type" and type(found) in (int, float)
+        hint = "; write it in quotes" if quoted and path not in _EITHER else ""
+        return f"{where}: {key}: expected {expected}, found {shown}{hint}"
+    return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {shown}"
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,395 @@
+"""A recipe: one YAML file that says what is trained, how, on what, and how it is judged.
+
+The schema is strict and frozen; a recipe is data, never code. Reading one imports no torch, so a
+misspelt key costs a tenth of a second, not a model load. All mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from san_llm.architectures.decoders import TARGETS
+from san_llm.architectures.entry import KINDS
+from san_llm.errors import InputError
+from san_llm.protocol.prompts import PromptStyle
+from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.san.options import Options, check_targets
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[DType, ...] = get_args(DType)
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Kind = Literal["attention", "mlp", "residual"]
+_Name = Annotated[str, Field(min_length=1)]
+# No run has more of them: what is larger is a slip, and would be counted up to.
+MOST, MOST_RANKS = 10**9, 2**16
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Base(_Section):
+    """The frozen model that is tuned."""
+
+    model: str = Field(
+        min_length=1,
+        description="a directory, a .gguf file, a name known to `san-llm download`, or a hub id",
+    )
+    revision: _Name | None = Field(default=None, description="branch, tag or commit of a hub id")
+    dtype: DType = Field(
+        default="bfloat16", description="dtype of the weights; with 4 or 8 bits, of the arithmetic"
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="load the base in 4 or 8 bits; a checkpoint that is in them already needs none",
+    )
+    quant_type: Literal["nf4", "fp4"] | None = Field(
+        default=None, description="the 16 numbers that 4 bits stand for: nf4 unless told otherwise"
+    )
+    double_quant: bool | None = Field(
+        default=None, description="4bit: quantize the scales of its blocks, too; true unless told"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="let the model's repository run its own code"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_qlora(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("quantization") == "4bit":
+            # QLoRA's defaults (arXiv:2305.14314).
+            usual = {"quant_type": "nf4", "double_quant": True}
+            return value | {k: v for k, v in usual.items() if value.get(k) is None}
+        return value
+
+    @model_validator(mode="after")
+    def _only_4_bits_have_kinds(self) -> Base:
+        for key in ("quant_type", "double_quant"):
+            if self.quantization != "4bit" and getattr(self, key) is not None:
+                raise ValueError(f"{key}: only quantization 4bit has one")
+        return self
+
+
+class _Targets(_Section):
+    name: str  # first, so that a printed recipe begins with it
+    target_modules: tuple[str, ...] = Field(
+        default=TARGETS, min_length=1, description="the projections that are adapted, by name"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_targets(value)
+        return value
+
+
+class SanMethod(_Targets):
+    """SAN: one neuron scale per output channel, carried into the next projection's columns."""
+
+    name: Literal["san"]
+    carrier: Literal["scale", "lora", "dora"] = Field(
+        default="scale", description="what holds the neuron scale: a vector, or a low-rank weight"
+    )
+    mode: Literal["both", "neuron", "synapse"] = Field(
+        default="both",
+        description="where the scale acts: on a channel's features, on the weights that read them, "
+        "or on both, as in the paper",
+    )
+    shift: bool = Field(
+        default=False, description="train a shift of each channel, too; only a Llama can merge it"
+    )
+    links: tuple[Kind, ...] = Field(
+        default=KINDS,
+        description="where scales are carried on: attention (v to o), mlp (up to down), residual "
+        "(o to gate and up; down to the next block's q, k and v)",
+    )
+    adapt_embedding: bool = Field(
+        default=False,
+        description="train a scale of the embedding's channels, too; block 0's q, k and v carry it",
+    )
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_RANKS,
+        description="of the lora and dora carriers, 32 unless told; the scale carrier has none",
+    )
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="likewise, 64 unless told: the low-rank product counts alpha / rank",
+    )
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="likewise, 0.05 unless told: the share of inputs that the low-rank path drops",
+    )
+    form: Literal["lean", "plain"] = Field(
+        default="lean", description="how it is computed, never what: in little memory, or as told"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _low_rank_defaults(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("carrier") in ("lora", "dora"):
+            filled = {
+                key: _LowRank.model_fields[key].default for key in ("rank", "alpha", "dropout")
+            }
+            return value | {k: v for k, v in filled.items() if value.get(k) is None}
+        return value
+
+    @property
+    def options(self) -> Options:
+        """The same, as the tuner takes them.
+
+        Raises:
+            InputError: where they do not go together.
+        """
+        low_rank = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        given = {name: value for name, value in low_rank.items() if value is not None}
+        return Options(
+            target_modules=self.target_modules,
+            carrier=self.carrier,
+            mode=self.mode,
+            shift=self.shift,
+            links=self.links,
+            adapt_embedding=self.adapt_embedding,
+            form=self.form,
+            **given,  # type: ignore[arg-type]
+        )
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> SanMethod:
+        options = self.options  # which refuses what does not go together
+        if options.carrier == "scale":
+            for key in ("rank", "alpha", "dropout"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: the scale carrier has none; lora and dora do")
+        return self
+
+
+class _LowRank(_Targets):
+    rank: int = Field(default=32, ge=1, le=MOST_RANKS, description="rows of A, columns of B")
+    alpha: float = Field(
+        default=64.0, gt=0, le=1e6, description="the low-rank product counts alpha / rank"
+    )
+    dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="the share of inputs that the low-rank path drops"
+    )
+
+
+class LoraMethod(_LowRank):
+    """LoRA (Hu et al. 2021) through PEFT; the defaults are those of LLM-Adapters and DoRA."""
+
+    name: Literal["lora"]
+
+
+class DoraMethod(_LowRank):
+    """DoRA (Liu et al. 2024) through PEFT."""
+
+    name: Literal["dora"]
+
+
+class Ia3Method(_Targets):
+    """IA3 (Liu et al. 2022) through PEFT: k, v and down, as PEFT's own default for LLaMA."""
+
+    name: Literal["ia3"]
+    target_modules: tuple[str, ...] = Field(
+        default=("k_proj", "v_proj", "down_proj"),
+        min_length=1,
+        description="the projections that are scaled, by name",
+    )
+    feedforward_modules: tuple[str, ...] = Field(
+        default=("down_proj",), description="those of them whose input is scaled, not their output"
+    )
+
+
+Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discriminator="name")]
+
+
+class Data(_Section):
+    """What is learned from."""
+
+    train: _Name | Annotated[tuple[_Name, ...], Field(min_length=1)] = Field(
+        description="'pocket', or one or more JSON / JSONL files"
+    )
+    held_out: _Name | int = Field(
+        default=120,
+        description="rows taken out of the training rows, or a file, to choose the best checkpoint",
+    )
+    prompt: PromptStyle = Field(
+        default="llm-adapters",
+        description="the text around a row: LLM-Adapters' (aligned: asked as trained), Alpaca's "
+        "or the model's own chat template",
+    )
+    loss: Literal["response", "all"] = Field(
+        description="which tokens are learned: the response's and its end token, or all of the text"
+    )
+    cutoff: int = Field(
+        default=256,
+        ge=8,
+        le=2**24,
+        description="tokens a row may have, prompt included; what is longer loses its end",
+    )
+    limit: int | None = Field(default=None, ge=1, le=MOST, description="use the first rows only")
+    workers: int = Field(default=4, ge=1, le=1024, description="more than 1 tokenizes on threads")
+
+    @field_validator("held_out")
+    @classmethod
+    def _held_out_rows(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("expected 0 rows or more, or a file")
+        return value
+
+
+class Training(_Section):
+    """How it is learned."""
+
+    epochs: float = Field(
+        default=3.0, gt=0, le=1_000_000, description="passes over the rows; 0.5 is half of one"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, le=MOST, description="stop here, whatever the epochs"
+    )
+    batch_size: int = Field(
+        default=16, ge=1, le=2**16, description="rows an optimizer step sees, over all processes"
+    )
+    micro_batch_size: int = Field(
+        default=4,
+        ge=1,
+        le=2**16,
+        description="rows a process computes at once at most; changes no result but dropout's dice",
+    )
+    learning_rate: float = Field(
+        gt=0,
+        lt=1,
+        description="AdamW's, at the end of the warmup; scales take 1e-3 to 5e-3 where matrices "
+        "take 2e-4",
+    )
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        default="linear",
+        description="the rate after the warmup: linear and cosine fall to 0 by the end, "
+        "constant_with_warmup stays",
+    )
+    warmup_steps: int = Field(
+        default=100, ge=0, le=MOST, description="optimizer steps in which the rate rises from 0"
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="AdamW's pull of what is trained towards 0; for scales, which start at 1, 0",
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="a longer gradient of a batch is cut to this length"
+    )
+    evaluate_every: int = Field(
+        default=80,
+        ge=1,
+        le=MOST,
+        description="steps between checkpoints, each judged by held-out loss",
+    )
+    save_minutes: float = Field(
+        default=5.0, gt=0, le=MOST, description="save a checkpoint at least this often, too"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, le=10_000, description="the last ones; the best is kept besides"
+    )
+    bad_batches: Literal["stop", "skip"] = Field(
+        default="stop", description="a batch whose loss explodes: ends the run, or is left out"
+    )
+    packing: bool = Field(
+        default=True,
+        description="rows without padding, what they begin alike encoded once; never changes a "
+        "result",
+    )
+    report_to: tuple[Tracker, ...] = Field(default=(), description="trackers that get the log, too")
+    sample_prompts: tuple[_Name, ...] = Field(
+        default=(), description="asked while it learns; the answers are in the log"
+    )
+    sample_every: int | None = Field(
+        default=None, ge=1, le=MOST, description="steps between them; default: evaluate_every"
+    )
+    sample_tokens: int = Field(default=32, ge=1, le=2**16, description="of an answer, at most")
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations twice, to keep fewer"
+    )
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="of the order of rows, the held-out rows, low-rank starts and dropout",
+    )
+
+
+class Evaluation(_Section):
+    """How the result is judged."""
+
+    tasks: tuple[str, ...] = Field(
+        default=tuple(TASKS), min_length=1, description="which of the eight are asked, in order"
+    )
+    data: _Name = Field(
+        default="pocket", description="'pocket', or a directory with <task>/test.json"
+    )
+    prompt: PromptStyle | None = Field(
+        default=None, description="the text around a question; default: data.prompt"
+    )
+    limit: int | None = Field(
+        default=None, ge=1, le=MOST, description="ask the first rows of each task only"
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(task.name for task in find_tasks(value))
+
+
+class Recipe(_Section):
+    """All of a run. ``name`` is the file's stem unless the file says otherwise."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Base
+    method: Method
+    data: Data
+    training: Training
+    evaluation: Evaluation = Evaluation()
+
+
+def leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested sections as one, by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
+    return found
+
+
+def micro_batch(training: Training, processes: int) -> int:
+    """Return how many rows a process computes at once: a divisor of its share of a batch.
+
+    Raises:
+        InputError: when the processes cannot share a batch evenly.
+    """
+    share, rest = divmod(training.batch_size, processes)
+    if rest:
+        raise InputError(
+            f"training.batch_size: {training.batch_size} is not a multiple of {processes} processes"
+        )
+    limit = min(training.micro_batch_size, share)
+    return next(size for size in range(limit, 0, -1) if share % size == 0)
+
+
+def section_keys() -> dict[str, list[str]]:
+    """Return the keys of each section of a recipe; the method's are those of all methods."""
+    methods = {"method": get_args(get_args(Method)[0])}
+    return {
+        name: list(
+            dict.fromkeys(
+                key for model in methods.get(name, (info.annotation,)) for key in model.model_fields
+            )
+        )
+        for name, info in Recipe.model_fields.items()
+        if name != "name"
+    }

@@ -1,0 +1,56 @@
+"""The recipes that come with the package, by name, and their schema for editors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from san_llm.errors import InputError, did_you_mean, nearest_file
+from san_llm.recipe.schema import Recipe
+
+# In a wheel beside this file, in a folder of its name; in a clone at the top.
+_INSTALLED = Path(__file__).with_suffix("")
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+SCHEMA = "recipe.schema.json"  # beside the shipped recipes, whose comment for editors names it
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe file, for editors; :func:`load_recipe` says more."""
+    schema = Recipe.model_json_schema()
+    schema["required"].remove("name")  # the file's stem, where it says none
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find_recipe(text: str) -> Path:
+    """Return the file of a recipe given as a path, or as the name of a shipped one.
+
+    Raises:
+        InputError: naming the nearest shipped recipe.
+    """
+    path = Path(text)
+    if path.is_dir():
+        hint = "; a run goes on with --resume" if (path / "recipe.yaml").is_file() else ""
+        raise InputError(f"{text}: a directory; expected a recipe, a YAML file{hint}")
+    if path.exists():
+        return path
+    shipped = shipped_recipes()
+    # `recipes/NAME.yaml` works outside a clone, too.
+    name = path.stem if path.suffix in ("", ".yaml") and path.parent.name in ("", "recipes") else ""
+    if name in shipped:
+        return shipped[name]
+    near = nearest_file(path) if path.suffix or len(path.parts) > 1 else ""
+    raise InputError(
+        f"{text}: no such recipe{near or did_you_mean(path.stem, shipped)}; "
+        f"shipped are {', '.join(shipped)}"
+    )
+
+
+def hardware(path: Path) -> str:
+    """Return what a recipe's first comment says of the hardware and time that it needs."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("# Hardware:").strip() if first.startswith("# Hardware:") else ""

@@ -1,0 +1,127 @@
+"""The formulas of every carrier, written once; the layer and the merge both call them.
+
+A carrier holds the neuron scale. ``scale`` is a vector of its own. ``lora`` and ``dora`` hold it in
+the row norms of ``V = W + c B A`` (c = alpha / r), from which the paper's decomposition takes it:
+
+    carrier   features in mode both      gamma that is propagated
+    scale     gamma * (W (s x) + b)      gamma
+    lora      V (s x) + b                norm(V) / norm(W)
+    dora      m / norm(V) * V (s x) + b  m / norm(W)
+
+Mode ``neuron`` propagates nothing. Mode ``synapse`` takes gamma out of the features, so that it
+acts only where it is propagated to: W for ``scale`` and ``norm(W) / norm(V) * V`` for the others.
+Source: arXiv:2409.06706; the norm over d_in and the synapse row of ``lora`` and ``dora`` are our
+reading. Arrays may be torch tensors or numpy arrays.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from san_llm.architectures.entry import Carry
+
+Array = TypeVar("Array")
+
+
+def scales(carrier: str, mode: str, own: Any, norms: Callable[[], tuple[Any, Any]]) -> Any:
+    """Return ``(row scale, gamma)``, each (d_out,) or None for 1; gamma is what is propagated.
+
+    Args:
+        carrier: ``scale``, ``lora`` or ``dora``.
+        mode: ``both``, ``neuron`` or ``synapse``.
+        own: The vector that the carrier trains: gamma of ``scale``, m of ``dora``, or None.
+        norms: Computes ``(norm(W), norm(V))``; called where they are needed.
+    """
+    if carrier == "scale":
+        return (None if mode == "synapse" else own), own
+    if carrier == "lora" and mode == "neuron":
+        return None, None
+    norm, adapted = norms()
+    if carrier == "lora":
+        gamma = adapted / norm
+        return (1 / gamma if mode == "synapse" else None), gamma
+    gamma = None if own is None else own / norm
+    return (norm if own is None or mode == "synapse" else own) / adapted, gamma
+
+
+def merged_weight(
+    weight: Array,
+    row_scale: Array | None,
+    delta: Array | None,
+    s: Array | None,
+    in_place: bool = False,
+) -> Array:
+    """Return ``W* = diag(row_scale) (W + delta) diag(s)``.
+
+    Args:
+        weight: W, (d_out, d_in), in the precision to compute in.
+        row_scale: What the features are multiplied by, (d_out,), or None for 1.
+        delta: ``c B A``, (d_out, d_in), or None for 0.
+        s: Synapse scale (d_in,), or None for 1.
+        in_place: Whether to overwrite W.
+    """
+    plus: Any = operator.iadd if in_place else operator.add
+    times: Any = operator.imul if in_place else operator.mul
+    if delta is not None:
+        weight = plus(weight, delta)
+    if row_scale is not None:
+        weight = times(weight, row_scale[:, None])  # type: ignore[index]
+    if s is not None:
+        weight = times(weight, s)
+    return weight
+
+
+def merged_bias(bias: Array | None, gamma: Array | None, beta: Array | None) -> Array | None:
+    """Return ``b* = gamma * b + beta``, or None where neither a bias nor a shift exists.
+
+    Args:
+        bias: b, (d_out,), or None.
+        gamma: Neuron scale (d_out,), or None for 1 (the bias of ``lora`` and ``dora`` stays).
+        beta: Neuron shift (d_out,), or None for 0.
+    """
+    if bias is not None and gamma is not None:
+        bias = gamma * bias  # type: ignore[operator]
+    if beta is not None:
+        bias = beta if bias is None else bias + beta  # type: ignore[operator]
+    return bias
+
+
+def squared_row_norms(weight_squared: Any, projected: Any, a: Any, b: Any, c: float) -> Any:
+    """Return the squared row norms of ``W + c B A`` (d_out,), without forming it.
+
+    ``|W_i|^2 + 2 c <(W A^T)_i, B_i> + c^2 B_i (A A^T) B_i^T`` costs rank / tokens of the layer's
+    own product, and no (d_out, d_in) temporary.
+
+    Args:
+        weight_squared: ``|W_i|^2``, (d_out,).
+        projected: ``W A^T``, (d_out, rank).
+        a: A, (rank, d_in).
+        b: B, (d_out, rank).
+        c: alpha / rank.
+    """
+    cross = (projected * b).sum(-1)
+    square = ((b @ (a @ a.T)) * b).sum(-1)
+    return weight_squared + 2 * c * cross + c * c * square
+
+
+STILL = 1e-6  # a scale this near to 1 did not move: norms in fp32 are not known better
+
+
+def carried(gamma: Any, carry: Carry) -> Any:
+    """Return the synapse scale s (d_in,) that a gamma (d_out,) becomes: some rows, or all heads.
+
+    Args:
+        gamma: Of the anterior, or any vector over its rows.
+        carry: Which of its channels go where; the channels of a key and value head are repeated
+            together, once for each query head that shares it.
+    """
+    start, stop, groups, head_dim = carry
+    if stop - start < len(gamma):
+        gamma = gamma[start:stop]
+    if groups == 1:
+        return gamma
+    heads = gamma.reshape(-1, head_dim)  # (kv_heads, head_dim)
+    repeat = getattr(heads, "repeat_interleave", heads.repeat)  # torch's word, numpy's
+    return repeat(groups, 0).reshape(-1)

@@ -1,0 +1,199 @@
+"""The options of a SAN adapter, and what cannot be one: checked here, wherever they come from.
+
+A recipe, PEFT's config object and an ``adapter_config.json`` each make one :class:`Options`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from san_llm.architectures.decoders import EMBEDDING, PARENTS, TARGETS
+from san_llm.architectures.entry import KINDS
+from san_llm.errors import InputError, check_one_of, did_you_mean
+
+CARRIERS: tuple[str, ...] = ("scale", "lora", "dora")
+FORMS: tuple[str, ...] = ("lean", "plain")
+MODES: tuple[str, ...] = ("both", "neuron", "synapse")
+MOST = 2**20  # ranks, or the numerator of a low-rank product: more than any model is wide
+# PEFT's names of fields, where they are not ours.
+PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of adapter is put on a model.
+
+    Attributes:
+        target_modules: Names of the modules to adapt; or one regular expression over full names;
+            None for all projections of the model.
+        carrier: What holds the neuron scale: ``scale``, ``lora`` or ``dora``.
+        mode: Where it acts: ``both``, ``neuron`` or ``synapse``.
+        shift: Whether a neuron shift is trained, too.
+        links: The kinds of propagation that are switched on.
+        adapt_embedding: Whether the embedding's features get a scale, too.
+        modules_to_save: Names of modules that are trained and saved whole.
+        rank: Of the low-rank carriers.
+        alpha: Their numerator: ``c = alpha / rank``.
+        dropout: On the input of their low-rank path.
+        form: ``lean`` lets neighbours take over scaling where they can, see ``san.lean``; or
+            ``plain``.
+
+    Raises:
+        InputError: naming the option that is none, or which do not go together.
+    """
+
+    target_modules: tuple[str, ...] | str | None = None
+    carrier: str = "scale"
+    mode: str = "both"
+    shift: bool = False
+    links: tuple[str, ...] = KINDS
+    adapt_embedding: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    form: str = "lean"
+
+    def __post_init__(self) -> None:
+        """Check every option, and bring targets and links into one order."""
+        self._set("target_modules", _targets(self.target_modules))
+        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, "lm_head"))
+        check_one_of("carrier", self.carrier, CARRIERS)
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("form", self.form, FORMS)
+        if type(self.rank) is not int or not 1 <= self.rank <= MOST:
+            raise InputError(f"r: expected a rank from 1 to {MOST:,}, found {self.rank!r}")
+        if not _is_number(self.alpha) or not 0 < self.alpha <= MOST:
+            raise InputError(
+                f"lora_alpha: expected a number above 0, up to {MOST:,}, found {self.alpha!r}"
+            )
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise InputError(f"lora_dropout: expected 0 <= p < 1, found {self.dropout!r}")
+        for name in ("shift", "adapt_embedding"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+        links = _names("links", self.links, "mlp")
+        for kind in links or ():
+            check_one_of("links", kind, KINDS)
+        self._set("links", tuple(kind for kind in KINDS if kind in (links or ())))
+        self._check_together()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # as dataclasses do where they are frozen
+
+    def _check_together(self) -> None:
+        if self.mode == "synapse" and not self.links:
+            raise InputError("mode 'synapse' without links trains nothing: switch a link kind on")
+        if self.shift and self.carrier != "scale":
+            raise InputError(
+                f"shift: the {self.carrier} carrier has no neuron shift; the scale carrier does"
+            )
+        targets = PARENTS if self.target_modules is None else self.target_modules
+        adapted = [] if isinstance(targets, str) else list(targets)
+        adapted += [EMBEDDING] if self.adapt_embedding else []
+        for name in adapted:
+            if name in (self.modules_to_save or ()):
+                raise InputError(
+                    f"modules_to_save: {name!r} is also adapted; a module is either scaled or "
+                    "trained and saved whole"
+                )
+
+    @property
+    def scaling(self) -> float:
+        """The factor c of the low-rank product."""
+        return self.alpha / self.rank
+
+    @property
+    def lean(self) -> bool:
+        """Whether neighbours take over scaling where they can."""
+        return self.form == "lean"
+
+
+def options_of(source: Any) -> Options:
+    """Return the options that an object has under PEFT's names or ours, or a mapping.
+
+    What is absent, or None in a mapping, as in an ``adapter_config.json`` of an older version, is
+    at its default.
+
+    Raises:
+        InputError: naming the option that is none.
+    """
+    values = {}
+    for field in fields(Options):
+        names = (PEFT_NAMES.get(field.name, field.name), field.name)
+        if isinstance(source, Mapping):
+            given = next((source[name] for name in names if source.get(name) is not None), None)
+            if given is not None:
+                values[field.name] = given
+        else:
+            name = next((name for name in names if hasattr(source, name)), None)
+            if name is not None:
+                values[field.name] = getattr(source, name)
+    return Options(**values)
+
+
+def saved_options(values: Mapping[str, Any]) -> Options:
+    """Return the options that an ``adapter_config.json`` holds.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    try:
+        return options_of(values)
+    except InputError as error:
+        raise InputError(f"adapter_config.json: {error}") from None
+
+
+def check_targets(targets: Collection[str]) -> None:
+    """Refuse a target whose last name part is not a projection of any family.
+
+    Raises:
+        InputError: naming the unknown target and the nearest known one.
+    """
+    if not targets:
+        raise InputError(f"target_modules is empty: name at least one of {', '.join(TARGETS)}")
+    for target in targets:
+        if not isinstance(target, str):
+            raise InputError(f"target_modules: expected module names, found {target!r}")
+        if target.rsplit(".", 1)[-1] not in PARENTS:
+            raise InputError(
+                f"target module {target!r} is not one of {', '.join(PARENTS)}"
+                f"{did_you_mean(target.rsplit('.', 1)[-1], PARENTS)}"
+            )
+
+
+def _targets(targets: Any) -> tuple[str, ...] | str | None:
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return None
+    if not isinstance(targets, str):
+        names = _names("target_modules", targets, TARGETS[0])
+        check_targets(names or ())
+        return names
+    if targets in PARENTS:
+        raise InputError(
+            f"target_modules: a string is a regular expression over full module names; "
+            f"write [{targets!r}] for the name of a projection"
+        )
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise InputError(
+            f"target_modules: {targets!r} is not a regular expression: {error}"
+        ) from None
+    return targets
+
+
+def _names(option: str, value: Any, example: str) -> tuple[Any, ...] | None:
+    if value is None and option != "links":
+        return None
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise InputError(f"{option}: expected a list, found {value!r}; such as [{example!r}]")
+    # A set has no order of its own, and the saved file should not depend on a hash seed.
+    return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,88 @@
+"""The loss of a batch: a mean over all that its step learns, whichever process holds a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from san_llm.data.encode import IGNORE
+from san_llm.ops.head_loss import HeadLoss
+from san_llm.train.packed_attention import laid_out
+
+
+def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the summed cross entropy of a batch's supervised tokens, in fp32 or wider.
+
+    Args:
+        model: A causal LM of transformers; adapted, or wrapped for several processes, or not.
+        inputs: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens), where label
+            -100 is not learned; or a packed batch of ``data.pack.Pack``.
+    """
+    bare = model.module if hasattr(model, "module") else model
+    if "layout" in inputs:
+        positions = inputs["position_ids"]
+        # What has four dimensions is handed through as it is, and no mask is made of N x N tokens:
+        # attention makes its own by the layout.
+        how = {
+            "position_ids": positions,
+            "attention_mask": positions[None, None],
+            "layout": laid_out(inputs["layout"], positions[0]),
+        }
+        sources, targets = inputs["sources"], inputs["labels"]
+    else:
+        how = {"attention_mask": inputs["attention_mask"]}
+        following = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        sources = (following != IGNORE).nonzero()[:, 0]
+        targets = following[sources]
+    with _head_gives_loss(bare.get_output_embeddings(), sources, targets, bare.config):
+        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **how).logits
+    return loss
+
+
+def learned_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Return how many tokens of a batch ``token_losses`` adds up, as a number of shape ()."""
+    labels: Tensor = inputs["labels"] if "layout" in inputs else inputs["labels"][:, 1:]
+    return (labels != IGNORE).sum()
+
+
+@contextmanager
+def _head_gives_loss(head: Any, sources: Tensor, targets: Tensor, config: Any) -> Iterator[None]:
+    """Let the output head return the loss of ``targets`` (n,) instead of logits.
+
+    Target i is predicted from token ``sources[i]`` of all the batch's tokens. It happens inside
+    the model's own forward, so wrappers that gather weights or hook outputs see nothing unusual.
+    Where the config has the model cap its logits (Gemma 2), the head does that as well: the model
+    would cap the loss.
+    """
+    plain = head.forward
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def loss(hidden: Tensor) -> Tensor:
+        chosen = hidden.flatten(0, -2).index_select(0, sources)  # (n, hidden)
+        # FSDP2 makes a Linear a subclass, of the same forward; a quantized one has its own.
+        frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
+        if frozen and type(head).forward is nn.Linear.forward:
+            out: Tensor = HeadLoss.apply(chosen, head.weight, head.bias, targets, cap)
+            return out
+        logits = plain(chosen).float()
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    mine = "forward" in vars(head)
+    head.forward = loss
+    if cap is not None:
+        config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        if cap is not None:
+            config.final_logit_softcapping = cap
+        if mine:
+            head.forward = plain
+        else:
+            del head.forward

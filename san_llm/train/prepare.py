@@ -1,0 +1,189 @@
+"""What a training needs before its first step: rows as tokens, the adapted model, its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from san_llm.data.batches import Pack, Pad, pad_id
+from san_llm.data.encode import encoding_of, label_rows
+from san_llm.data.rows import Row
+from san_llm.data.split import split_held_out
+from san_llm.data.tokenized import Encoded, encode_rows
+from san_llm.errors import SanError
+from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
+from san_llm.launch.malloc import spares_memory, without_holes
+from san_llm.launch.processes import is_first, world_size
+from san_llm.models.adapter import add_adapter, trainable_parameters
+from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.locate import FoundBase, find_base
+from san_llm.progress import stderr
+from san_llm.recipe.schema import Recipe, micro_batch
+from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
+from san_llm.train.samples import Samples
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a recipe as tokens.
+
+    Attributes:
+        train: Those that are learned from.
+        held_out: Those that judge; None where none are held out.
+        sha256: Of each file that they are from.
+        names: Returns the rows of ``train`` as they were read, which say where they stand.
+    """
+
+    train: Encoded
+    held_out: Encoded | None
+    sha256: dict[str, str]
+    names: Callable[[], list[Row]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a training begins with, the same in every process.
+
+    Attributes:
+        engine: How processes work together.
+        found: The base.
+        data: The rows.
+        samples: The prompts that are asked while it learns.
+        arguments: What Trainer is told.
+        model: The base with its adapter.
+        vocabulary: How many tokens the base knows.
+        collator: Makes batches of rows: packed, or padded.
+        trained_numbers: How many numbers are trained.
+    """
+
+    engine: Engine
+    found: FoundBase
+    data: TokenRows
+    samples: Samples
+    arguments: TrainingArguments
+    model: PeftModel
+    vocabulary: int
+    collator: Pack | Pad
+    trained_numbers: int
+
+
+def prepare(recipe: Recipe, run: Path) -> Prepared:
+    """Return what a training begins with; the fewest seconds are lost on what is refused.
+
+    Raises:
+        InputError: when the data, the base or the number of processes cannot serve.
+    """
+    engine = take_engine()
+    check_engine(engine, recipe)
+    if engine == "DeepSpeed":
+        load_weights_only()
+    micro_batch(recipe.training, world_size())  # before anything is loaded
+    found = find_base(recipe.base)
+    tokenizer = load_tokenizer(found)
+    samples = Samples(recipe, tokenizer)
+    data = token_rows(recipe, tokenizer)
+    arguments = trainer_arguments(recipe, run, judged=data.held_out is not None)
+    set_seed(recipe.training.seed)
+    if arguments.use_cpu and spares_memory(
+        recipe.training.gradient_checkpointing, found.trained_bits
+    ):
+        without_holes()
+    base = load_base(found, sharded=engine == "FSDP2")
+    vocabulary = base.get_input_embeddings().num_embeddings  # which may be adapted, next
+    samples.check(base.config)
+    model = add_adapter(base, recipe.method)
+    collator: Pack | Pad = Pad(pad_id(tokenizer))
+    if recipe.training.packing and can_pack(base):
+        use_packed_attention(base)
+        collator = Pack(share=not has_dropout(model))
+    trained = trainable_parameters(model)
+    return Prepared(engine, found, data, samples, arguments, model, vocabulary, collator, trained)
+
+
+def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
+    """Return a recipe's rows as tokens, and tell how many there are.
+
+    Raises:
+        InputError: when a file, a row or the tokenizer cannot serve.
+    """
+    rows, held_out_rows, sha256 = split_held_out(recipe)
+    encoding = encoding_of(recipe.data, tokenizer)
+    train = encode_rows(rows, encoding)
+    held_out = encode_rows(held_out_rows, encoding) if held_out_rows else None
+
+    def names() -> list[Row]:
+        if not train.dropped:
+            return rows
+        labelled = zip(rows, label_rows(rows, encoding), strict=True)
+        return [row for row, kept in labelled if kept.fate != "dropped"]
+
+    if is_first():
+        _tell_rows(train, held_out)
+    return TokenRows(train, held_out, sha256, names)
+
+
+def _tell_rows(train: Encoded, held_out: Encoded | None) -> None:
+    lost = [
+        f"{count:,} {what}"
+        for count, what in (
+            (train.dropped, "dropped (the cutoff cut the whole response away)"),
+            (train.cut, "cut short (the cutoff took the response's end)"),
+        )
+        if count
+    ]
+    stderr.print(
+        f"data: {len(train.rows):,} rows, {train.supervised:,} tokens to learn"
+        + (f"; {len(held_out.rows):,} held out" if held_out else "")
+        + ("; " + ", ".join(lost) if lost else "")
+    )
+
+
+def trainer_arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArguments:
+    """Return what Trainer is told: the recipe's ``training``, by its own names."""
+    training = recipe.training
+    micro = micro_batch(training, world_size())
+    arguments = TrainingArguments(
+        output_dir=str(run / "checkpoints"),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // (micro * world_size()),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=training.seed,
+        data_seed=training.seed,
+        eval_strategy="steps" if judged else "no",
+        eval_steps=training.evaluate_every,
+        save_strategy="steps",
+        save_steps=training.evaluate_every,
+        save_total_limit=training.keep_checkpoints,
+        load_best_model_at_end=judged,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(training.report_to) or "none",
+        run_name=run.name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if arguments.world_size != world_size():
+        raise SanError(
+            f"the launcher started {world_size()} processes, but Trainer sees "
+            f"{arguments.world_size}: they would train apart"
+        )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: one process each, never DataParallel
+    return arguments

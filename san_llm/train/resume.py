@@ -1,0 +1,92 @@
+"""Where a run goes on: from its last whole checkpoint, with the rows and base of its beginning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from san_llm.errors import InputError
+from san_llm.files import folder_sha256, write_json
+from san_llm.launch.engine import Engine
+from san_llm.launch.processes import world_size
+from san_llm.progress import stderr
+from san_llm.recipe.schema import Recipe
+from san_llm.runs.record import MANIFEST, manifest
+from san_llm.train.checkpoint import last_checkpoint
+from san_llm.train.checkpoint_check import check_content
+from san_llm.train.prepare import Prepared
+
+
+def facts_of(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Return what a run's manifest says: versions, seed, device, the sha256 of base and rows."""
+    engine, device = prepared.engine, prepared.arguments.device
+    stderr.print(
+        f"{recipe.method.name}: {prepared.trained_numbers:,} trained numbers on "
+        f"{recipe.base.model} ({device}, {_processes(engine)})"
+    )
+    return manifest(
+        recipe=recipe.name,
+        seed=recipe.training.seed,
+        device=str(device),
+        processes=world_size(),
+        engine=engine if world_size() > 1 else None,
+        sha256={"base": folder_sha256(prepared.found.folder), "data": prepared.data.sha256},
+    )
+
+
+def resume_point(run: Path, prepared: Prepared, facts: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to go on from, or None for a run that begins, and write its manifest.
+
+    Raises:
+        InputError: when a checkpoint, the rows or the base are not what the run began with, or no
+            checkpoint is whole.
+    """
+    checkpoint = last_checkpoint(run / "checkpoints", _warn)
+    if checkpoint is None:
+        if any(run.glob("checkpoints/checkpoint-*")):
+            raise InputError(
+                f"{run}/checkpoints: none is whole, so there is nothing to go on from; "
+                "--output with --overwrite begins again"
+            )
+        write_json(run / MANIFEST, facts)  # a resumed run's is written when it ends
+        return None
+    check_content(checkpoint, prepared.model, prepared.engine)
+    refuse_other_data(run, facts["sha256"])
+    stderr.print(f"going on from {checkpoint}", markup=False)
+    return checkpoint
+
+
+def refuse_other_data(run: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with other rows or another base than a run began with.
+
+    Raises:
+        InputError: naming the file that has changed.
+    """
+    try:
+        before = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        data = {file: (before["data"].get(file), hashed) for file, hashed in now["data"].items()}
+        names = before["base"].keys() | now["base"].keys()
+        base = {
+            f"the base's {name}": (before["base"].get(name), now["base"].get(name))
+            for name in sorted(names)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no manifest that could tell
+    for name, (was, now_is) in (base | data).items():
+        if was != now_is:
+            raise InputError(
+                f"{run}: {name} has changed since the run began; it goes on only as it began: "
+                "bring the file back, or start a new run"
+            )
+
+
+def _processes(engine: Engine) -> str:
+    count = world_size()
+    if count == 1:
+        return "1 process"
+    return f"{count} processes" + ("" if engine == "DDP" else f", {engine}")
+
+
+def _warn(message: str) -> None:
+    stderr.print(f"warning: {message}", markup=False)

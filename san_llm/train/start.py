@@ -1,0 +1,213 @@
+"""Where a training begins: a new run of a recipe, or one that goes on; here, or by a launcher.
+
+What cannot be right is refused before torch is loaded and before a folder is made.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from san_llm.data.rows import read_rows, training_files
+from san_llm.errors import STOPPED, InputError, debugging
+from san_llm.files import write_text
+from san_llm.launch.command import accelerate_command, machine_rank, run_launched
+from san_llm.launch.engine import check_engine, engine_of, find_config, read_config
+from san_llm.launch.processes import agree, is_first
+from san_llm.progress import stderr
+from san_llm.recipe.read import load_recipe, to_yaml
+from san_llm.recipe.schema import Recipe, leaves
+from san_llm.recipe.shipped import find_recipe
+from san_llm.runs.folder import begun, last_run, new_run, recipe_of
+from san_llm.runs.lock import refuse_busy
+from san_llm.runs.record import TrainResult
+from san_llm.train.trackers import check_trackers
+
+# Keys that do not change what a run comes to, so that one may go on with other values of them.
+HARMLESS = (
+    *("name", "evaluation", "method.form", "data.workers"),
+    *("training.micro_batch_size", "training.gradient_checkpointing", "training.save_minutes"),
+    *("training.keep_checkpoints", "training.bad_batches", "training.packing"),
+    *("training.report_to", "training.sample_prompts", "training.sample_every"),
+    "training.sample_tokens",
+)
+
+
+def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
+    """Return ``key: old -> new`` for the differences that would make another run of it."""
+    one, two = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
+    return [
+        f"{key}: {one.get(key)!r} -> {two.get(key)!r}"
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+    ]
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What ``san-llm train`` was asked.
+
+    Attributes:
+        recipe: A recipe file or the name of a shipped one; with ``resume`` a run's folder. None:
+            with ``resume`` the last run.
+        overrides: ``key=value`` arguments.
+        processes: On this machine; None: one, or as many as ``accelerate`` says.
+        accelerate: A config file of Accelerate's, or the name of a shipped one.
+        output: The run's folder; None: ``runs/<name>-<date>-<time>``.
+        resume: Go on from the last checkpoint.
+        overwrite: Empty ``output`` first, if it is a run.
+        as_json: How launched processes print the result.
+    """
+
+    recipe: str | None
+    overrides: Sequence[str] = ()
+    processes: int | None = None
+    accelerate: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a training ended.
+
+    Attributes:
+        code: The command's exit code.
+        result: What it came to; None where another process tells it.
+    """
+
+    code: int
+    result: TrainResult | None = None
+
+
+def start(request: TrainRequest) -> Ended:
+    """Train as asked: in this process, or in several that are launched for it.
+
+    Raises:
+        InputError: when something that was asked for cannot be right.
+        SanError: when the training fails.
+    """
+    launched, config = "WORLD_SIZE" in os.environ, find_config(request.accelerate)
+    # On several machines, as in several processes, the first alone knows the run.
+    if launched and not is_first():
+        return _join()
+    if not launched and machine_rank(config):
+        return _run_launched(accelerate_command(["train"], request.processes, config))
+    run, recipe = new_or_resumed(request)
+    if busy := run or request.output:
+        refuse_busy(busy)
+    check_trackers(recipe)
+    command = None if launched else _launcher(request.processes, config, recipe)
+    if not (launched and request.resume):
+        _look_ahead(recipe, new=run is None)
+    made = run is None
+    if run is not None and recipe_of(run) != recipe:
+        write_text(run / "recipe.yaml", to_yaml(recipe))
+    run = run or new_run(recipe, request.output, request.overwrite)
+    with begun(run, made):
+        if command is None:
+            return _train_here(recipe, run, launched)
+        options = ["--json"] if request.as_json else []
+        return _run_launched([*command, "train", str(run), "--resume", *options])
+
+
+def new_or_resumed(request: TrainRequest) -> tuple[Path | None, Recipe]:
+    """Return the run that goes on, or None for a new one, and the recipe with its overrides.
+
+    Raises:
+        InputError: when there is no such recipe or run, or the run cannot go on so.
+    """
+    name, overrides = request.recipe, list(request.overrides)
+    if request.resume and name is not None and "=" in name and not Path(name).exists():
+        overrides, name = [name, *overrides], None
+    if request.resume and request.output:
+        raise InputError("--resume goes on in the run's own folder: no --output")
+    run: Path | None = None
+    if request.resume and (name is None or Path(name).is_dir()):
+        run = last_run() if name is None else Path(name)
+        recipe_of(run)
+        recipe = load_recipe(run / "recipe.yaml", overrides)
+    elif name is None:
+        raise InputError("no recipe named; `san-llm recipes list` shows those that are shipped")
+    else:
+        recipe = load_recipe(find_recipe(name), overrides)
+        run = last_run() if request.resume else None
+    if run is None:
+        return None, recipe
+    if (run / "adapter").is_dir():
+        raise InputError(f"{run}: is finished; there is nothing to go on with")
+    if changes := harmful_changes(recipe_of(run), recipe):
+        raise InputError(
+            f"{run}: goes on only with what it began with; changed are "
+            f"{', '.join(changes)}: change them back, or start a new run"
+        )
+    return run, recipe
+
+
+def _launcher(processes: int | None, config: Path | None, recipe: Recipe) -> list[str] | None:
+    """Return the command that launches several processes; None where one was asked for."""
+    if (processes or 1) == 1 and config is None:
+        return None
+    command = accelerate_command([], processes, config)
+    if config is not None:
+        check_engine(engine_of(config), recipe)
+        processes = processes or read_config(config)["num_processes"]
+    rows = recipe.training.batch_size
+    if rows % (processes or 1):
+        raise InputError(f"training.batch_size: {rows} is not a multiple of {processes} processes")
+    return [*command, *(["--debug"] if debugging() else [])]
+
+
+def _look_ahead(recipe: Recipe, new: bool) -> None:
+    """Refuse wrong rows and, of a new run, a base that is not there; tell the recipe."""
+    for file in training_files(recipe.data.train):
+        read_rows(file)
+    stderr.print(to_yaml(recipe), markup=False)
+    if new:
+        from san_llm.models.load import load_config
+        from san_llm.models.locate import find_base
+
+        load_config(find_base(recipe.base))
+
+
+def _train_here(recipe: Recipe, run: Path, launched: bool) -> Ended:
+    from san_llm.train.run import train
+
+    if not launched:
+        signal.signal(signal.SIGTERM, _stop_at_once)
+    run, recipe = agree((run, recipe))
+    stderr.print(f"run: {run}", markup=False)
+    result = train(recipe, run)
+    if result.finished or launched:  # a launcher takes anything but 0 for a crash
+        return Ended(0, result)
+    return Ended(STOPPED[result.stopped_by or "SIGINT"], result)
+
+
+def _run_launched(command: list[str]) -> Ended:
+    code = run_launched(command)
+    return Ended(code if code in (0, *STOPPED.values()) else 1)
+
+
+def _join() -> Ended:
+    """Train with the first process, which tells the run."""
+    from san_llm.train.run import train
+
+    shared: Any = agree(None)
+    run, recipe = shared
+    train(recipe, run)
+    return Ended(0)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Before the first step, and after the last, there is nothing to save that is not saved."""
+    stderr.print("stopped by SIGTERM; `san-llm train --resume` goes on")
+    sys.exit(STOPPED["SIGTERM"])

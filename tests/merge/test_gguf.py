@@ -1,0 +1,185 @@
+"""Merged models as .gguf files, read again by transformers and by the format's own reader."""
+
+import json
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from san.adapted import adapt, family_model, text
+from tiny import save_tiny, tiny_model
+from tiny_gguf import VOCABULARY, gguf_model, write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from san_llm.errors import InputError, SanError
+from san_llm.merge.request import MergeRequest
+from san_llm.merge.run import merge
+from san_llm.models.from_gguf import convert_gguf
+from san_llm.models.subject import find_subject
+
+FP32 = torch.float32
+# Of the largest logit: half a step of each format, through two blocks.
+BOUNDS = {"f16": 5e-3, "bf16": 4e-2, "q8_0": 1e-1}
+
+
+def make(folder, **changes):
+    """Save a tiny base with a byte-level tokenizer, and an adapter over it."""
+    changes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | changes
+    model = gguf_model(**changes)
+    convert_gguf(write_gguf(folder / "source.gguf", model), folder / "base")
+    adapt(AutoModelForCausalLM.from_pretrained(folder / "base")).save_pretrained(folder / "adapter")
+    return find_subject(str(folder / "base"), folder / "adapter")
+
+
+def answers(folder, **how):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    with torch.no_grad():
+        return model(text() % len(VOCABULARY)).logits
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}],
+    ids=["GQA", "tied", "MHA", "MQA"],
+)
+def test_transformers_reads_the_same_model_back(here, kind, changes):
+    result = merge(MergeRequest(make(here, **changes), Path("out"), "float32", gguf=kind))
+    assert result.gguf == str(Path("out/model.gguf"))
+    Path("alone").mkdir()
+    os.rename("out/model.gguf", "alone/model.gguf")  # so that nothing else is read
+    expected, found = answers("out"), answers("alone", gguf_file="model.gguf")
+    apart = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert apart < BOUNDS[kind]
+    own = AutoTokenizer.from_pretrained("out")
+    read = AutoTokenizer.from_pretrained("alone", gguf_file="model.gguf")
+    for words in ("the other thing", "Grüße, 世界! 123\n\n", "<|start|>the<|end|>"):
+        assert read(words)["input_ids"] == own(words)["input_ids"]
+        assert read.decode(read(words)["input_ids"]) == own.decode(own(words)["input_ids"])
+    assert (read.eos_token_id, read.bos_token_id) == (own.eos_token_id, own.bos_token_id)
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+def test_the_rotary_scaling_of_llama_3_is_written_as_llama_cpp_does(here, heads):
+    head_dim = 64 // heads
+    subject = make(here, num_attention_heads=heads, num_key_value_heads=1)
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    merge(MergeRequest(subject, Path("out"), "float32", gguf="f16"))
+    stored = {t.name: t.data for t in GGUFReader("out/model.gguf").tensors}
+    factors = torch.from_numpy(stored["rope_freqs.weight"].copy())
+    plain = 1 / 500_000.0 ** (torch.arange(0, head_dim, 2) / head_dim)
+    expected = AutoModelForCausalLM.from_pretrained("out").eval()
+    frequencies = expected.model.rotary_emb.inv_freq
+    assert torch.allclose(plain / factors, frequencies, rtol=1e-6)
+    assert factors.min() == 1
+    assert factors.max() == 8
+    assert len(factors.unique()) > 2
+    # What llama.cpp computes: the file's own base frequency, divided by those factors.
+    Path("alone").mkdir()
+    os.rename("out/model.gguf", "alone/model.gguf")
+    read = AutoModelForCausalLM.from_pretrained("alone", gguf_file="model.gguf", dtype=FP32).eval()
+    unscaled = read.model.rotary_emb.inv_freq
+    tokens = text() % len(VOCABULARY)
+    with torch.no_grad():
+        wanted = expected(tokens).logits
+        without = read(tokens).logits
+        unscaled /= factors
+        found = read(tokens).logits
+    size = wanted.abs().max()
+    assert (found - wanted).abs().max() < BOUNDS["f16"] * size
+    assert (without - wanted).abs().max() > BOUNDS["f16"] * size, "the scaling matters"
+    with pytest.raises(InputError, match="its rotary frequencies are scaled, which transformers"):
+        convert_gguf(Path("alone/model.gguf"), Path("again"))
+
+
+def test_matrices_are_stored_as_asked_and_vectors_in_fp32(here):
+    merge(MergeRequest(make(here), Path("out"), "float32", gguf="q8_0"))
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader("out/model.gguf").tensors}
+    assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
+    assert kinds["blk.1.ffn_down.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert len(kinds) == 2 * 9 + 3
+
+
+def test_a_row_that_is_not_whole_blocks_is_stored_in_f16(here):
+    merge(MergeRequest(make(here, intermediate_size=72), Path("out"), "float32", gguf="q8_0"))
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader("out/model.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_the_file_of_many_shards_is_that_of_one(here):
+    subject = make(here)
+    merge(MergeRequest(subject, Path("one"), gguf="f16"))
+    merge(MergeRequest(subject, Path("many"), gguf="f16", shard_size=30_000))
+    one, many = (GGUFReader(f"{name}/model.gguf").tensors for name in ("one", "many"))
+    many = {tensor.name: tensor.data for tensor in many}
+    assert len(one) == len(many)
+    assert all(np.array_equal(tensor.data, many[tensor.name]) for tensor in one)
+
+
+def test_the_command_says_where_and_the_manifest_has_its_sum(command, here):
+    from hashlib import sha256
+
+    make(here)
+    asked = ("merge", "--adapter", "adapter", "--model", "base", "--output", "out")
+    done = command(*asked, "--gguf", "q4")
+    assert done.stderr.startswith("error: --gguf: 'q4' is not one of f16, bf16, q8_0")
+    done = command(*asked, "--gguf", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert "out/model.gguf (bf16)" in done.stdout
+    sums = json.loads(Path("out/merge_manifest.json").read_text())["sha256"]
+    assert sums["model.gguf"] == sha256(Path("out/model.gguf").read_bytes()).hexdigest()
+
+
+def test_what_cannot_be_written_is_refused_before_the_merge(here):
+    def refused(subject, said, **how):
+        with pytest.raises(InputError, match=said):
+            merge(MergeRequest(subject, Path("out"), gguf="f16", **how))
+        assert not Path("out").exists()
+
+    subject = make(here)
+    family_model("mistral").save_pretrained("mistral")
+    adapt(AutoModelForCausalLM.from_pretrained("mistral")).save_pretrained("other")
+    other = find_subject("mistral", Path("other"))
+    refused(other, "only the llama family is written, this is mistral")
+    save_tiny(here / "words")
+    adapt(tiny_model()).save_pretrained("third")
+    words = find_subject("words", Path("third"))
+    refused(words, "only byte-level BPE tokenizers are written, not this WordLevel")
+    os.unlink("words/tokenizer.json")
+    refused(words, r"tokenizer.json: cannot be read")
+    config = json.loads(Path("base/config.json").read_text())
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
+    changed = config | {"rope_parameters": scaled}
+    Path("base/config.json").write_text(json.dumps(changed))
+    refused(subject, "rotary scaling of the type 'yarn' is not written")
+    Path("base/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
+    refused(subject, "a model with biases is not written")
+
+
+def test_a_file_that_came_out_otherwise_is_refused(here, monkeypatch):
+    subject = make(here)
+    right = gguf.quants.quantize
+
+    def wrong(numbers, kind):
+        made = right(numbers, kind)
+        made.reshape(-1)[-1] += 1
+        return made
+
+    monkeypatch.setattr(gguf.quants, "quantize", wrong)
+    for kind in BOUNDS:
+        with pytest.raises(SanError, match=r"model.gguf: \S+ is not what was merged"):
+            merge(MergeRequest(subject, Path(kind), "float32", gguf=kind))
+        assert not Path(kind).exists()

@@ -1,0 +1,121 @@
+"""The doctor looks at what is there: a real hub that answers or not, real folders, real sums."""
+
+import json
+import socket
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
+from huggingface_hub import constants
+
+from san_llm.plan import doctor
+
+
+@pytest.mark.slow
+def test_a_sound_machine_passes_and_a_folder_that_cannot_be_written_fails(cli, here):
+    done = cli("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert {line[0] for line in lines} <= {"ok", "warning"}
+    assert "hub switched off (HF_HUB_OFFLINE)" in " ".join(done.stdout.split())
+    (here / "file").write_text("")
+    done = cli("doctor", "--json", SAN_LLM_CACHE=str(here / "file" / "cache"))
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["ok"], done.stderr) == (1, False, "")
+    (wrong,) = (one for one in said["findings"] if one["state"] == "error")
+    assert wrong["what"] == "cache"
+    assert wrong["found"] == f"{here}/file/cache: Not a directory"
+    assert wrong["remedy"] == "set SAN_LLM_CACHE to another folder"
+    tried = {one["what"]: one["found"] for one in said["findings"]}
+    assert {"python", "packages", "bfloat16", "4 bits", "two processes"} <= set(tried)
+    assert tried["two processes"] == "have added their numbers up (gloo)"
+    assert [path.name for path in here.iterdir()] == ["file"], "nothing is left behind"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(403)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def at(port):
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        (finding,) = doctor._hub()
+        return finding
+
+    return at
+
+
+def test_a_hub_that_answers_anything_is_reachable(online):
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    Thread(target=server.serve_forever, daemon=True).start()
+    finding = online(server.server_port)
+    server.shutdown()
+    server.server_close()
+    assert finding.state == "ok"
+    assert f"127.0.0.1:{server.server_port} answers" in finding.found
+
+
+def test_a_hub_that_is_away_or_silent_is_a_warning_within_the_time_out(online):
+    finding = online(9)  # nothing listens there
+    assert (finding.state, "refused" in finding.found) == ("warning", True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        finding = online(silent.getsockname()[1])
+        assert finding.state == "warning"
+        assert time.monotonic() - began < 60
+    assert "HF_ENDPOINT names a mirror" in finding.remedy
+
+
+def test_packages_that_do_not_fit_are_named_with_the_command_that_mends_them(monkeypatch):
+    monkeypatch.setattr(
+        *(doctor, "requires"),
+        lambda name: ["torch>=99", "no-such-thing>=1", "numpy>=2", "absent; extra == 'dev'"],
+    )
+    found = [(one.what, one.state, one.remedy) for one in doctor._packages()]
+    assert found == [
+        ("torch", "error", "pip install 'torch>=99'"),
+        ("no-such-thing", "error", "pip install 'no-such-thing>=1'"),
+    ]
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):
+    def broken():
+        raise OSError("libcudart.so\x1b is away")
+        yield
+
+    monkeypatch.setattr(doctor, "_devices", broken)
+    monkeypatch.setattr(doctor, "_pair", broken)
+    found = {one.what: one for one in doctor.diagnose()}
+    assert found["devices"].state == "error"
+    assert found["devices"].found == "OSError: libcudart.so\\x1b is away"
+    assert found["4 bits"].state == "ok"
+    assert found["two processes"].state == "error"
+
+
+def test_processes_that_cannot_meet_are_a_warning_with_their_last_words(monkeypatch):
+    monkeypatch.setattr(doctor, "PAIR", "raise SystemExit('no interface')")
+    (finding,) = doctor._pair()
+    assert (finding.state, finding.found) == ("warning", "no interface")
+    monkeypatch.setattr(doctor, "PAIR", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "PAIR_SECONDS", 0.5)
+    (finding,) = doctor._pair()
+    assert "no sum" in finding.found
+
+
+def test_little_disk_is_told(monkeypatch):
+    for name, state in (("LITTLE_DISK", "warning"), ("NO_DISK", "error")):
+        monkeypatch.setattr(doctor, name, 10**18)
+        first = next(doctor._folders())
+        assert (first.state, first.remedy) == (
+            state,
+            "make room there, or work in a folder of your own",
+        )
