@@ -22,8 +22,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from san_llm.shown import plain
+
 # Progress, notes and errors go here; results go to stdout.
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def say(text: str) -> None:
+    """Print a note on stderr as a terminal may show it, whatever names and data are quoted in it.
+
+    No markup is read, control characters are escaped, and secrets are masked.
+    """
+    for line in text.split("\n"):
+        stderr.print(plain(line))
+
 
 LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from san_llm.errors import InputError
 from san_llm.models.subject import Subject
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.shown import escaped
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def show(
 def _say_cut(answers: list[Answer]) -> None:
     for answer in answers:
         if not answer.ended:
-            stderr.print(f"{answer.by}: cut after {answer.tokens} tokens (--max-new-tokens)")
+            say(f"{answer.by}: cut after {answer.tokens} tokens (--max-new-tokens)")
 
 
 def _side_by_side(texts: dict[str, str]) -> Table:

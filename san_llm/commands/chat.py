@@ -21,7 +21,7 @@ from san_llm.commands.options import (
 )
 from san_llm.errors import InputError
 from san_llm.models.subject import find_subject
-from san_llm.progress import quiet_libraries, stderr
+from san_llm.progress import quiet_libraries, say
 
 if TYPE_CHECKING:
     from san_llm.ask.respond import Answer
@@ -64,7 +64,7 @@ def chat(
     refuse_no_template(tokenizer)
     trained = usual_style(subject, tokenizer)
     if trained != "chat":
-        stderr.print(f"trained in prompt style {trained}, as `san-llm generate` asks; this is chat")
+        say(f"trained in prompt style {trained}, as `san-llm generate` asks; this is chat")
     loaded = load_model(found, subject.adapter)
     how = Sampling(max_new_tokens, temperature, seed)
     turns: dict[str, list[dict[str, str]]] = {voice: [] for voice in names}
@@ -85,11 +85,11 @@ def chat(
         try:
             answers = show(names, ask)
         except InputError as error:  # too long for the context, say: the rest may go on
-            stderr.print(f"{error}; /clear begins anew", markup=False)
+            say(f"{error}; /clear begins anew")
             turns = before
             continue
         except KeyboardInterrupt:
-            stderr.print("\nstopped; the question is taken back")
+            say("\nstopped; the question is taken back")
             turns = before
             continue
         for answer in answers:
@@ -101,7 +101,7 @@ def _lines(subject: Subject) -> Iterator[str]:
     if sys.stdin.isatty():
         import readline  # noqa: F401 - input() then has a history and arrow keys
 
-        stderr.print(f"asking {subject}; /clear begins anew, /exit or Ctrl-D ends", markup=False)
+        say(f"asking {subject}; /clear begins anew, /exit or Ctrl-D ends")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

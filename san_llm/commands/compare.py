@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from san_llm.commands.options import Json, run_folders, stdout
+from san_llm.commands.options import Json, results, run_folders
 from san_llm.errors import InputError, check_one_of
 
 compare_app = typer.Typer(rich_markup_mode=None)
@@ -62,8 +62,8 @@ def compare(
         print((tables.markdown if markdown else tables.latex)(result))
     else:
         for line in tables.legend(result):
-            stdout.print(line, markup=False)
+            results(line)
         for grid in tables.grids(result):
             Console(highlight=False).print(tables.drawn(grid))
         for line in tables.remarks(result):
-            stdout.print(line, markup=False)
+            results(line)

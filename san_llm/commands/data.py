@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from san_llm.commands.options import Json, Overrides
+from san_llm.commands.options import Json, Overrides, results, stdout
 from san_llm.errors import InputError, did_you_mean
-
-stdout = Console(highlight=False, soft_wrap=True)
 
 data_app = typer.Typer(
     help="Build the protocol's data from the public data sets, and look into training data.",
@@ -56,14 +53,14 @@ def build(
             f"{did_you_mean(name, SETS)}"
         )
     from san_llm.data.build import MIX, build_commonsense
-    from san_llm.progress import stderr
+    from san_llm.progress import say
     from san_llm.protocol.tasks import TASKS
 
     built = build_commonsense(source, output, overwrite)
     if built.differs:
-        stderr.print("not the full published set:")
+        say("not the full published set:")
     for line in built.differs:
-        stderr.print(f"  {line}", markup=False)
+        say(f"  {line}")
     if as_json:
         print(json.dumps(asdict(built)))
         return
@@ -79,7 +76,7 @@ def build(
     published = sum(task.train_rows for task in TASKS.values())
     table.add_row(f"[bold]{MIX}[/]", f"{built.mix:,}", f"{published:,}", "", "")
     stdout.print(table)
-    stdout.print(built.output, markup=False)
+    results(built.output)
 
 
 @data_app.command(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from san_llm.commands.options import Overwrite, stdout
+from san_llm.commands.options import Overwrite, results
 from san_llm.progress import quiet_libraries
 
 download_app = typer.Typer(rich_markup_mode=None)
@@ -33,4 +33,4 @@ def download(
 
     # From the hub come gigabytes: its own bars show them. A named model is converted under ours.
     quiet_libraries(bars=model_folder(name) is None)
-    stdout.print(str(run(name, output, overwrite)), markup=False)
+    results(str(run(name, output, overwrite)))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from san_llm.commands.options import Json, Overwrite, stdout
+from san_llm.commands.options import Json, Overwrite, results, stdout
 from san_llm.progress import quiet_libraries
 
 eval_app = typer.Typer(rich_markup_mode=None)
@@ -118,6 +118,6 @@ def evaluate(
     elif result is not None:
         stdout.print(table(result))
         for line in remarks(result):
-            stdout.print(line, markup=False)
-        stdout.print(f"rows: {result.rows}", markup=False)
+            results(line)
+        results(f"rows: {result.rows}")
     raise typer.Exit(ended.code)

@@ -24,7 +24,7 @@ from san_llm.commands.options import (
 )
 from san_llm.errors import InputError, check_one_of
 from san_llm.models.subject import find_subject
-from san_llm.progress import quiet_libraries, stderr
+from san_llm.progress import quiet_libraries, say
 from san_llm.protocol.prompts import STYLES, prompt_style
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def generate(
     if context and style == NO_STYLE:
         raise InputError("--input: prompt style none has no place for one; put it in the prompt")
     if not as_json:
-        stderr.print(f"asking {subject} in prompt style {style}", markup=False)
+        say(f"asking {subject} in prompt style {style}")
     named = None if style == NO_STYLE else prompt_style(style)
     text, tokens = question(asked, named, tokenizer, context)
     room(tokens, load_config(found))  # told before the weights are loaded

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from san_llm.commands.options import Json, Overwrite, stdout
-from san_llm.progress import quiet_libraries, stderr
+from san_llm.commands.options import Json, Overwrite, pairs, stdout
+from san_llm.progress import quiet_libraries, say
 from san_llm.runs.record import MergeResult
-from san_llm.shown import parse_size, plain
+from san_llm.shown import parse_size
 
 merge_app = typer.Typer(rich_markup_mode=None)
 
@@ -96,7 +95,7 @@ def merge(
     )
     note = full_precision_note(result)
     if note:
-        stderr.print(note, markup=False)
+        say(note)
     if as_json:
         print(json.dumps(asdict(result)))
         return
@@ -133,7 +132,4 @@ def _table(result: MergeResult, gguf: str | None) -> Table:
             rows.append(("weight error", f"{error:.2g} of a row's largest at most away ({name})"))
             kinds = ", ".join(f"{kind} {worst:.2g}" for kind, worst in check.errors_by_kind.items())
             rows.append(("by module", kinds))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", escape(plain(value)))
-    return table
+    return pairs(rows)

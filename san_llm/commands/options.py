@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from san_llm.shown import plain
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -64,3 +69,16 @@ Seed = Annotated[
 ]
 
 stdout = Console(highlight=False, soft_wrap=True)
+
+
+def results(text: str) -> None:
+    """Print a result on stdout as a terminal may show it, see :func:`progress.say`."""
+    stdout.print(plain(text), markup=False)
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return names and values as a table, a line each."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", Text(plain(value)))
+    return table

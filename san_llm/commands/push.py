@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 
-from san_llm.commands.options import Json, run_folders
+from san_llm.commands.options import Json, results, run_folders
 from san_llm.errors import InputError
-from san_llm.shown import plain
 
 push_app = typer.Typer(rich_markup_mode=None)
 
@@ -67,10 +65,9 @@ def push(
         sizes = {str(path.relative_to(folder)): size for path, size in files.items()}
         print(json.dumps({"folder": str(folder), "files": sizes, "pushed": address}))
         return
-    stdout = Console(highlight=False, soft_wrap=True)
     if address is not None:
-        stdout.print(plain(address), markup=False)
+        results(address)
         return
-    stdout.print(plain(f"{folder} to {name}:"), markup=False)
+    results(f"{folder} to {name}:")
     for path, size in files.items():
-        stdout.print(plain(f"  {path.relative_to(folder)}  {decimal(size)}"), markup=False)
+        results(f"  {path.relative_to(folder)}  {decimal(size)}")

@@ -12,11 +12,8 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from san_llm.commands.options import Json, Overwrite, recipe_names
+from san_llm.commands.options import Json, Overwrite, recipe_names, results, stdout
 from san_llm.errors import InputError
-from san_llm.shown import plain
-
-stdout = Console(highlight=False, soft_wrap=True)
 
 recipes_app = typer.Typer(
     help="List, show and copy the recipes that come with san-llm; check your own.",
@@ -88,7 +85,7 @@ def copy(
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder")
     write_text(target, _with_schema_of_here(source.read_text(encoding="utf-8")))
-    stdout.print(str(target), markup=False)
+    results(str(target))
 
 
 @recipes_app.command(
@@ -125,7 +122,7 @@ def check(
     else:
         for file, lines in wrong.items():
             if not lines:
-                stdout.print(f"{plain(file)}: ok", markup=False)
+                results(f"{file}: ok")
     told = [line for lines in wrong.values() for line in lines]
     if told:
         raise InputError("\n".join(told))

@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from san_llm.commands.options import Json, Overwrite, run_folders
+from san_llm.commands.options import Json, Overwrite, results, run_folders
 from san_llm.errors import InputError
-from san_llm.progress import stderr
-from san_llm.shown import plain
+from san_llm.progress import say
 
 report_app = typer.Typer(rich_markup_mode=None)
 
@@ -57,7 +56,7 @@ def report(
         print(json.dumps({"output": str(output), "missing": told}))
         return
     for folder, one in missing:
-        stderr.print(plain(f"{folder}: {one.what}"), markup=False)
+        say(f"{folder}: {one.what}")
         if one.command:
-            stderr.print(plain(f"  {one.command}"), markup=False)
-    print(plain(str(output)))
+            say(f"  {one.command}")
+    results(str(output))

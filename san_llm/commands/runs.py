@@ -15,7 +15,7 @@ from rich.table import Table
 
 from san_llm.commands.options import Json, run_folders
 from san_llm.errors import InputError
-from san_llm.progress import stderr
+from san_llm.progress import say, stderr
 from san_llm.shown import plain
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def runs(
     if as_json:
         print(json.dumps([asdict(run) for run in found]))
     elif not found:
-        stderr.print("no run yet in this directory: `san-llm train RECIPE` makes one")
+        say("no run yet in this directory: `san-llm train RECIPE` makes one")
     else:
         console = Console(highlight=False)
         table = _table(found)
@@ -87,14 +87,14 @@ def rm(
         for path in chosen:
             run = known[str(path)]
             told = f"{run.run}: {run.status}, {run.steps:,} steps, {decimal(run.bytes)}"
-            stderr.print(plain(told), markup=False)
+            say(told)
         stderr.print(f"Remove {'it' if len(chosen) == 1 else 'them'}? [y/N] ", end="")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            stderr.print("nothing was removed")
+            say("nothing was removed")
             raise typer.Exit(1)
     for path in chosen:
         remove_run(path)
-        stderr.print(plain(f"removed {path}, {decimal(known[str(path)].bytes)}"), markup=False)
+        say(f"removed {path}, {decimal(known[str(path)].bytes)}")
 
 
 COLUMNS = ("run", "status", "method", "steps", "best loss", "score %", "of base", "size")

@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from san_llm.commands.options import Json, Overwrite, run_folders
+from san_llm.commands.options import Json, Overwrite, results, run_folders
 from san_llm.errors import InputError
-from san_llm.progress import stderr
-from san_llm.shown import plain
+from san_llm.progress import say
 
 show_app = typer.Typer(rich_markup_mode=None)
 
@@ -69,7 +68,7 @@ def show(
         from san_llm.look.terminal import sketches
 
         stdout = Console(highlight=False)
-        stdout.print(plain(f"{run}: {numbers.title}"), markup=False, soft_wrap=True)
+        results(f"{run}: {numbers.title}")
         for table in sketches(numbers):
             stdout.print()
             stdout.print(table)
@@ -83,6 +82,6 @@ def show(
     if files:
         stdout.print()
     for file in files:
-        stdout.print(plain(str(file)), markup=False, soft_wrap=True)
+        results(str(file))
     for line in numbers.left_out:
-        stderr.print(plain(f"left out: {line}"))
+        say(f"left out: {line}")

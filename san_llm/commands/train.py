@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from san_llm.commands.options import Json, Overrides, Overwrite, recipes_and_runs, stdout
-from san_llm.progress import quiet_libraries, stderr
-from san_llm.shown import plain
+from san_llm.commands.options import Json, Overrides, Overwrite, pairs, recipes_and_runs, stdout
+from san_llm.progress import quiet_libraries, say
+from san_llm.runs.record import TrainResult
 
 train_app = typer.Typer(rich_markup_mode=None)
 
@@ -78,31 +77,28 @@ def train(
     if result is not None and as_json:
         print(json.dumps(asdict(result)))
     elif result is not None and result.finished:
-        stdout.print(_train_table(asdict(result)))
-        stderr.print('next: `san-llm generate "..." --compare`, `eval`, `merge --verify`, `report`')
+        stdout.print(_table(result))
+        say('next: `san-llm generate "..." --compare`, `eval`, `merge --verify`, `report`')
     if result is not None and not result.finished:
-        stderr.print(
+        say(
             f"stopped after step {result.steps} of {result.max_steps}; "
-            f"`san-llm train {result.run} --resume` goes on",
-            markup=False,
+            f"`san-llm train {result.run} --resume` goes on"
         )
     raise typer.Exit(ended.code)
 
 
-def _train_table(result: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    loss = result["held_out_loss"]
-    rows = [
-        ("trained numbers", f"{result['trained_numbers']:,}"),
-        (
-            "rows",
-            f"{result['rows']:,} ({result['dropped_rows']:,} dropped, {result['cut_rows']:,} cut)",
-        ),
-        ("steps", f"{result['steps']:,}; the checkpoint of step {result['best_step']:,} is kept"),
-        ("held-out loss", "-" if loss is None else f"{loss:.4f} a token"),
-        ("time", f"{result['seconds']:.0f} s"),
-        ("adapter", f"{result['run']}/adapter"),
-    ]
-    for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", escape(plain(value)))
-    return table
+def _table(result: TrainResult) -> Table:
+    loss = result.held_out_loss
+    return pairs(
+        [
+            ("trained numbers", f"{result.trained_numbers:,}"),
+            (
+                "rows",
+                f"{result.rows:,} ({result.dropped_rows:,} dropped, {result.cut_rows:,} cut)",
+            ),
+            ("steps", f"{result.steps:,}; the checkpoint of step {result.best_step:,} is kept"),
+            ("held-out loss", "-" if loss is None else f"{loss:.4f} a token"),
+            ("time", f"{result.seconds:.0f} s"),
+            ("adapter", f"{result.run}/adapter"),
+        ]
+    )

@@ -15,7 +15,7 @@ from typing import TextIO
 from san_llm.data.raw import RawSplit, find_raw, read_raw
 from san_llm.errors import InputError, SanError, first_line
 from san_llm.files import refuse_files, whole_folder
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.protocol.row_text import render
 from san_llm.protocol.tasks import TASKS
 
@@ -82,7 +82,7 @@ def build_commonsense(source: str, output: Path, overwrite: bool) -> Built:
                         mix.add(row)
                 listing.end()
             rows[part.split][part.task.name] = listing.rows
-            stderr.print(f"{part.task.name}: {listing.rows:,} {part.split} rows", markup=False)
+            say(f"{part.task.name}: {listing.rows:,} {part.split} rows")
         mix.end()
         if not mix.rows:
             mix_file.close()
@@ -148,7 +148,7 @@ def _from_hub() -> list[RawSplit]:
 
     splits = []
     for task, repository in HUB.items():
-        stderr.print(f"{repository}: fetching it from the hub", markup=False)
+        say(f"{repository}: fetching it from the hub")
         try:
             snapshot = snapshot_download(
                 repository, repo_type="dataset", revision=PARQUET, allow_patterns=["*.parquet"]

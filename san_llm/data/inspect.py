@@ -24,7 +24,7 @@ from san_llm.data.rows import Row, read_task, stream_rows, test_file, training_f
 from san_llm.errors import InputError
 from san_llm.models.load import load_tokenizer
 from san_llm.models.locate import find_base
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.protocol.row_text import LEADS
 from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.recipe.schema import Recipe
@@ -148,7 +148,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         try:
             tests[task.name] = read_task(test_file(recipe.evaluation.data, task), task)
         except InputError as error:
-            stderr.print(f"not compared with test rows: {error}", markup=False)
+            say(f"not compared with test rows: {error}")
     data = recipe.data
     about = {
         "files": ", ".join(map(str, files)),

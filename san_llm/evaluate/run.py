@@ -24,7 +24,7 @@ from san_llm.files import whole_folder
 from san_llm.launch.processes import agree, gather, is_first, rank, told_once, world_size
 from san_llm.models.load import load_config, load_model, load_tokenizer
 from san_llm.models.locate import find_base
-from san_llm.progress import bar, stderr
+from san_llm.progress import bar, say
 from san_llm.runs.record import manifest
 
 if TYPE_CHECKING:
@@ -123,15 +123,14 @@ def _stored(progress: Progress, count: int, fresh: bool) -> tuple[dict[int, Judg
         return {}, False
     finished = progress.finished()
     if finished is not None and len(finished.rows) == count:
-        stderr.print(
+        say(
             f"all {count:,} rows were answered before, with the same model, data and settings: "
-            f"{finished.folder} (--fresh answers them anew)",
-            markup=False,
+            f"{finished.folder} (--fresh answers them anew)"
         )
         return dict(enumerate(finished.rows)), True
     rows = progress.rows()
     if rows:
-        stderr.print(f"going on: {len(rows):,} of {count:,} rows were answered before")
+        say(f"going on: {len(rows):,} of {count:,} rows were answered before")
     return rows, False
 
 

@@ -13,8 +13,7 @@ from san_llm.launch.command import accelerate_command, run_launched
 from san_llm.launch.processes import is_first, world_size
 from san_llm.models.cards import add_scores
 from san_llm.models.subject import Subject
-from san_llm.progress import stderr
-from san_llm.shown import plain
+from san_llm.progress import say
 
 if TYPE_CHECKING:
     from san_llm.evaluate.table import EvalResult
@@ -51,7 +50,7 @@ def start(request: EvalRequest) -> Ended:
         result = evaluate(task)
     except KeyboardInterrupt:
         if is_first() and not (launched and world_size() > 1):
-            stderr.print("the same command goes on with the rows that are not answered yet")
+            say("the same command goes on with the rows that are not answered yet")
         raise
     if result is not None:
         _into_card(task.subject, result)
@@ -64,4 +63,4 @@ def _into_card(subject: Subject, result: EvalResult) -> None:
     try:
         add_scores(subject.adapter, subject.recipe.name, result.to_json())
     except InputError as error:  # a card of somebody's own; the evaluation stands
-        stderr.print(f"scores are not put into the card: {plain(str(error))}", markup=False)
+        say(f"scores are not put into the card: {error}")

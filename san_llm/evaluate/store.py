@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from san_llm.errors import InputError, first_mistake
 from san_llm.evaluate.score import Judged
 from san_llm.files import cache_folder, key_of, sha256_of, write_json
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.runs.record import _Manifest, _Results
 
 ROWS, RESULTS, MANIFEST = "rows.jsonl", "results.json", "manifest.json"
@@ -192,7 +192,7 @@ def progress_of(identity: Mapping[str, Any]) -> Iterator[Progress]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        stderr.print("the same evaluation is running in another process: waiting for it")
+        say("the same evaluation is running in another process: waiting for it")
         lock.acquire()
     try:
         folder.mkdir(exist_ok=True)

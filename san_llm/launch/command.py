@@ -22,7 +22,7 @@ import psutil
 from san_llm.errors import STOPPED, InputError, SanError, debugging
 from san_llm.launch.engine import engine_of, read_config
 from san_llm.launch.notes import FAILURE, NOTES, READY, REFUSED, STOPPED_BY, VERDICT, send
-from san_llm.progress import stderr
+from san_llm.progress import say
 
 
 def accelerate_command(
@@ -162,7 +162,7 @@ def run_launched(command: list[str]) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if ended == signal.SIGTERM:
-            stderr.print("stopped before the first step; `san-llm train --resume` goes on")
+            say("stopped before the first step; `san-llm train --resume` goes on")
             return STOPPED["SIGTERM"]
         if ended:
             raise KeyboardInterrupt

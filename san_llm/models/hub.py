@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from san_llm.errors import InputError, SanError, first_line, nearest_file
-from san_llm.progress import stderr
-from san_llm.shown import plain
+from san_llm.progress import say
 
 
 def check_push(name: str, option: str = "--push", signed_in: bool = True) -> None:
@@ -106,7 +105,7 @@ def fetch(
     wanted = [*WANTED, "*.py"] if code else WANTED
     try:
         if local_dir is None and try_to_load_from_cache(name, "config.json") is None:
-            stderr.print(f"{plain(name)}: fetching it from the hub")
+            say(f"{name}: fetching it from the hub")
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=wanted, local_dir=local_dir)
         )

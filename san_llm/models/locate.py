@@ -14,7 +14,6 @@ from san_llm.files import cache_folder, read_json
 from san_llm.models.download import PINNED, model_folder
 from san_llm.models.hub import fetch
 from san_llm.recipe.schema import Base
-from san_llm.shown import plain
 
 
 def locate(model: str) -> str:
@@ -52,13 +51,13 @@ def _converted(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     from san_llm.models.from_gguf import convert_gguf
-    from san_llm.progress import stderr
+    from san_llm.progress import say
 
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
     folder = cache_folder("gguf") / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
-        stderr.print(plain(f"converting {path} once, to {folder}"))
+        say(f"converting {path} once, to {folder}")
         convert_gguf(path, folder)
     return folder
 

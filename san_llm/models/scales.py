@@ -60,7 +60,7 @@ class Scales:
             # Buffers that old checkpoints hold and no model loads.
             if not tensor.name.endswith("rotary_emb.inv_freq")
         }
-        self._adapter, self._dtype = adapter, dtype
+        self._adapter, self._base_name, self._dtype = adapter, base_name, dtype
         self._lock = Lock()
         self._read: dict[str, Numbers | None] = {}
         self._scales: dict[str, tuple[Numbers | None, Numbers | None]] = {}
@@ -68,10 +68,10 @@ class Scales:
             weight = self.stored.get(f"{node.name}.weight")
             if weight is None or (node.d_in and weight.shape != (node.d_out, node.d_in)):
                 raise InputError(f"{base}: has no {node.name}.weight of the shape in its config")
-        self._check_tensors(base_name)
+        self._check_tensors()
 
-    def _check_tensors(self, base_name: str) -> None:
-        folder = self._adapter.folder
+    def _check_tensors(self) -> None:
+        folder, base_name = self._adapter.folder, self._base_name
         for name, tensor in self._adapter.tensors.items():
             module, _, kind = name.rpartition(".san_")
             node = self.nodes.get(module)
@@ -105,23 +105,29 @@ class Scales:
     def _needed(self, node: Node, kind: str) -> Numbers:
         vector = self.vector(node, kind)
         if vector is None:
-            raise InputError(f"the adapter has no {kind} for {node.name}")
+            raise InputError(
+                f"{self._adapter.folder}: has no {kind} for {node.name} of {self._base_name}"
+            )
         return vector
 
     def scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
         """Return ``(row scale, gamma)`` of a node, each (d_out,) or None for 1."""
         with self._lock:  # several threads ask, and norms take a whole weight
             if node.name not in self._scales:
-                self._scales[node.name] = self._compute_scales(node)
+                mode = self._adapter.options.get("mode") or "both"
+                self._scales[node.name] = self._compute_scales(node, mode)
             return self._scales[node.name]
 
-    def _compute_scales(self, node: Node) -> tuple[Numbers | None, Numbers | None]:
+    def neuron_scale(self, node: Node) -> Numbers | None:
+        """Return gamma (d_out,) of a node, propagated or not, or None where it has none."""
+        return self._compute_scales(node, "both")[1]
+
+    def _compute_scales(self, node: Node, mode: str) -> tuple[Numbers | None, Numbers | None]:
         own = None
         if node.carrier == "scale":
             own = self._needed(node, "gamma") if node.gamma else None
         elif node.carrier == "dora":
             own = self.vector(node, "magnitude")
-        mode = self._adapter.options.get("mode", "both")
         pair: tuple[Numbers | None, Numbers | None] = scales(
             node.carrier, mode, own, lambda: self._norms(node)
         )
@@ -201,5 +207,5 @@ def _on_base(adapter: Adapter, base: Path) -> dict[str, Numbers]:
     """Return the neuron scales of an adapter on its base, by module."""
     config = read_json(base / "config.json")
     on_base = Scales(adapter, base, config, str(base), np.float64)
-    gammas = {node.name: on_base.scales(node)[1] for node in on_base.graph}
+    gammas = {node.name: on_base.neuron_scale(node) for node in on_base.graph}
     return {name: gamma for name, gamma in gammas.items() if gamma is not None}

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from san_llm.errors import InputError
-from san_llm.progress import stderr
+from san_llm.progress import say
 
 NAME = "lock"
 TOUCH = 5.0  # seconds between two signs of life
@@ -158,10 +158,9 @@ def _alive(path: Path, owner: dict[str, Any]) -> bool:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
-    stderr.print(
+    say(
         f"{path}: held on {str(owner.get('place')).split()[0]}; waiting up to {GONE:.0f} s for a "
-        "sign of life",
-        markup=False,
+        "sign of life"
     )
     before, end = _time(path), time.monotonic() + GONE
     while time.monotonic() < end:

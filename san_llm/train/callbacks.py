@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from san_llm.errors import SanError
 from san_llm.files import write_text
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.san.formulas import STILL
 from san_llm.train.checkpoint import checkpoint_of, last_checkpoint
 from san_llm.train.stop import SLOW, StopOnSignal, anywhere
@@ -165,7 +165,7 @@ class BadBatches:
                 f"{what}; that is the {self.IN_A_ROW}th in a row; {self._kept()}".strip()
             )
         if state.is_world_process_zero:
-            stderr.print(f"skipped: {what}", markup=False)
+            say(f"skipped: {what}")
         return True
 
     def check_held_out(self, state: TrainerState, loss: float, rate: float) -> None:

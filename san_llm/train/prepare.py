@@ -23,7 +23,7 @@ from san_llm.launch.processes import is_first, world_size
 from san_llm.models.adapter import add_adapter, trainable_parameters
 from san_llm.models.load import load_base, load_tokenizer
 from san_llm.models.locate import FoundBase, find_base
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.recipe.schema import Recipe, micro_batch
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.train.samples import Samples
@@ -137,7 +137,7 @@ def _tell_rows(train: Encoded, held_out: Encoded | None) -> None:
         )
         if count
     ]
-    stderr.print(
+    say(
         f"data: {len(train.rows):,} rows, {train.supervised:,} tokens to learn"
         + (f"; {len(held_out.rows):,} held out" if held_out else "")
         + ("; " + ", ".join(lost) if lost else "")

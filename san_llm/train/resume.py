@@ -10,7 +10,7 @@ from san_llm.errors import InputError
 from san_llm.files import folder_sha256, write_json
 from san_llm.launch.engine import Engine
 from san_llm.launch.processes import world_size
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.record import MANIFEST, manifest
 from san_llm.train.checkpoint import last_checkpoint
@@ -21,7 +21,7 @@ from san_llm.train.prepare import Prepared
 def facts_of(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Return what a run's manifest says: versions, seed, device, the sha256 of base and rows."""
     engine, device = prepared.engine, prepared.arguments.device
-    stderr.print(
+    say(
         f"{recipe.method.name}: {prepared.trained_numbers:,} trained numbers on "
         f"{recipe.base.model} ({device}, {_processes(engine)})"
     )
@@ -53,7 +53,7 @@ def resume_point(run: Path, prepared: Prepared, facts: dict[str, Any]) -> Path |
         return None
     check_content(checkpoint, prepared.model, prepared.engine)
     refuse_other_data(run, facts["sha256"])
-    stderr.print(f"going on from {checkpoint}", markup=False)
+    say(f"going on from {checkpoint}")
     return checkpoint
 
 
@@ -89,4 +89,4 @@ def _processes(engine: Engine) -> str:
 
 
 def _warn(message: str) -> None:
-    stderr.print(f"warning: {message}", markup=False)
+    say(f"warning: {message}")

@@ -18,7 +18,7 @@ from san_llm.launch.notes import tell_stopped
 from san_llm.launch.processes import agree, is_first, rank, told_once, world_size
 from san_llm.models.adapter import save_adapter
 from san_llm.models.cards import write_card
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.lock import sole_writer
 from san_llm.runs.record import ADAPTER_WEIGHTS, MANIFEST, METRICS, TrainResult
@@ -61,7 +61,7 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
         raise SanError(line) from error
     except KeyboardInterrupt:
         if is_first():
-            stderr.print(f"`san-llm train {run} --resume` goes on", markup=False)
+            say(f"`san-llm train {run} --resume` goes on")
         raise
 
 

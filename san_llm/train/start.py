@@ -20,7 +20,7 @@ from san_llm.files import write_text
 from san_llm.launch.command import accelerate_command, machine_rank, run_launched
 from san_llm.launch.engine import check_engine, engine_of, find_config, read_config
 from san_llm.launch.processes import agree, is_first
-from san_llm.progress import stderr
+from san_llm.progress import say
 from san_llm.recipe.read import load_recipe, to_yaml
 from san_llm.recipe.schema import Recipe, leaves
 from san_llm.recipe.shipped import find_recipe
@@ -171,7 +171,7 @@ def _look_ahead(recipe: Recipe, new: bool) -> None:
     """Refuse wrong rows and, of a new run, a base that is not there; tell the recipe."""
     for file in training_files(recipe.data.train):
         read_rows(file)
-    stderr.print(to_yaml(recipe), markup=False)
+    say(to_yaml(recipe))
     if new:
         from san_llm.models.load import load_config
         from san_llm.models.locate import find_base
@@ -185,7 +185,7 @@ def _train_here(recipe: Recipe, run: Path, launched: bool) -> Ended:
     if not launched:
         signal.signal(signal.SIGTERM, _stop_at_once)
     run, recipe = agree((run, recipe))
-    stderr.print(f"run: {run}", markup=False)
+    say(f"run: {run}")
     result = train(recipe, run)
     if result.finished or launched:  # a launcher takes anything but 0 for a crash
         return Ended(0, result)
@@ -209,5 +209,5 @@ def _join() -> Ended:
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
     """Before the first step, and after the last, there is nothing to save that is not saved."""
-    stderr.print("stopped by SIGTERM; `san-llm train --resume` goes on")
+    say("stopped by SIGTERM; `san-llm train --resume` goes on")
     sys.exit(STOPPED["SIGTERM"])

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from san_llm.launch.notes import tell_ready
 from san_llm.launch.processes import is_first
-from san_llm.progress import stderr
+from san_llm.progress import say
 
 SLOW = 10.0  # seconds of a step or a judging above which a stop does not wait for its end
 
@@ -56,7 +56,7 @@ class StopOnSignal:
         self.name = signal.Signals(number).name
         if not again and is_first():  # the next signal may arrive while this prints
             with contextlib.suppress(OSError):  # a terminal that was closed
-                stderr.print("stopping after this step; Ctrl-C again stops at once")
+                say("stopping after this step; Ctrl-C again stops at once")
 
     def asked_anywhere(self, args: TrainingArguments, here: bool = True) -> bool:
         """Whether to stop ``here``: any process was asked to, where it has reason. All must call.

@@ -109,7 +109,7 @@ class View:
         for key, text in logged.items():
             if key.startswith("sample_"):
                 number = key.removeprefix("sample_")
-                progress.stderr.print(f"step {step}, sample {number}: {_printable(text)}")
+                progress.say(f"step {step}, sample {number}: {_printable(text)}")
 
     def _take(self, step: int, logged: dict[str, Any]) -> None:
         if "loss" in logged:
