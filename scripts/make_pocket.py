@@ -1,9 +1,8 @@
 """Write the pocket commonsense set, or with ``--check`` say whether the files are up to date.
 
-The facts of ``pocket_facts``, ``pocket_howto`` and ``pocket_stories`` are split into training and
-test first, over all eight tasks together; every row is then made from the facts of one side only,
-its wrong choices included. All choices come from a fixed seed, so the files never change by
-themselves.
+The facts in ``scripts/pocket`` have two sides, over all eight tasks together: sections marked
+"test" are for the test rows, all others for training. A row is made of the facts of one side, its
+wrong choices included. All choices come from a fixed seed, so the files never change by themselves.
 """
 
 from __future__ import annotations
@@ -11,229 +10,300 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import product
+from operator import eq
 from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
 
-import pocket_facts
-import pocket_howto
-import pocket_stories
-from pocket_drafts import DIVIDED, MAKERS, SEED, Draft, Side
-from pocket_text import (
-    Unit,
-    capital,
-    read_clusters,
-    read_columns,
-    read_pairs,
-    read_sorts,
-    read_twins,
-)
+import yaml
 
-OUT = Path(__file__).resolve().parent.parent / "san_llm" / "data" / "pocket"
-TRAIN_ROWS = 250
-TEST_ROWS = 60
+from san_llm.data.render import LEADS
+from san_llm.data.tasks import TASKS
 
-
-@dataclass(frozen=True)
-class Form:
-    """How a task's rows look.
-
-    Attributes:
-        lead: What comes before the stem.
-        word: What a choice is called, as in ``solution1``; empty for true and false.
-        choices: How many there are.
-        between: What stands between two choices.
-        before_format: What stands between the last choice and the answer format.
-    """
-
-    lead: str
-    word: str
-    choices: int
-    between: str = " "
-    before_format: str = "\n\n"
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parent / "san_llm" / "data" / "pocket"
+SEED = 2024
+COUNTS = {"train": 250, "test": 60}
+# Every value is read as text.
+DATA = {path.stem: yaml.load(path.read_text("utf-8"), yaml.BaseLoader)
+        for path in (HERE / "pocket").glob("*.yaml")}  # fmt: skip
+WORDS = DATA["wording"]
+NAMES = WORDS["women"]["names"] + WORDS["men"]["names"]
+YES = ("true", "false")
 
 
-_QUESTION = "Please choose the correct answer to the question: "
-FORMS: dict[str, Form] = {
-    "boolq": Form("Please answer the following question with true or false, question: ", "", 2),
-    "piqa": Form("Please choose the correct solution to the question: ", "solution", 2, "\n\n"),
-    "social_i_qa": Form(_QUESTION, "answer", 3),
-    "hellaswag": Form(
-        "Please choose the correct ending to complete the given sentence: ", "ending", 4
-    ),
-    "winogrande": Form(
-        "Please choose the correct answer to fill in the blank to complete the given sentence: ",
-        "option",
-        2,
-        before_format=" ",
-    ),
-    "ARC-Easy": Form(_QUESTION, "answer", 4),
-    "ARC-Challenge": Form(_QUESTION, "answer", 4),
-    "openbookqa": Form(_QUESTION, "answer", 4),
-}
+class Fact(NamedTuple):
+    """What rows can ask about."""
+
+    id: str
+    fields: tuple[str, ...]
 
 
-def all_pools() -> dict[str, tuple[int, list[Unit]]]:
-    """Return each pool with the number of its units that go to the test side."""
-    pools: dict[str, tuple[int, list[Unit]]] = {
-        "social": (15, read_clusters("social", pocket_stories.SOCIAL)),
-        "routine": (15, read_clusters("routine", pocket_stories.ROUTINES)),
-        "goal": (24, read_clusters("goal", pocket_howto.GOALS)),
-        "term": (5, read_columns("term", pocket_facts.TERMS)),
-        "effect": (6, read_columns("effect", pocket_facts.EFFECTS)),
-        "need": (3, read_columns("need", pocket_facts.NEEDS)),
-        "question": (15, read_pairs("question", pocket_howto.QUESTIONS)),
-        "experiment": (3, read_pairs("experiment", pocket_facts.EXPERIMENTS)),
-        "chain": (3, read_pairs("chain", pocket_facts.CHAINS)),
-    }
-    twins = read_twins("twin", pocket_howto.TWINS)
-    pools["twin-names"] = (17, [u for u in twins if u.facts[0].fields[0] == "names"])
-    pools["twin-nouns"] = (13, [u for u in twins if u.facts[0].fields[0] != "names"])
-    for task in ("ARC-Easy", "ARC-Challenge", "openbookqa"):
-        sorts = [u for u in read_sorts("sort", pocket_facts.SORTS) if u.kind == task]
-        pools[f"sort-{task}"] = (1, sorts)
-    for unit in read_columns("thing", pocket_facts.THINGS):
-        pools[f"thing-{unit.name}"] = (5, unit.apart())
-    whole: list[Unit] = []
-    for unit in read_columns("family", pocket_facts.FAMILIES):
-        if unit.name == "class":
-            for kind in sorted({fact.fields[1] for fact in unit.facts}):
-                members = [one for one in unit.apart() if one.facts[0].fields[1] == kind]
-                pools[f"class-{kind}"] = (2, members)
-        elif unit.name in DIVIDED:
-            pools[f"family-{unit.name}"] = (4, unit.apart())
-        else:
-            whole.append(unit)
-    pools["family-whole"] = (1, whole)
-    return pools
+class Draft(NamedTuple):
+    """A row without places for its choices, the right one first, and all facts behind these."""
+
+    task: str
+    stem: str
+    choices: Sequence[str]
+    facts: Sequence[Fact]
+    turn: int = 0  # later ones are for when the first are too few
 
 
-def split() -> tuple[Side, Side]:
-    """Divide every pool's units into training and test.
-
-    Raises:
-        ValueError: when two units or facts share an id, or a fixed place names no unit.
-    """
-    train, test = Side("train"), Side("test")
-    pools = all_pools()
-    ids = [unit.id for _, units in pools.values() for unit in units]
-    facts = [fact.id for _, units in pools.values() for unit in units for fact in unit.facts]
-    for name, names in (("unit", ids), ("fact", facts)):
-        if len(set(names)) < len(names):
-            raise ValueError(f"two {name}s are called {max(names, key=names.count)}")
-    only_train = set(pocket_facts.ONLY_TRAIN.split())
-    only_test = set(pocket_facts.ONLY_TEST.split())
-    unknown = sorted((only_train | only_test) - set(ids))
-    if unknown:
-        raise ValueError(f"no such units: {', '.join(unknown)}")
-    for pool, (wanted, units) in pools.items():
-        fixed = [unit.id for unit in units if unit.id in only_test]
-        free = [u for u in units if u.id not in only_train and u.id not in fixed]
-        rng = random.Random(f"{SEED}:split:{pool}")
-        chosen, groups = set(fixed), set[str]()
-        for unit in rng.sample(free, len(free)):
-            # Two alike facts would leave a small test side short of wrong choices.
-            alike = {fact.group for fact in unit.facts if fact.group and len(unit.facts) == 1}
-            if len(chosen) < wanted and not alike & groups:
-                chosen.add(unit.id)
-                groups |= alike
-        train.pools[pool] = [unit for unit in units if unit.id not in chosen]
-        test.pools[pool] = [unit for unit in units if unit.id in chosen]
-    return train, test
+Facts = dict[str, dict[str, list[Fact]]]  # by file and section
+Rows = list[tuple[dict[str, str], Draft]]  # with the drafts behind them
 
 
-def choose(drafts: Sequence[Draft], count: int, rng: random.Random) -> list[Draft]:
-    """Pick ``count`` drafts, first turns first and no stem twice.
-
-    Raises:
-        ValueError: when there are too few.
-    """
-    order = sorted(rng.sample(list(drafts), len(drafts)), key=lambda draft: draft.turn)
-    picked: dict[tuple[str, frozenset[str]], Draft] = {}
-    for draft in order:
-        # The same question may come again only with other facts among its choices.
-        picked.setdefault((draft.stem, draft.facts if len(draft.choices) > 1 else frozenset()),
-                          draft)  # fmt: skip
-        if len(picked) == count:
-            return list(picked.values())
-    raise ValueError(f"{drafts[0].task}: {len(picked)} drafts, {count} wanted")
+def texts(value: Any) -> list[str]:
+    """Return the texts of a value in order; keys are only labels."""
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return [text for inner in values for text in texts(inner)]
 
 
-def render(draft: Draft, place: int, rng: random.Random) -> dict[str, str]:
-    """Write a draft out as a row, its right choice at ``place`` (counted from 0)."""
-    form = FORMS[draft.task]
-    if not form.word:
-        answer = draft.choices[0]
-        text = f"{form.lead}{draft.stem}\n\nAnswer format: true/false"
-    else:
-        right, *rest = draft.choices
-        rng.shuffle(rest)
-        rest.insert(place, right)
-        labels = [f"{form.word}{number}" for number in range(1, form.choices + 1)]
-        answer = labels[place]
-        listed = form.between.join(
-            f"{capital(label)}: {choice}" for label, choice in zip(labels, rest, strict=True)
-        )
-        text = (
-            f"{form.lead}{draft.stem}\n\n{listed}{form.before_format}"
-            f"Answer format: {'/'.join(labels)}"
-        )
-    return {
-        "instruction": text,
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+def split() -> dict[str, Facts]:
+    """Return the facts of training and of test; each must be on the side where it has to stay."""
+    sides: dict[str, Facts] = {side: {file: {} for file, _ in MAKERS} for side in COUNTS}
+    ids: dict[str, set[str]] = {side: set() for side in COUNTS}
+    for file in dict(MAKERS):
+        for header, rows in DATA[file].items():
+            section = header.removesuffix(", test")
+            side = "train" if section == header else "test"
+            name, _, mark = section.partition(", ")
+            if file == "class":
+                lines = [[animal, name, mark] for animal in rows]
+            elif file == "sort":  # a member, what is said of it, and of the opposite group
+                lines = [[member, *dict.fromkeys((phrase, *rows))]
+                         for phrase, members in rows.items() for member in members]  # fmt: skip
+            elif isinstance(rows, dict):
+                lines = [[key, *texts(value)] for key, value in rows.items()]
+            else:
+                lines = [texts(value) for value in rows]
+            # Wrong choices come from the same section, but from all classes and a task's sorts.
+            section = {"class": "", "sort": mark}.get(file, section)
+            for line in lines:
+                fact = Fact(f"{file}/{name}/{line[0]}", tuple(line))
+                sides[side][file].setdefault(section, []).append(fact)
+                ids[side] |= {f"{file}/{name}", fact.id}
+    for side, places in DATA["stay"].items():
+        missing = {f"{place}/{name}" for place in places for name in places[place]} - ids[side]
+        if missing:
+            raise ValueError(f"{side} has no such units: {', '.join(sorted(missing))}")
+    return sides
 
 
-def task_rows(side: Side, task: str, drafts: Sequence[Draft], count: int) -> list[
-    tuple[dict[str, str], Draft]
-]:  # fmt: skip
-    """Pick and render a task's rows, the right answers evenly over the places."""
-    rng = side.rng(f"rows:{task}")
-    form = FORMS[task]
-    if form.word:
-        chosen = choose(drafts, count, rng)
-    else:
-        chosen = [
-            draft
-            for answer in ("true", "false")
-            for draft in choose([d for d in drafts if d.choices == (answer,)], count // 2, rng)
-        ]
-    places = [number % form.choices for number in range(count)]
+def fill(text: str, names: dict[str, str]) -> str:
+    """Replace every ``$name``, and every ``$Name`` by the same with a capital."""
+    capitals = {name.capitalize(): value[:1].upper() + value[1:] for name, value in names.items()}
+    return Template(text).substitute(capitals | names)
+
+
+def offer(rng: random.Random, right: Fact, pool: list[Fact], column: int, count: int) -> list[Fact]:
+    """Return ``right`` and facts whose ``column`` is wrong for it."""
+    offered = [right]
+    for fact in rng.sample(pool, len(pool)):
+        # A wrong key must not share the asked value, nor a wrong value the asked key; a third field
+        # of family.yaml says what is too alike.
+        shared = any(map(eq, fact.fields, right.fields))
+        taken = fact.fields[column] in [other.fields[column] for other in offered]
+        if not shared and not taken:
+            offered.append(fact)
+        if len(offered) == count:
+            return offered
+    raise ValueError(f"{right.id}: fewer than {count - 1} wrong choices on its side")
+
+
+def people(rng: random.Random, task: str) -> Iterator[dict[str, str]]:
+    """Yield names and pronouns for the rows about a fact."""
+    if task == "hellaswag":
+        for person, group in rng.sample(list(WORDS["persons"].items()), 2):
+            yield {"S": person, **WORDS[group]["pronouns"]}
+    while task == "social_i_qa":
+        same, other = ("women", "men") if rng.random() < 0.5 else ("men", "women")
+        a, b = rng.sample(WORDS[same]["names"], 2)
+        b = rng.choice(WORDS[other]["names"]) if rng.random() < 0.5 else b
+        yield {"A": a, "B": b, **WORDS[same]["pronouns"]}
+    while True:
+        yield {}
+
+
+def asked(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """Questions for a field of a fact, with that of other facts as wrong choices."""
+    for section, pool in facts[file].items():
+        ways: dict[str, Any] = {}
+        for name in ("all", *section.split(", ")):
+            ways |= WORDS["asks"][file].get(name, {})
+        order = list(product(ways.items(), enumerate(pool)))
+        if file == "term":  # fact by fact, where the others go way by way
+            order.sort(key=lambda item: item[1][0])
+        for (way, words), (number, fact) in order:
+            task, field, *later = way.split()
+            column, wording = ("key", "value", "example").index(field), texts(words)
+            # Where there are two ways, facts take turns in which comes first.
+            late = bool(later) or (len(ways) == 2 and (column + number) % 2 == 0)
+            # A second row about the same fact only where there are words for it.
+            for turn, names in zip(range(2)[: len(wording)], people(rng, task), strict=False):
+                offered = offer(rng, fact, pool, column, 3 if task == "social_i_qa" else 4)
+                filled = [[fill(text, names) for text in choice.fields] for choice in offered]
+                names |= dict(zip("kvx", filled[0], strict=False), section=section)
+                stem = fill(wording[(number + turn) % len(wording)], names)
+                yield Draft(task, stem, [row[column] for row in filled], offered, turn + late)
+
+
+def written(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """Rows that need no other fact."""
+    words = WORDS["written"][file]
+    for fact, row in product(facts[file]["all"], words["rows"]):
+        names = dict(zip(words["fields"], fact.fields, strict=True), name=rng.choice(NAMES))
+        stem, *choices = (fill(text, names) for text in (row["ask"], *row["answers"]))
+        yield Draft(row["task"], stem, choices, [fact])
+
+
+def goals(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """How to do things, and what to do them with."""
+    asks, tool_asks = WORDS["goal"], WORDS["tool"]
+    for pair in facts[file].values():
+        start = rng.randrange(len(asks)) + 1
+        for number, both in enumerate((pair, pair[::-1]) * 2):
+            stem = fill(asks[(start + number) % len(asks)], {"goal": both[0].fields[0]})
+            yield Draft("piqa", stem, [fact.fields[1] for fact in both], both, number // 2)
+    for pool in (pool for section, pool in facts["family"].items() if section.endswith(", thing")):
+        for number, fact in enumerate(pool):
+            stem = fill(tool_asks[number % len(tool_asks)], {"goal": fact.fields[1]})
+            both = offer(rng, fact, pool, 0, 2)
+            yield Draft("piqa", stem, [f"Use {tool.fields[0]}." for tool in both], both)
+
+
+def twins(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """Sentences with a blank, each in two versions."""
+    for section, pool in facts[file].items():
+        for fact, turn in product(pool, range(3 if section == "names" else 1)):
+            pair = rng.sample(NAMES, 2) if section == "names" else fact.fields[0].split("/")
+            head, ends, tail = re.split(r"[][]", fact.fields[-1])
+            for end, choices in zip(ends.split("|"), (pair, pair[::-1]), strict=True):
+                stem = fill(head + end + tail, {"A": pair[0], "B": pair[1]})
+                yield Draft("winogrande", stem, choices, [fact], turn)
+
+
+def yes_no(item: str, phrase: str) -> str:
+    """Turn what is said of an item into a question; empty where it would need a ``not``."""
+    verb, _, rest = phrase.partition(" ")
+    if rest.startswith(("not ", "no ", "only ")) or verb == "cannot":
+        return ""
+    if verb in ("is", "would", "can"):
+        return f"{verb} {item} {rest}?"
+    return f"does {item} {'have' if verb == 'has' else verb.removesuffix('s')} {rest}?"
+
+
+def questions(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """Yes-no questions made of facts that have other rows, too."""
+    for place, words in WORDS["boolq"].items():
+        source, *marks = place.split()
+        for section, pool in facts[source].items():
+            for number, fact in enumerate(pool if {*marks} <= {*section.split(", ")} else []):
+                item, *phrases = fact.fields
+                if source == "sort":
+                    pairs = [(fact, yes_no(item, phrase)) for phrase in phrases]
+                else:
+                    ask = texts(words)[number % len(texts(words))]
+                    pairs = [(other, fill(ask, {"k": item, "v": other.fields[1]}))
+                             for other in offer(rng, fact, pool, 1, 2)]  # fmt: skip
+                for choices, (other, stem) in zip((YES, YES[::-1]), pairs, strict=True):
+                    if stem:
+                        yield Draft("boolq", stem, choices, [fact, other], 1)
+
+
+def sorts(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """Which of four belongs to a group; the other three belong to the opposite one."""
+    for task, pool in facts[file].items():
+        for number, fact in enumerate(pool):
+            stem = f"Which {'one of' if rng.random() < 0.3 else 'of'} these {fact.fields[1]}?"
+            opposite = [other for other in pool if other.fields[1] == fact.fields[2]]
+            four = [fact, *rng.sample(opposite, 3)]
+            # Every second member comes late, so that no list fills the rows of its task.
+            yield Draft(task, stem, [choice.fields[0] for choice in four], four, number % 2)
+
+
+def classes(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+    """Groups of animals: naming one, and finding a second member of it."""
+    which, whose, kindred = WORDS["class"]
+    for number, fact in enumerate(pool := facts[file][""]):
+        ask, column = (which, 0) if number % 2 else (whose, 2)
+        animal, group, _ = fact.fields
+        four = offer(rng, fact, pool, 0, 4)
+        if column:  # the draw before stays, or all later ones would be others
+            four = offer(rng, fact, pool, column, 4)
+        stem = fill(ask, {"k": animal, "v": group})
+        yield Draft("ARC-Easy", stem, [choice.fields[column] for choice in four], four)
+        four = offer(rng, fact, pool, 0, 4)
+        kin = rng.choice([other for other in pool if other.fields[1] == group and other != fact])
+        stem = fill(kindred, {"k": kin.fields[0]})
+        yield Draft("ARC-Challenge", stem, [choice.fields[0] for choice in four], [*four, kin])
+
+
+# What makes rows of which file; the order is part of what the seed decides.
+MAKERS = (
+    ("social", asked), ("routine", asked), ("goal", goals), ("twin", twins), ("question", written),
+    ("question", questions), ("family", asked), ("term", asked), ("effect", asked),
+    ("sort", sorts), ("class", classes), ("need", asked), ("experiment", written),
+    ("chain", written), ("number", written),
+)  # fmt: skip
+
+
+def task_rows(side: str, task: str, drafts: list[Draft]) -> Rows:
+    """Pick and write out a task's rows, the right answers evenly over the places."""
+    rng, count = random.Random(f"{SEED}:{side}:rows:{task}"), COUNTS[side]
+    labels, pools = TASKS[task].answers[: len(drafts[0].choices)], [drafts]
+    if task == "boolq":
+        pools = [[draft for draft in drafts if draft.choices[0] == label] for label in labels]
+    chosen: list[Draft] = []
+    for pool in pools:
+        picked: dict[Any, Draft] = {}
+        for draft in sorted(rng.sample(pool, len(pool)), key=lambda draft: draft.turn):
+            # A question comes again only with other facts among its choices.
+            picked.setdefault((draft.stem, task != "boolq" and frozenset(draft.facts)), draft)
+        chosen += list(picked.values())[: count // len(pools)]
+    if len(chosen) < count:
+        raise ValueError(f"{task}: {len(chosen)} drafts, {count} wanted")
+    places = [number % len(labels) for number in range(count)]
     rng.shuffle(places)
-    rows = [(render(d, place, rng), d) for d, place in zip(chosen, places, strict=True)]
+    between, end = "\n\n" if task == "piqa" else " ", " " if task == "winogrande" else "\n\n"
+    rows: Rows = []
+    for draft, place in zip(chosen, places, strict=True):
+        right, *wrong = draft.choices
+        answer, listed = right, ""
+        if task != "boolq":
+            rng.shuffle(wrong)
+            answer = labels[place]
+            pairs = zip(labels, (*wrong[:place], right, *wrong[place:]), strict=True)
+            listed = between.join(f"{name.capitalize()}: {text}" for name, text in pairs) + end
+        text = f"{LEADS[task]}{draft.stem}\n\n{listed}Answer format: {'/'.join(labels)}"
+        output = f"the correct answer is {answer}"
+        rows.append(({"instruction": text, "input": "", "output": output, "answer": answer}, draft))
     rng.shuffle(rows)
     return rows
 
 
-def make_rows() -> dict[str, dict[str, list[tuple[dict[str, str], Draft]]]]:
-    """Return side -> task -> rows with the drafts behind them.
-
-    Raises:
-        ValueError: when a fact of a test row is also behind a training row.
-    """
-    made: dict[str, dict[str, list[tuple[dict[str, str], Draft]]]] = {}
-    for side, count in zip(split(), (TRAIN_ROWS, TEST_ROWS), strict=True):
-        drafts = [draft for maker in MAKERS for draft in maker(side)]
-        made[side.name] = {
-            task: task_rows(side, task, [d for d in drafts if d.task == task], count)
-            for task in FORMS
-        }
-    used = {
-        name: {fact for rows in tasks.values() for _, draft in rows for fact in draft.facts}
-        for name, tasks in made.items()
-    }
-    shared = sorted(used["train"] & used["test"])
-    if shared:
+def make_rows() -> dict[str, dict[str, Rows]]:
+    """Return side -> task -> rows; no fact of a test row may be behind a training row, too."""
+    made: dict[str, dict[str, Rows]] = {}
+    for side, facts in split().items():
+        drafts: dict[str, list[Draft]] = {task: [] for task in LEADS}
+        for file, maker in MAKERS:
+            for draft in maker(random.Random(f"{SEED}:{side}:{file}"), file, facts):
+                drafts[draft.task].append(draft)
+        made[side] = {task: task_rows(side, task, drafts[task]) for task in drafts}
+    train, test = (
+        {fact.id for rows in tasks.values() for _, draft in rows for fact in draft.facts}
+        for tasks in made.values()
+    )
+    if shared := sorted(train & test):
         raise ValueError(f"facts on both sides: {', '.join(shared[:5])}")
     return made
-
-
-def as_text(rows: Sequence[dict[str, str]]) -> str:
-    """Write rows as a JSON list with one row per line, in ASCII."""
-    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
 
 
 def make_files() -> dict[str, str]:
@@ -241,10 +311,9 @@ def make_files() -> dict[str, str]:
     made = make_rows()
     train = [row for rows in made["train"].values() for row, _ in rows]
     random.Random(f"{SEED}:mix").shuffle(train)
-    files = {"train.json": as_text(train)}
-    for task, rows in made["test"].items():
-        files[f"{task}/test.json"] = as_text([row for row, _ in rows])
-    return files
+    files = {"train.json": train}
+    files |= {f"{task}/test.json": [row for row, _ in rows] for task, rows in made["test"].items()}
+    return {name: "[\n" + ",\n".join(map(json.dumps, files[name])) + "\n]\n" for name in files}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -257,17 +326,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = OUT / name
         if path.is_file() and path.read_bytes() == text.encode("ascii"):
             continue
-        if check:
-            stale.append(name)
-        else:
+        stale.append(name)
+        if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(text.encode("ascii"))
-            print(f"wrote {path}")
     if stale:
-        print(f"out of date: {', '.join(stale)}; run python scripts/make_pocket.py",
-              file=sys.stderr)  # fmt: skip
-        return 1
-    return 0
+        print("out of date:" if check else "wrote", ", ".join(stale), file=sys.stderr)
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":
