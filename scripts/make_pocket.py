@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from san_llm.data.render import LEADS
-from san_llm.data.tasks import TASKS
+from san_llm.protocol.row_text import LEADS
+from san_llm.protocol.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "san_llm" / "data" / "pocket"

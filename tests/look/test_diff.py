@@ -209,7 +209,7 @@ def test_what_has_no_scales_or_does_not_fit_is_refused(made, here, tiny_base):
     with pytest.raises(InputError, match="not a safetensors file"):
         diff(Path("adapter"))
     path.unlink()
-    with pytest.raises(InputError, match="not an adapter: no adapter_model.safetensors in it"):
+    with pytest.raises(InputError, match=r"not an adapter: no adapter_model.safetensors in it"):
         diff(Path("adapter"))
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained("lora")

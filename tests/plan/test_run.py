@@ -16,7 +16,7 @@ from san_llm.architectures.sizes import shape_of
 from san_llm.data.batches import Pack, Pad
 from san_llm.errors import InputError
 from san_llm.models.adapter import add_adapter, trainable_parameters
-from san_llm.ops import head_loss as loss
+from san_llm.ops import head_loss
 from san_llm.plan.bases import KNOWN
 from san_llm.plan.largest import look_at
 from san_llm.plan.memory import (
@@ -36,6 +36,7 @@ from san_llm.recipe.read import load_recipe, parse_recipe
 from san_llm.recipe.schema import Method, Recipe
 from san_llm.recipe.shipped import hardware, shipped_recipes
 from san_llm.runs.folder import new_run
+from san_llm.train.loss import token_losses
 from san_llm.train.packed_attention import has_dropout, use_packed_attention
 from san_llm.train.run import train
 
@@ -122,7 +123,7 @@ def kept(method: Method, blocks: int, dtype: torch.dtype, packed: bool) -> tuple
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-        loss.token_losses(model, inputs)
+        token_losses(model, inputs)
     config = model.get_base_model().config.to_dict()
     low = "float32" if dtype == torch.float32 else "bfloat16"
     return sum(storages.values()), _kept_by_block(setting(method, config, batch, dtype=low))
@@ -162,7 +163,7 @@ def test_weights_are_those_that_torch_counts():
 
 
 def test_the_loss_works_on_as_many_logits_as_is_told():
-    assert LOGITS_AT_ONCE == loss.LOGITS_AT_ONCE
+    assert LOGITS_AT_ONCE == head_loss.LOGITS_AT_ONCE
 
 
 # --- the published tables ---

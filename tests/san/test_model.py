@@ -814,9 +814,11 @@ print(model(torch.arange(9)[None]).logits.double().abs().sum().item())
 
 
 IMPORTS = ["import san_llm", "from peft import PeftModel"]
+# What asks whether PEFT is there, or knows who feeds whom, before PEFT is imported.
+BETWEEN = "from transformers import LlamaModel; san_llm.propagation_graph"
 
 
-@pytest.mark.parametrize("imports", [*permutations(IMPORTS)])
+@pytest.mark.parametrize("imports", [*permutations(IMPORTS), (IMPORTS[0], BETWEEN, IMPORTS[1])])
 def test_a_process_that_has_imported_the_package_loads_an_adapter(tmp_path, imports):
     model = tiny_model()
     model.save_pretrained(tmp_path / "base")
