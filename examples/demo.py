@@ -18,7 +18,7 @@ from rich.table import Table
 
 from san_llm.recipe.read import load_recipe
 from san_llm.recipe.shipped import find_recipe
-from san_llm.runs.folder import point_latest, recipe_of
+from san_llm.runs.folder import recipe_of
 from san_llm.shown import percent
 
 RUN = Path("runs/demo")
@@ -61,14 +61,13 @@ def train() -> None:
     elif not same or not reused(RUN / "adapter"):
         again = ["--overwrite"] if RUN.exists() else []
         run("san-llm", "train", RECIPE, "--output", str(RUN), *again)
-    point_latest(RUN)
 
 
 def scores(when: str, *options: str) -> dict[str, dict[str, float]]:
     """Evaluate, and return accuracy, standard error and unparseable answers by task."""
     folder = RUN / "eval" / when
     if not reused(folder / "results.json"):
-        run("san-llm", "eval", *options, "--output", str(folder))
+        run("san-llm", "eval", str(RUN), *options, "--output", str(folder))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     total = results["average"] | {
         "n": sum(task["n"] for task in results["tasks"]),
@@ -107,7 +106,7 @@ def main() -> None:
     after = scores("after")
     merged = RUN / "merged"
     if not reused(merged / "config.json"):
-        run("san-llm", "merge", "--verify")
+        run("san-llm", "merge", str(RUN), "--verify")
     row = json.loads((RUN / "eval" / "after" / "rows.jsonl").read_text().splitlines()[0])
     question = row["prompt"].split("### Instruction:\n")[1].split("\n\n### Response:")[0]
     answer = run("python", "examples/ask.py", str(merged), question, capture=True).strip()

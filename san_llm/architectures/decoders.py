@@ -9,6 +9,10 @@ from __future__ import annotations
 from san_llm.architectures.entry import Family, Link
 
 EMBEDDING = "embed_tokens"
+# The seven projections of a LLaMA block, in its order.
+Q, K, V, O = "q_proj", "k_proj", "v_proj", "o_proj"  # noqa: E741 (the field's own letter)
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+TARGETS: tuple[str, ...] = (Q, K, V, O, GATE, UP, DOWN)
 
 # Source: arXiv:2409.06706 states the principle; the LLaMA rows are our reading of it. "attention"
 # and "mlp" are exact (attention mixes tokens, never channels; SwiGLU is linear in up), "residual"
@@ -29,11 +33,6 @@ NORMS: dict[str, tuple[str, ...]] = {
     "post_attention_layernorm": ("gate_proj", "up_proj"),
 }
 
-# The seven projections of a LLaMA block, in its order.
-TARGETS: tuple[str, ...] = (
-    *("q_proj", "k_proj", "v_proj", "o_proj"),
-    *("gate_proj", "up_proj", "down_proj"),
-)
 # In Gemma 2 and 3 the features of o and down pass a norm of their own before they join the
 # residual stream (post_attention_layernorm, post_feedforward_layernorm). A norm rescales a token
 # and keeps its channels apart, so the residual links stand; what gate and up read is another norm.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from san_llm.architectures.decoders import FAMILIES, PARENTS
+from san_llm.architectures.decoders import EMBEDDING, FAMILIES, PARENTS
 from san_llm.architectures.entry import KINDS, Carry, Link
 from san_llm.architectures.sizes import projection_shapes, setting
 from san_llm.errors import InputError
@@ -16,6 +16,11 @@ def place_of(name: str) -> tuple[int | None, str]:
     """Return a module's block, None where it is in none, and its short name: ``up_proj``."""
     parts = name.split(".")
     return (int(parts[-3]) if parts[-1] in PARENTS else None), parts[-1]
+
+
+def short_label(name: str) -> str:
+    """Return a module's name as drawings and trees show it: ``up``, ``qkv``, ``embed``."""
+    return name.rsplit(".", 1)[-1].removesuffix("_proj").replace(EMBEDDING, "embed")
 
 
 def in_model_order(vectors: Iterable[str]) -> list[str]:

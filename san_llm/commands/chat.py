@@ -16,6 +16,7 @@ from san_llm.commands.options import (
     DType,
     Model,
     NewTokens,
+    Run,
     Seed,
     Temperature,
 )
@@ -38,9 +39,12 @@ chat_app = typer.Typer(rich_markup_mode=None)
 
     san-llm chat --compare --temperature 0.7
 
+    san-llm chat runs/mine
+
     san-llm chat --model runs/latest/merged"""
 )
 def chat(
+    run: Run = None,
     model: Model = None,
     adapter: Adapter = None,
     base_only: BaseOnly = False,
@@ -52,7 +56,7 @@ def chat(
 ) -> None:
     """Talk with a model in its chat template; /clear begins anew, /exit or Ctrl-D ends."""
     quiet_libraries()
-    subject = find_subject(model, adapter, base_only, dtype)
+    subject = find_subject(model, adapter, base_only, dtype, run)
     names = voices(subject, compare)
 
     from san_llm.ask.respond import Sampling, refuse_no_template, respond, talk, usual_style

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from san_llm.commands.options import Json, Overwrite, results, stdout
+from san_llm.commands.options import Json, Overwrite, Run, results, stdout
 from san_llm.progress import quiet_libraries
 
 eval_app = typer.Typer(rich_markup_mode=None)
@@ -20,13 +20,14 @@ eval_app = typer.Typer(rich_markup_mode=None)
 
     san-llm eval --tasks boolq,piqa
 
-    san-llm eval --base-only --limit 20
+    san-llm eval runs/mine --base-only --limit 20
 
     san-llm eval --model runs/latest/merged --data path/to/dataset --processes 8
 
     san-llm eval --protocol loglik --json --output scores""",
 )
 def evaluate(
+    run: Run = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks, joined by commas. Default: the recipe's, or all eight."),
@@ -97,6 +98,7 @@ def evaluate(
             tasks=None if tasks is None else tasks.split(","),
             model=model,
             adapter=adapter,
+            run=run,
             base_only=base_only,
             data=data,
             protocol=protocol,

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ from san_llm.commands.options import (
     NewTokens,
     Seed,
     Temperature,
+    run_folders,
 )
 from san_llm.errors import InputError, check_one_of
 from san_llm.models.subject import find_subject
@@ -52,6 +54,14 @@ def generate(
     context: Annotated[
         str, typer.Option("--input", help="What a training row has as its input, if any.")
     ] = "",
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            autocompletion=run_folders,
+            help="Ask with this run's adapter, or this adapter. Default: the last run's.",
+        ),
+    ] = None,
     model: Model = None,
     adapter: Adapter = None,
     base_only: BaseOnly = False,
@@ -74,7 +84,7 @@ def generate(
     quiet_libraries()
     if style is not None:
         check_one_of("--prompt-style", style, (*STYLES, "none"))
-    subject = find_subject(model, adapter, base_only, dtype)
+    subject = find_subject(model, adapter, base_only, dtype, run)
     names = voices(subject, compare)
     asked = _asked(prompt)
 

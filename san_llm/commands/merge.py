@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from san_llm.commands.options import Json, Overwrite, pairs, stdout
+from san_llm.commands.options import Json, Overwrite, Run, pairs, stdout
 from san_llm.progress import quiet_libraries, say
 from san_llm.runs.record import MergeResult
 from san_llm.shown import parse_size
@@ -23,6 +23,8 @@ merge_app = typer.Typer(rich_markup_mode=None)
 
     san-llm merge --verify
 
+    san-llm merge runs/mine --output llama-mine
+
     san-llm merge --adapter runs/mine/adapter --output llama-mine --dtype bfloat16
 
     san-llm merge --quantized keep --output llama-mine-4bit
@@ -32,6 +34,7 @@ merge_app = typer.Typer(rich_markup_mode=None)
     san-llm merge --push owner/llama-mine --private"""
 )
 def merge(
+    run: Run = None,
     adapter: Annotated[
         Path | None, typer.Option(help="The adapter. Default: the last run's.")
     ] = None,
@@ -83,6 +86,7 @@ def merge(
             model,
             adapter,
             output,
+            run,
             dtype=dtype,
             overwrite=overwrite,
             verified=verify,

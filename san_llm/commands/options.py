@@ -21,6 +21,14 @@ def recipe_names(incomplete: str) -> list[str]:
     return [name for name in shipped_recipes() if name.startswith(incomplete)]
 
 
+def shipped_names(incomplete: str) -> list[str]:
+    """Return the shipped recipes and configs that begin so."""
+    from san_llm.recipe.shipped import shipped_configs
+
+    configs = [f"accelerate/{name}" for name in shipped_configs()]
+    return recipe_names(incomplete) + [name for name in configs if name.startswith(incomplete)]
+
+
 def run_folders(incomplete: str) -> list[str]:
     """Return the runs that begin so, ``runs/latest`` among them."""
     from san_llm.runs.folder import RUNS
@@ -47,6 +55,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value]...", autocompletion=recipe_keys, help="Override any key."),
+]
+Run = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=run_folders,
+        help="A run's folder, or an adapter's. Default: the last run.",
+    ),
 ]
 Model = Annotated[str | None, typer.Option(help="Ask this model: a folder or hub id.")]
 Adapter = Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +11,12 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from san_llm.commands.options import Json, Overwrite, recipe_names, results, stdout
+from san_llm.commands.options import Json, Overwrite, recipe_names, results, shipped_names, stdout
 from san_llm.errors import InputError
 
 recipes_app = typer.Typer(
-    help="List, show and copy the recipes that come with san-llm; check your own.",
+    help="List, show and copy the recipes that come with san-llm, and configs for Accelerate; check "
+    "your own.",
     epilog="""Examples:
 
     san-llm recipes list
@@ -30,34 +30,46 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Name = Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=recipe_names)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A shipped recipe, or a config: accelerate/fsdp2.", autocompletion=shipped_names
+    ),
+]
 
 
 @recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")
 def list_recipes(as_json: Json = False) -> None:
-    """List the shipped recipes, with the hardware that each is meant for."""
+    """List the shipped recipes, with the hardware each is meant for, and configs for Accelerate."""
     from san_llm.recipe.read import load_recipe
-    from san_llm.recipe.shipped import hardware, shipped_recipes
+    from san_llm.recipe.shipped import about, hardware, shipped_configs, shipped_recipes
 
-    found = {name: (load_recipe(path), hardware(path)) for name, path in shipped_recipes().items()}
+    recipes = {
+        name: (load_recipe(file), hardware(file)) for name, file in shipped_recipes().items()
+    }
+    configs = {f"accelerate/{name}": about(file) for name, file in shipped_configs().items()}
     if as_json:
-        print(json.dumps({name: {"hardware": about} for name, (_, about) in found.items()}))
+        listed = {name: {"hardware": hardware} for name, (_, hardware) in recipes.items()}
+        print(json.dumps(listed | {name: {"about": text} for name, text in configs.items()}))
         return
     table = Table(box=None, pad_edge=False)
     for column in ("recipe", "hardware"):
         table.add_column(column, overflow="fold")
-    for name, (recipe, about) in found.items():
+    for name, (recipe, machine) in recipes.items():
         in_4_bits = f", in {recipe.base.quantization}" if recipe.base.quantization else ""
-        table.add_row(f"[bold]{name}[/]", f"{recipe.base.model}{in_4_bits}: {about}")
+        table.add_row(f"[bold]{name}[/]", f"{recipe.base.model}{in_4_bits}: {machine}")
+    table.add_section()
+    for name, text in configs.items():
+        table.add_row(f"[bold]{name}[/]", text)
     Console(highlight=False).print(table)
 
 
 @recipes_app.command("show", epilog="Example:\n\n    san-llm recipes show smollm2_demo")
 def show(name: Name) -> None:
-    """Print a shipped recipe."""
-    from san_llm.recipe.shipped import find_recipe
+    """Print a shipped recipe, or a config for Accelerate."""
+    from san_llm.recipe.shipped import find_shipped
 
-    text = find_recipe(name).read_text(encoding="utf-8")
+    text = find_shipped(name).read_text(encoding="utf-8")
     if stdout.is_terminal:
         stdout.print(Syntax(text.rstrip(), "yaml", background_color="default"))
     else:
@@ -72,20 +84,10 @@ def copy(
     target: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a shipped recipe, to be changed."""
-    from san_llm.files import write_text
-    from san_llm.recipe.shipped import find_recipe
+    """Copy a shipped recipe, or a config for Accelerate, to be changed."""
+    from san_llm.recipe.shipped import copy_shipped
 
-    source = find_recipe(name)
-    target = target or Path(source.name)
-    if target.is_dir():
-        target = target / source.name
-    if target.exists() and not overwrite:
-        raise InputError(f"{target}: exists; add --overwrite to replace it")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: no such folder")
-    write_text(target, _with_schema_of_here(source.read_text(encoding="utf-8")))
-    results(str(target))
+    results(str(copy_shipped(name, target, overwrite)))
 
 
 @recipes_app.command(
@@ -140,11 +142,3 @@ def schema() -> None:
     from san_llm.recipe.shipped import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
-
-
-def _with_schema_of_here(text: str) -> str:
-    """Return a shipped recipe whose editor's line names the schema where it is, not beside it."""
-    from san_llm.recipe.shipped import SCHEMA, SHIPPED
-
-    address = (SHIPPED / SCHEMA).resolve().as_uri()
-    return re.sub(rf"(?<=\$schema=){re.escape(SCHEMA)}$", address, text, flags=re.MULTILINE)

@@ -25,7 +25,8 @@ class EvalRequest:
         tasks: Names of tasks.
         model: A model, by folder or hub id.
         adapter: An adapter's folder, or its run's.
-        base_only: Leave the adapter of the last run out.
+        run: A run's folder, or an adapter's.
+        base_only: Leave the adapter of the run out.
         data: ``pocket``, or a folder with ``<task>/test.json``.
         protocol: ``generate``, ``loglik`` or ``lm-eval``.
         prompt: The prompt style.
@@ -43,6 +44,7 @@ class EvalRequest:
     tasks: Sequence[str] | None = None
     model: str | None = None
     adapter: Path | None = None
+    run: Path | None = None
     base_only: bool = False
     data: str | None = None
     protocol: str = "generate"
@@ -92,7 +94,9 @@ def check_request(request: EvalRequest) -> EvalTask:
     protocol = find_protocol(request.protocol)
     if request.answers_only and protocol != "generate":
         raise InputError(f"--answers-only: protocol {protocol} generates nothing")
-    subject = find_subject(request.model, request.adapter, request.base_only, request.dtype)
+    subject = find_subject(
+        request.model, request.adapter, request.base_only, request.dtype, request.run
+    )
     defaults = subject.recipe.evaluation if subject.recipe else Evaluation()
     data, limit = request.data or defaults.data, request.limit or defaults.limit
     style = style or defaults.prompt or subject.prompt or "llm-adapters"

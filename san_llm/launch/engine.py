@@ -16,7 +16,7 @@ import yaml
 
 from san_llm.errors import InputError
 from san_llm.recipe.schema import Recipe
-from san_llm.recipe.shipped import SHIPPED
+from san_llm.recipe.shipped import shipped_configs
 
 Engine = Literal["DDP", "FSDP2", "DeepSpeed"]
 
@@ -43,8 +43,7 @@ def find_config(text: Path | None) -> Path | None:
     """Return the config file that is meant: one that is there, or a shipped one by its name."""
     if text is None or text.exists():
         return text
-    shipped = SHIPPED / "accelerate" / f"{text}.yaml"
-    return shipped if shipped.is_file() else text
+    return shipped_configs().get(str(text), text)
 
 
 def read_config(config: Path) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def read_config(config: Path) -> dict[str, Any]:
         InputError: when it is none.
     """
     if not config.is_file():
-        names = ", ".join(path.stem for path in sorted((SHIPPED / "accelerate").glob("*.yaml")))
+        names = ", ".join(shipped_configs())
         raise InputError(
             f"{config}: no such file; `accelerate config` writes one, and shipped are {names}"
         )

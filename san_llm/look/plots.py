@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from san_llm.architectures.lookup import place_of
+from san_llm.architectures.lookup import place_of, short_label
 from san_llm.errors import InputError
 from san_llm.files import whole_folder
 from san_llm.look.numbers import (
@@ -264,17 +264,13 @@ def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
         bar = figure.colorbar(image, ax=panel, location="bottom", pad=0.02)
         bar.ax.locator_params(nbins=3)
         panel.set_title(label)
-        panel.set_xticks(range(len(modules)), [_short(name) for name in modules], rotation=90)
+        panel.set_xticks(range(len(modules)), [short_label(name) for name in modules], rotation=90)
     _mark_sides(panels[-1], mean)
     step = max(1, round(len(blocks) / 8))
     shown = range(0, len(blocks), step)
     panels[0].set_yticks(list(shown), [str(blocks[at]) for at in shown])
     panels[0].set_ylabel("block (0 is next to the embedding)")
     return figure
-
-
-def _short(module: str) -> str:
-    return module.removesuffix("_proj").replace("embed_tokens", "embed")
 
 
 def _limits(grid: Numbers) -> Any:
@@ -311,7 +307,7 @@ def _distribution(gammas: Mapping[str, Numbers]) -> Figure:
     far = max(kinds, key=lambda module: float(np.abs(kinds[module] - 1).max()))
     furthest = kinds[far][np.abs(kinds[far] - 1).argmax()]
     title = f"95 % of the {GAMMA} lie between {low:.3f} and {high:.3f}; "
-    title += f"the furthest is {furthest:.3f}, in {_short(far)}"
+    title += f"the furthest is {furthest:.3f}, in {short_label(far)}"
     width = max(float(np.quantile(np.abs(values - 1), 0.999)) for values in kinds.values())
     edges = np.linspace(1 - 1.05 * max(width, STILL), 1 + 1.05 * max(width, STILL), 81)
     columns = min(4, len(modules))
@@ -326,7 +322,7 @@ def _distribution(gammas: Mapping[str, Numbers]) -> Figure:
         for side, colour in ((middle < 1, BELOW), (middle > 1, ABOVE)):
             panel.fill_between(middle, np.where(side, shares, 0), step="mid", color=colour, lw=0)
         panel.axvline(1, color=INK, lw=1)
-        panel.set_title(_short(module), weight="bold")
+        panel.set_title(short_label(module), weight="bold")
         panel.set_ylim(0, 1.35 * shares.max())
         for x, name, share in (
             (0.02, "LTD", (values < 1 - STILL).mean()),
@@ -353,7 +349,7 @@ def _synapse(scale: SynapseScale) -> Figure:
     block, name = place_of(scale.module)
     fed, anterior = place_of(scale.anterior)
     where = "" if block is None else f"of block {block}"
-    title = f"{_short(name)} {where}: {_percent(up)} of its weights are strengthened, "
+    title = f"{short_label(name)} {where}: {_percent(up)} of its weights are strengthened, "
     title += f"{_percent(float((factors < 1 - STILL).mean()))} weakened"
     figure = _new(8.5, 6.5, title)
     grid = figure.add_gridspec(2, 2, width_ratios=[1, 4.5], height_ratios=[1, 4.5])
@@ -380,11 +376,11 @@ def _synapse(scale: SynapseScale) -> Figure:
             panel.text(x, y, told, transform=panel.transAxes, **look)
     left.plot(rows, along[::-1], color=INK, lw=1.4)
     left.axvline(1, color=SOFT, lw=0.8, ls=":")
-    left.set_xlabel(f"{GAMMA} of {_short(name)}")
+    left.set_xlabel(f"{GAMMA} of {short_label(name)}")
     left.set_ylabel(f"rows: outputs, by {GAMMA}")
     top.plot(across, columns, color=INK, lw=1.4)
     top.axhline(1, color=SOFT, lw=0.8, ls=":")
-    source = f"{_short(anterior)}" + ("" if fed == block else f"\nof block {fed}")
+    source = f"{short_label(anterior)}" + ("" if fed == block else f"\nof block {fed}")
     top.set_ylabel(f"s: {GAMMA} of\n{source}")
     panel.set_xlabel("columns: inputs, by s")
     for axis in (top, panel):

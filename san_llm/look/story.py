@@ -101,11 +101,8 @@ def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
     for one in judgements:
         if one.base is not None:
             continue
-        command = one.adapter.command.replace("san-llm eval", "san-llm eval --base-only", 1)
-        if not facts.run.latest:  # --base-only is of the last run
-            command = (
-                f'ln -sfn "$(realpath {shlex.quote(str(facts.folder))})" runs/latest && {command}'
-            )
+        base_only = f"san-llm eval {shlex.quote(str(facts.folder))} --base-only"
+        command = one.adapter.command.replace("san-llm eval", base_only, 1)
         name = one.adapter.stored.folder.name
         told = f"The base was not asked the questions of the evaluation {name}, so nothing tells"
         found.append(Missing(f"{told} what training gained.", command))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from san_llm.architectures.decoders import K, Q
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.weights import Numbers, Stored, read_checkpoint, read_rows
@@ -23,7 +24,7 @@ from san_llm.progress import bar
 KINDS = ("f16", "bf16", "q8_0")
 FILE = "model.gguf"
 LARGEST_F16 = 65504.0
-_INTERLEAVED = re.compile(r"\.self_attn\.(q|k)_proj\.(weight|bias)$")
+_INTERLEAVED = re.compile(rf"\.self_attn\.({Q}|{K})\.(weight|bias)$")
 
 
 def check_exportable(folder: Path, config: Mapping[str, Any]) -> None:
@@ -188,11 +189,11 @@ def _compare(file: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any
 
 def _as_llama_cpp(tensor: Stored, config: Mapping[str, Any]) -> Numbers:
     numbers = read_rows(tensor)
-    found = _INTERLEAVED.search(tensor.name)
-    if found is None:
+    match = _INTERLEAVED.search(tensor.name)
+    if match is None:
         return numbers
     heads = config["num_attention_heads"]
-    if found[1] == "k":
+    if match[1] == K:
         heads = config.get("num_key_value_heads") or heads
     halves = numbers.reshape(heads, 2, -1, *numbers.shape[1:])  # (heads, half, channel, ...)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(numbers.shape)

@@ -12,10 +12,9 @@ from san_llm.merge.gguf import KINDS, check_exportable
 from san_llm.models.adapter import Adapter, open_adapter
 from san_llm.models.hub import check_push
 from san_llm.models.locate import Bits, FoundBase, config_here, find_base, stored_bits
-from san_llm.models.subject import Subject, find_subject
+from san_llm.models.subject import Subject, find_subject, told_last_run
 from san_llm.models.weights import DTYPES
 from san_llm.recipe.schema import Base
-from san_llm.runs.folder import adapter_of, last_run
 
 SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
 QUANTIZED = ("dequantize", "keep")
@@ -77,6 +76,7 @@ def asked(
     model: str | None,
     adapter: Path | None,
     output: Path | None,
+    run: Path | None = None,
     *,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -93,6 +93,7 @@ def asked(
         model: The base; default: the one that the adapter names.
         adapter: The adapter's folder, or its run's; default: the last run's.
         output: Default: ``merged/`` in the run's folder.
+        run: Instead of ``adapter``: a run's folder, or an adapter's.
         dtype: As there, like all that follow.
         overwrite: As there.
         verified: As there.
@@ -107,10 +108,14 @@ def asked(
             save.
     """
     check_values(dtype, quantized, gguf, push_to, private)
-    subject = find_subject(model, adapter or adapter_of(last_run()))
+    if adapter is None and run is None:
+        run = told_last_run()
+    subject = find_subject(model, adapter, run=run)
     if output is None:
         if subject.run is None:
-            raise InputError(f"{adapter}: not in a run's folder; say where to save with --output")
+            raise InputError(
+                f"{adapter or run}: not in a run's folder; say where to save with --output"
+            )
         output = subject.run / "merged"
     return MergeRequest(
         *(subject, output, dtype, overwrite, verified, shard_size),

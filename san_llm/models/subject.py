@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from san_llm.errors import InputError, check_one_of
 from san_llm.files import read_json
 from san_llm.models.adapter import named_base
+from san_llm.progress import say
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 from san_llm.recipe.schema import DTYPES, Base, Recipe
 from san_llm.runs.folder import adapter_of, last_run, recipe_of, run_of
+from san_llm.runs.record import ADAPTER_CONFIG
 
 MERGE_MANIFEST = "merge_manifest.json"  # in a merged model's folder
 
@@ -52,36 +55,63 @@ def find_subject(
     adapter: Path | None = None,
     base_only: bool = False,
     dtype: str | None = None,
+    run: Path | None = None,
 ) -> Subject:
     """Return what the options name; by default the last run's adapter over its base.
 
     Args:
         model: A base, or a model of its own when no adapter is named.
         adapter: An adapter's folder, or its run's.
-        base_only: Leave the adapter of the last run out.
+        base_only: Leave the adapter of the run out.
         dtype: Instead of the base's.
+        run: A run's folder, or an adapter's.
 
     Raises:
         InputError: when the options contradict each other or name nothing.
     """
     if dtype is not None:
         check_one_of("--dtype", dtype, DTYPES)
-        subject = find_subject(model, adapter, base_only)
+        subject = find_subject(model, adapter, base_only, None, run)
         return replace(subject, base=subject.base.model_copy(update={"dtype": dtype}))
     if base_only and adapter is not None:
         raise InputError("--base-only and --adapter exclude each other")
-    if adapter is None and model is not None:
+    if run is not None and adapter is not None:
+        raise InputError(f"{run} and --adapter {adapter}: both name an adapter; give one of them")
+    if run is None and adapter is None and model is not None:
         return Subject(Base(model=model, dtype="float32"), None, None, None)
-    if adapter is None:
-        run = last_run()
+    if run is None and adapter is None:
+        run = told_last_run()
+    if run is not None and not (run / "recipe.yaml").is_file():
+        _refuse_model(run)
+        run, adapter = None, run
+    if adapter is not None and (adapter / "recipe.yaml").is_file():
+        run = adapter
+    if run is not None and model is None:
         recipe = recipe_of(run)
         return Subject(recipe.base, None if base_only else adapter_of(run), run, recipe)
-    if (adapter / "recipe.yaml").is_file():  # a run's folder instead of its adapter's
-        adapter = adapter_of(adapter)
+    adapter = adapter_of(run) if run is not None else adapter
+    assert adapter is not None
     owner = run_of(adapter)
-    recipe_or_none = recipe_of(owner) if owner else None
-    if recipe_or_none is not None and model is None:
-        base = recipe_or_none.base
+    owners_recipe = recipe_of(owner) if owner else None
+    if owners_recipe is not None and model is None:
+        base = owners_recipe.base
     else:
         base = Base(model=model or named_base(adapter), dtype="float32")
-    return Subject(base, adapter, owner, recipe_or_none)
+    return Subject(base, None if base_only else adapter, owner, owners_recipe)
+
+
+def told_last_run() -> Path:
+    """Return the last run, and say which one that is; launched processes have been told.
+
+    Raises:
+        InputError: when there is none yet.
+    """
+    run = last_run()
+    if "WORLD_SIZE" not in os.environ:
+        say(f"run: {run}")
+    return run
+
+
+def _refuse_model(folder: Path) -> None:
+    if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{folder}: a model, neither a run nor an adapter: name it with --model")

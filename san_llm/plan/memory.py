@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from san_llm.architectures.decoders import PARENTS
+from san_llm.architectures.decoders import DOWN, PARENTS, O
 from san_llm.architectures.lookup import family_targets
 from san_llm.architectures.sizes import Shape
 from san_llm.launch.malloc import spares_memory
@@ -336,8 +336,8 @@ def _inputs(setting: Setting, read: int, targets: list[str], dropout: bool) -> i
         return read  # a copy for each, dropped from or widened
     together: dict[str, int] = {}
     for name in targets:  # readers of one norm share its output
-        if name != "o_proj" or setting.batch.packed:  # attention keeps what it gives, else
-            group = name if name in ("o_proj", "down_proj") else PARENTS[name]
+        if name != O or setting.batch.packed:  # attention keeps what it gives, else
+            group = name if name in (O, DOWN) else PARENTS[name]
             together[group] = shape.linears[name][1]
     return sum(together.values())
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from san_llm.architectures.decoders import TARGETS
+from san_llm.architectures.decoders import DOWN, TARGETS, K, V
 from san_llm.architectures.entry import KINDS
 from san_llm.errors import InputError
 from san_llm.protocol.prompts import PromptStyle
@@ -198,12 +198,12 @@ class Ia3Method(_Targets):
 
     name: Literal["ia3"]
     target_modules: tuple[str, ...] = Field(
-        default=("k_proj", "v_proj", "down_proj"),
+        default=(K, V, DOWN),
         min_length=1,
         description="the projections that are scaled, by name",
     )
     feedforward_modules: tuple[str, ...] = Field(
-        default=("down_proj",), description="those of them whose input is scaled, not their output"
+        default=(DOWN,), description="those of them whose input is scaled, not their output"
     )
 
 

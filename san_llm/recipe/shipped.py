@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from san_llm.errors import InputError, did_you_mean, nearest_file
+from san_llm.files import write_text
 from san_llm.recipe.schema import Recipe
 
 # In a wheel beside this file, in a folder of its name; in a clone at the top.
@@ -24,6 +26,36 @@ def recipe_schema() -> dict[str, Any]:
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the config files for Accelerate that come with the package, by name."""
+    return {path.stem: path for path in sorted((SHIPPED / "accelerate").glob("*.yaml"))}
+
+
+def find_shipped(name: str) -> Path:
+    """Return the file of a recipe, see :func:`find_recipe`, or of a config for Accelerate.
+
+    Raises:
+        InputError: naming the nearest shipped file.
+    """
+    configs = shipped_configs()
+    stem = name.removeprefix("accelerate/").removesuffix(".yaml")
+    if stem in configs and not Path(name).exists():
+        return configs[stem]
+    try:
+        return find_recipe(name)
+    except InputError as error:
+        if near := did_you_mean(stem, configs):
+            raise InputError(f"{name}: no such recipe or config{near}") from None
+        raise InputError(f"{error}; for Accelerate {', '.join(configs)}") from None
+
+
+def about(config: Path) -> str:
+    """Return what a shipped config's first comment says it does, to the end of its sentence."""
+    lines = config.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    return comment.partition(". ")[0].removesuffix(".")
 
 
 def find_recipe(text: str) -> Path:
@@ -54,3 +86,32 @@ def hardware(path: Path) -> str:
     """Return what a recipe's first comment says of the hardware and time that it needs."""
     first = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return first.removeprefix("# Hardware:").strip() if first.startswith("# Hardware:") else ""
+
+
+def copy_shipped(name: str, target: Path | None, overwrite: bool) -> Path:
+    """Copy a shipped file, and return where.
+
+    Args:
+        name: See :func:`find_shipped`.
+        target: A file or a folder; None: here, by the file's own name.
+        overwrite: Replace what is there.
+
+    Raises:
+        InputError: when there is no such file, or no place for it.
+    """
+    source = find_shipped(name)
+    target = target or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() and not overwrite:
+        raise InputError(f"{target}: exists; add --overwrite to replace it")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder")
+    write_text(target, _with_schema_of_here(source.read_text(encoding="utf-8")))
+    return target
+
+
+def _with_schema_of_here(text: str) -> str:
+    """Return a shipped recipe whose editor's line names the schema where it is, not beside it."""
+    address = (SHIPPED / SCHEMA).resolve().as_uri()
+    return re.sub(rf"(?<=\$schema=){re.escape(SCHEMA)}$", address, text, flags=re.MULTILINE)

@@ -22,6 +22,7 @@ from san_llm.errors import InputError
 from san_llm.files import refuse_files, write_text
 from san_llm.recipe.read import load_recipe, to_yaml
 from san_llm.recipe.schema import Recipe
+from san_llm.runs.record import ADAPTER_CONFIG
 
 RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
@@ -176,18 +177,35 @@ def point_latest(run: Path) -> str | None:
 
 
 def last_run() -> Path:
-    """Return the run that ``runs/latest`` names.
+    """Return the run that commands take unless told otherwise.
 
     Raises:
         InputError: when there is none yet.
     """
-    latest = RUNS / "latest"
-    if not latest.is_dir():
+    run = default_run()
+    if run is None:
         raise InputError(
-            f"{latest}: no run yet in this directory: `san-llm train RECIPE` makes one, "
+            f"{RUNS / 'latest'}: no run yet in this directory: `san-llm train RECIPE` makes one, "
             "or name a model or an adapter"
         )
-    return _from_here(latest.resolve())
+    return run
+
+
+def default_run() -> Path | None:
+    """Return the run that ``runs/latest`` names; where that names none, the newest finished one."""
+    latest = RUNS / "latest"
+    if latest.is_dir():
+        return _from_here(latest.resolve())
+    if not RUNS.is_dir():
+        return None
+    finished = [run for run in RUNS.iterdir() if not run.is_symlink() and is_finished(run)]
+    return max(finished, key=lambda run: (run / "adapter").stat().st_mtime_ns, default=None)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a folder is a run whose training came to its end."""
+    adapter = run / "adapter" / ADAPTER_CONFIG
+    return adapter.is_file() and (run / "recipe.yaml").is_file()
 
 
 def _from_here(path: Path) -> Path:
@@ -214,7 +232,7 @@ def adapter_of(run: Path) -> Path:
         InputError: when training has not come to its end.
     """
     adapter = run / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / ADAPTER_CONFIG).is_file():
         raise InputError(
             f"{run}: no adapter yet: the training was not finished; "
             f"`san-llm train {run} --resume` goes on with it"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.files import read_json
-from san_llm.runs.folder import RUNS, not_ours, read_log, recipe_of
+from san_llm.runs.folder import RUNS, default_run, is_finished, not_ours, read_log, recipe_of
 from san_llm.runs.lock import refuse_busy, seems_busy
 
 Status = Literal["running", "finished", "stopped", "damaged"]
@@ -125,7 +125,7 @@ def removable(name: str) -> Path:
 
 def look_at(path: Path) -> Run:
     """Return what the files of a run tell of it."""
-    latest = RUNS / "latest"
+    default = default_run()
     method = base = None
     status: Status = "stopped"
     try:
@@ -133,7 +133,7 @@ def look_at(path: Path) -> Run:
         method, base = recipe.method.name, recipe.base.model
         if seems_busy(path):
             status = "running"
-        elif (path / "adapter" / "adapter_config.json").is_file():
+        elif is_finished(path):
             status = "finished"
         scores = _scores(path / "eval", base)
         steps, loss = _progress(path)
@@ -141,7 +141,7 @@ def look_at(path: Path) -> Run:
         status, scores, steps, loss = "damaged", (), 0, None
     return Run(
         run=str(path),
-        latest=latest.is_dir() and latest.resolve() == path.resolve(),
+        latest=default is not None and default.resolve() == path.resolve(),
         status=status,
         method=method,
         base=base,

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from san_llm.architectures.decoders import EMBEDDING, PARENTS
 from san_llm.architectures.entry import Carry, Link
-from san_llm.architectures.lookup import LINEAR, carry, check_family, family_targets, link_into
+from san_llm.architectures.lookup import (
+    LINEAR,
+    carry,
+    check_family,
+    family_targets,
+    link_into,
+    short_label,
+)
 from san_llm.architectures.sizes import check_sizes, linear_shapes, setting
 from san_llm.errors import InputError, did_you_mean
 from san_llm.san.options import Options, options_of, saved_options
@@ -125,7 +132,7 @@ class PropagationGraph:
         if node.anterior is None or node.link is None:
             return text
         where = ", block before" if node.link.blocks_back and "layers." in node.anterior else ""
-        part = f", {node.link.part.removesuffix('_proj')}" if node.link.part else ""
+        part = f", {short_label(node.link.part)}" if node.link.part else ""
         repeat = ", per kv head" if node.link.how != "as is" else ""
         source = node.anterior.rsplit(".", 1)[-1]
         # A line stays within the 80 columns that a pipe is taken to have.

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from san_llm.architectures.decoders import DOWN, GATE, UP, K, O, Q, V
 from san_llm.architectures.entry import Family
 from san_llm.ops.scale import ScaledNorm, ScaledRotary, ScaledSwiGLU
 from san_llm.san.formulas import carried
@@ -284,7 +285,7 @@ def fold(model: nn.Module, family: Family) -> None:
             if _take_over(norm, _norm_forward, norm_fold):
                 for layer in layers:
                     layer.columns_fold = norm_fold
-        q, k = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None)
+        q, k = getattr(attention, Q, None), getattr(attention, K, None)
         if (
             isinstance(q, SanLinear)
             and isinstance(k, SanLinear)
@@ -294,13 +295,10 @@ def fold(model: nn.Module, family: Family) -> None:
             rotary = RotaryFold(q, k)
             if _take_over(attention, _attention_forward, rotary):
                 q.rows_fold = k.rows_fold = rotary
-        v, o = getattr(attention, "v_proj", None), getattr(attention, "o_proj", None)
+        v, o = getattr(attention, V, None), getattr(attention, O, None)
         if isinstance(v, SanLinear) and isinstance(o, SanLinear):
             v.rows_fold = o.columns_fold = ValueFold(v, o)
-        gate, up, down = (
-            getattr(mlp, family.linear_of(name), None)
-            for name in ("gate_proj", "up_proj", "down_proj")
-        )
+        gate, up, down = (getattr(mlp, family.linear_of(name), None) for name in (GATE, UP, DOWN))
         act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
         gelu = isinstance(act, _GELU) and isinstance(act.act, partial)  # else it is in Python
         if (
