@@ -15,7 +15,7 @@ from san_llm.commands.options import Json, Overwrite, recipe_names, results, shi
 from san_llm.errors import InputError
 
 recipes_app = typer.Typer(
-    help="List, show and copy the recipes that come with san-llm, and configs for Accelerate; check "
+    help="List, show and copy what comes with san-llm: recipes, and configs for Accelerate; check "
     "your own.",
     epilog="""Examples:
 

@@ -113,9 +113,8 @@ def asked(
     subject = find_subject(model, adapter, run=run)
     if output is None:
         if subject.run is None:
-            raise InputError(
-                f"{adapter or run}: not in a run's folder; say where to save with --output"
-            )
+            named = adapter or run
+            raise InputError(f"{named}: not in a run's folder; say where to save with --output")
         output = subject.run / "merged"
     return MergeRequest(
         *(subject, output, dtype, overwrite, verified, shard_size),

@@ -97,6 +97,33 @@ def test_contradictions_and_nothing_to_find_are_refused(here):
         find_subject()
 
 
+def test_a_run_or_an_adapter_is_named_by_its_folder(run, here):
+    other = new_run(load_recipe(here / "mine.yaml"), Path("runs/other"), False)
+    for named in (run, run / "adapter"):
+        assert find_subject(run=named) == find_subject(adapter=named)
+    assert find_subject(run=other, base_only=True).run == other
+    assert find_subject(run=run / "adapter", base_only=True).adapter is None
+    assert find_subject("models/x", run=run).base.model == "models/x"
+    alone = adapter(here / "alone", base_model_name_or_path="models/other")
+    assert find_subject(run=alone) == find_subject(adapter=alone)
+    with pytest.raises(InputError, match=f"{run} and --adapter x: both name an adapter"):
+        find_subject(adapter=Path("x"), run=run)
+    with pytest.raises(InputError, match=r"nowhere: not an adapter: no adapter_config\.json"):
+        find_subject(run=Path("nowhere"))
+    (here / "merged").mkdir()
+    (here / "merged" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"merged: a model, neither a run .* name it with --model"):
+        find_subject(run=Path("merged"))
+
+
+def test_which_run_was_taken_is_said_unless_it_was_named(run, capsys):
+    find_subject()
+    assert capsys.readouterr().err == f"run: {run}\n"
+    find_subject(run=run)
+    find_subject("models/x")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

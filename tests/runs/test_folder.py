@@ -7,16 +7,19 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from tiny import write_recipe
 
+from san_llm import files
 from san_llm.errors import InputError
 from san_llm.recipe.read import load_recipe, to_yaml
 from san_llm.recipe.schema import Recipe
-from san_llm.runs import folder as record
+from san_llm.runs import folder as run_folder
+from san_llm.runs.record import manifest
 
 
 def names(folder: Path) -> list[str]:
@@ -30,30 +33,30 @@ def recipe(here: Path) -> Recipe:
 
 def test_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    record.write_text(path, "old é\n")
+    files.write_text(path, "old é\n")
     assert path.read_bytes() == "old é\n".encode()
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     with pytest.raises(UnicodeEncodeError):
-        record.write_text(path, "new, and then half a character: \ud800")
+        files.write_text(path, "new, and then half a character: \ud800")
     assert path.read_text(encoding="utf-8") == "old é\n"
     with pytest.raises(TypeError):
-        record.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert names(tmp_path) == ["a.json"]
-    record.write_json(path, {"a": "é"})
+    files.write_json(path, {"a": "é"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
 
 
 def test_text_cannot_replace_a_folder_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        record.write_text(tmp_path / "taken", "text")
+        files.write_text(tmp_path / "taken", "text")
     assert names(tmp_path) == ["taken"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fill() -> None:
-        with record.whole_folder(tmp_path / "new" / "deep", overwrite=False) as folder:
+        with files.whole_folder(tmp_path / "new" / "deep", overwrite=False) as folder:
             (folder / "half").write_text("half")
             raise error
 
@@ -71,7 +74,7 @@ def test_a_replacement_that_fails_leaves_the_old_folder(
     (target / "old").write_text("old")
 
     def fill() -> None:
-        with record.whole_folder(target, overwrite=True) as folder:
+        with files.whole_folder(target, overwrite=True) as folder:
             (folder / "half").write_text("half")
             raise error
 
@@ -97,7 +100,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
         patch.setattr(Path, "rename", refuse)
         with (
             pytest.raises(OSError, match="no"),
-            record.whole_folder(target, overwrite=True) as folder,
+            files.whole_folder(target, overwrite=True) as folder,
         ):
             (folder / "new").write_text("new")
     assert names(tmp_path) == ["target"]
@@ -108,7 +111,7 @@ def test_a_folder_is_replaced_whole_and_readable_by_others(tmp_path: Path) -> No
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").write_text("old")
-    with record.whole_folder(target, overwrite=True) as folder:
+    with files.whole_folder(target, overwrite=True) as folder:
         assert names(target) == ["old"]  # until the end
         (folder / "sub").mkdir()
         (folder / "sub" / "new").write_text("new")
@@ -125,22 +128,22 @@ def test_files_in_the_way_are_refused_before_anything_is_made(tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     with (
         pytest.raises(InputError, match="full: has files in it; add --overwrite"),
-        record.whole_folder(tmp_path / "full", overwrite=False),
+        files.whole_folder(tmp_path / "full", overwrite=False),
     ):
         pytest.fail("the block must not be entered")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="file: a file stands there"):
-            record.refuse_files(tmp_path / "file", overwrite)
-    record.refuse_files(tmp_path / "empty", overwrite=False)
-    record.refuse_files(tmp_path / "absent", overwrite=False)
+            files.refuse_files(tmp_path / "file", overwrite)
+    files.refuse_files(tmp_path / "empty", overwrite=False)
+    files.refuse_files(tmp_path / "absent", overwrite=False)
     assert names(tmp_path) == ["empty", "file", "full"]
 
 
 def test_a_new_run_holds_the_recipe_that_was_resolved(recipe: Recipe) -> None:
-    run = record.new_run(recipe, None, overwrite=False)
+    run = run_folder.new_run(recipe, None, overwrite=False)
     assert run.parent == Path("runs")
     assert names(run) == ["recipe.yaml"]
-    assert record.recipe_of(run) == recipe
+    assert run_folder.recipe_of(run) == recipe
 
 
 def test_two_runs_of_the_same_second_get_two_folders(
@@ -153,8 +156,8 @@ def test_two_runs_of_the_same_second_get_two_folders(
         def now(cls, tz: object = None) -> datetime:
             return datetime(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr(record, "datetime", Stopped)
-    runs = [record.new_run(recipe, None, overwrite=False) for _ in range(3)]
+    monkeypatch.setattr(run_folder, "datetime", Stopped)
+    runs = [run_folder.new_run(recipe, None, overwrite=False) for _ in range(3)]
     assert [run.name for run in runs] == [
         "r-20260102-030405",
         "r-20260102-030405-2",
@@ -166,22 +169,22 @@ def test_runs_that_start_at_once_get_folders_of_their_own(recipe: Recipe) -> Non
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:
-        runs = list(pool.map(lambda _: record.new_run(recipe, None, False), range(16)))
+        runs = list(pool.map(lambda _: run_folder.new_run(recipe, None, False), range(16)))
     assert len(set(runs)) == 16
 
 
 def test_only_a_run_of_ours_is_emptied(recipe: Recipe, here: Path) -> None:
-    run = record.new_run(recipe, here / "out", overwrite=False)
+    run = run_folder.new_run(recipe, here / "out", overwrite=False)
     (run / "log.jsonl").write_text("{}")
     with pytest.raises(InputError, match="has files in it"):
-        record.new_run(recipe, run, overwrite=False)
+        run_folder.new_run(recipe, run, overwrite=False)
     assert names(run) == ["log.jsonl", "recipe.yaml"]
-    assert names(record.new_run(recipe, run, overwrite=True)) == ["recipe.yaml"]
+    assert names(run_folder.new_run(recipe, run, overwrite=True)) == ["recipe.yaml"]
     home = here / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="not a run of ours"):
-        record.new_run(recipe, home, overwrite=True)
+        run_folder.new_run(recipe, home, overwrite=True)
     assert (home / "thesis.tex").read_text() == "years of work"
 
 
@@ -192,45 +195,58 @@ def test_a_folder_with_a_recipe_of_the_users_is_not_emptied(recipe: Recipe, here
     (project / "src" / "thesis.tex").write_text("years of work")
     (project / "recipe.yaml").write_text(to_yaml(recipe))
     with pytest.raises(InputError, match="not a run of ours"):
-        record.new_run(recipe, project, overwrite=True)
+        run_folder.new_run(recipe, project, overwrite=True)
     assert (project / "src" / "thesis.tex").read_text() == "years of work"
 
 
 def test_latest_names_the_last_run_wherever_it_lies(recipe: Recipe, here: Path) -> None:
     with pytest.raises(InputError, match="no run yet in this directory"):
-        record.last_run()
-    inside = record.new_run(recipe, None, overwrite=False)
-    record.point_latest(inside)
+        run_folder.last_run()
+    inside = run_folder.new_run(recipe, None, overwrite=False)
+    run_folder.point_latest(inside)
     assert os.readlink("runs/latest") == inside.name  # a moved runs folder keeps its link
-    assert record.last_run() == inside
-    outside = record.new_run(recipe, here / "elsewhere", overwrite=False)
-    record.point_latest(outside)
-    assert record.last_run() == Path("elsewhere")
+    assert run_folder.last_run() == inside
+    outside = run_folder.new_run(recipe, here / "elsewhere", overwrite=False)
+    run_folder.point_latest(outside)
+    assert run_folder.last_run() == Path("elsewhere")
     assert [name for name in names(Path("runs")) if name.startswith(".")] == []
 
 
 def test_a_latest_that_names_nothing_any_more_is_no_run(recipe: Recipe) -> None:
-    run = record.new_run(recipe, None, overwrite=False)
-    record.point_latest(run)
+    run = run_folder.new_run(recipe, None, overwrite=False)
+    run_folder.point_latest(run)
     (run / "recipe.yaml").unlink()
     run.rmdir()
     with pytest.raises(InputError, match="no run yet"):
-        record.last_run()
+        run_folder.last_run()
+
+
+def test_where_latest_names_nothing_the_newest_finished_run_is_taken(recipe: Recipe) -> None:
+    runs = [run_folder.new_run(recipe, Path("runs") / name, overwrite=False) for name in "abc"]
+    for age, run in ((20, runs[1]), (10, runs[0])):
+        (run / "adapter").mkdir()
+        (run / "adapter" / "adapter_config.json").write_text("{}")
+        os.utime(run / "adapter", (time.time() - age, time.time() - age))
+    assert run_folder.last_run() == runs[0]  # "c" is not finished
+    run_folder.point_latest(runs[2])
+    assert run_folder.last_run() == runs[2]
+    shutil.rmtree(runs[2])
+    assert run_folder.last_run() == runs[0]
 
 
 def test_an_unfinished_run_has_no_adapter_and_says_how_to_get_one(recipe: Recipe) -> None:
-    run = record.new_run(recipe, None, overwrite=False)
+    run = run_folder.new_run(recipe, None, overwrite=False)
     with pytest.raises(InputError, match=f"`san-llm train {run} --resume` goes on"):
-        record.adapter_of(run)
+        run_folder.adapter_of(run)
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_config.json").write_text("{}")
-    assert record.adapter_of(run) == run / "adapter"
-    assert record.run_of(run / "adapter") == run
-    assert record.run_of(Path("elsewhere")) is None
+    assert run_folder.adapter_of(run) == run / "adapter"
+    assert run_folder.run_of(run / "adapter") == run
+    assert run_folder.run_of(Path("elsewhere")) is None
 
 
 def test_the_manifest_says_which_commit_ran_and_whether_it_was_changed(here: Path) -> None:
-    assert record.manifest()["git"] is None
+    assert manifest()["git"] is None
 
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
@@ -239,10 +255,10 @@ def test_the_manifest_says_which_commit_ran_and_whether_it_was_changed(here: Pat
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "first")
     state = {"commit": git("rev-parse", "HEAD"), "dirty": False}
-    assert record.manifest(seed=3)["git"] == state
-    assert record.manifest(seed=3)["seed"] == 3
+    assert manifest(seed=3)["git"] == state
+    assert manifest(seed=3)["seed"] == 3
     (here / "new").write_text("new")
-    assert record.manifest()["git"] == {**state, "dirty": True}
+    assert manifest()["git"] == {**state, "dirty": True}
 
 
 def test_what_a_dead_process_left_is_cleared_away_and_a_live_ones_is_not(tmp_path: Path) -> None:
@@ -252,9 +268,9 @@ def test_what_a_dead_process_left_is_cleared_away_and_a_live_ones_is_not(tmp_pat
     for folder in (other, dead):
         folder.mkdir()
         (folder / "half").write_text("half")
-    with record.whole_folder(target, overwrite=False) as first:
+    with files.whole_folder(target, overwrite=False) as first:
         assert names(tmp_path) == sorted([first.name, other.name])
-        with record.whole_folder(target, overwrite=False) as second:
+        with files.whole_folder(target, overwrite=False) as second:
             assert first.is_dir()
             (second / "new").write_text("new")
         assert first.is_dir()
@@ -269,13 +285,13 @@ def test_a_folder_that_a_dead_process_moved_aside_comes_back(tmp_path: Path) -> 
         (folder / folder.suffix).write_text("mine")
     with (
         pytest.raises(InputError, match="t: has files in it"),
-        record.whole_folder(tmp_path / "t", overwrite=False),
+        files.whole_folder(tmp_path / "t", overwrite=False),
     ):
         pytest.fail("the block must not be entered")
     assert names(tmp_path) == ["t"]
     assert names(tmp_path / "t") == [".old"]
     aside.mkdir()  # killed after the new folder had its name
-    with record.whole_folder(tmp_path / "t", overwrite=True) as folder:
+    with files.whole_folder(tmp_path / "t", overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert names(tmp_path) == ["t"]
     assert names(tmp_path / "t") == ["new"]
