@@ -21,8 +21,10 @@ from san_llm.data.encode import chat_prompt, evaluation_text
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
+from san_llm.models.load import load_config, load_tokenizer
+from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject
-from san_llm.protocol.prompts import PromptStyle
+from san_llm.protocol.prompts import PromptStyle, prompt_style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -91,6 +93,49 @@ def question(
     return evaluation_text(
         style, Row(instruction=prompt, context=context, where="the prompt"), tokenizer
     )
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A prompt as a model goes on from it.
+
+    Attributes:
+        found: The base, whose weights are not loaded yet.
+        tokenizer: Its.
+        style: The prompt style, or ``none``.
+        text: The exact text.
+        tokens: Its tokens.
+    """
+
+    found: FoundBase
+    tokenizer: PreTrainedTokenizerFast
+    style: str
+    text: str
+    tokens: list[int]
+
+
+def posed(subject: Subject, words: str, style: str | None, context: str = "") -> Posed:
+    """Return a prompt in the style a model was trained in, checked before its weights are loaded.
+
+    Args:
+        subject: The model, with its adapter if any.
+        words: What is asked.
+        style: Instead of the usual one.
+        context: What a training row has as ``input``.
+
+    Raises:
+        InputError: when the style has no place for the context, there is no chat template, or the
+            prompt leaves no room for an answer.
+    """
+    found = find_base(subject.base)
+    tokenizer = load_tokenizer(found)
+    style = style or usual_style(subject, tokenizer)
+    if context and style == NO_STYLE:
+        raise InputError("--input: prompt style none has no place for one; put it in the prompt")
+    named = None if style == NO_STYLE else prompt_style(style)
+    text, tokens = question(words, named, tokenizer, context)
+    room(tokens, load_config(found))
+    return Posed(found, tokenizer, style, text, tokens)
 
 
 def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:

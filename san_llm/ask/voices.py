@@ -47,7 +47,7 @@ def show(
             nonlocal begun
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
-            sys.stdout.write(_shown(piece))
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
 
         answers = [ask(voices[0], told)]
@@ -81,10 +81,10 @@ def _side_by_side(texts: dict[str, str]) -> Table:
     table = Table(box=SIMPLE_HEAD, expand=True)
     for voice in texts:
         table.add_column(voice, ratio=1)
-    table.add_row(*(Text(_shown(text.strip())) for text in texts.values()))
+    table.add_row(*(Text(shown(text.strip())) for text in texts.values()))
     return table
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return a text with control characters, which could change a terminal, as escapes."""
     return escaped(text, kept="\n\t")

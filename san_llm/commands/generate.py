@@ -27,7 +27,7 @@ from san_llm.commands.options import (
 from san_llm.errors import InputError, check_one_of
 from san_llm.models.subject import find_subject
 from san_llm.progress import quiet_libraries, say
-from san_llm.protocol.prompts import STYLES, prompt_style
+from san_llm.protocol.prompts import STYLES
 
 if TYPE_CHECKING:
     from san_llm.ask.respond import Answer
@@ -86,40 +86,32 @@ def generate(
         check_one_of("--prompt-style", style, (*STYLES, "none"))
     subject = find_subject(model, adapter, base_only, dtype, run)
     names = voices(subject, compare)
-    asked = _asked(prompt)
+    words = _words(prompt)
 
-    from san_llm.ask.respond import NO_STYLE, Sampling, question, respond, room, usual_style
-    from san_llm.models.load import load_config, load_model, load_tokenizer
-    from san_llm.models.locate import find_base
+    from san_llm.ask.respond import Sampling, posed, respond
+    from san_llm.models.load import load_model
 
-    found = find_base(subject.base)
-    tokenizer = load_tokenizer(found)
-    style = style or usual_style(subject, tokenizer)
-    if context and style == NO_STYLE:
-        raise InputError("--input: prompt style none has no place for one; put it in the prompt")
+    question = posed(subject, words, style, context)
     if not as_json:
-        say(f"asking {subject} in prompt style {style}")
-    named = None if style == NO_STYLE else prompt_style(style)
-    text, tokens = question(asked, named, tokenizer, context)
-    room(tokens, load_config(found))  # told before the weights are loaded
-    loaded = load_model(found, subject.adapter)
-    how = Sampling(max_new_tokens, temperature, seed)
+        say(f"asking {subject} in prompt style {question.style}")
+    loaded = load_model(question.found, subject.adapter)
+    sampling = Sampling(max_new_tokens, temperature, seed)
 
     def ask(by: str, told: Callable[[str], None]) -> Answer:
-        return respond(loaded, tokenizer, tokens, how, told, by)
+        return respond(loaded, question.tokenizer, question.tokens, sampling, told, by)
 
     answers = show(names, ask, quiet=as_json)
     if as_json:
         about = {
             "model": subject.base.model,
             "adapter": str(subject.adapter) if subject.adapter else None,
-            "style": style,
-            "prompt": text,
+            "style": question.style,
+            "prompt": question.text,
         }
         print(json.dumps(about | {"answers": [asdict(answer) for answer in answers]}))
 
 
-def _asked(prompt: str | None) -> str:
+def _words(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             raise InputError("no prompt: write one behind the command, or pipe one in")

@@ -105,7 +105,7 @@ def test_a_run_is_asked_in_the_style_that_it_was_trained_in(ask, folder, here):
     point_latest(run)
     for which in ((), ("--base-only",)):
         done = ask("generate", "Why?", *which, "--json")
-        assert (done.stderr, json.loads(done.stdout)["style"]) == ("", "alpaca")
+        assert (done.stderr, json.loads(done.stdout)["style"]) == (f"run: {run}\n", "alpaca")
         assert json.loads(done.stdout)["prompt"] == evaluation_prompt("alpaca", "Why?")
     done = ask("generate", "Why?", "--input", "Snow", "--json")
     assert json.loads(done.stdout)["prompt"] == evaluation_prompt("alpaca", "Why?", "Snow")
@@ -117,7 +117,10 @@ def test_a_run_is_asked_in_the_style_that_it_was_trained_in(ask, folder, here):
     done = ask("generate", "Why?", "--model", run / "merged", "--json")
     assert json.loads(done.stdout)["style"] == "alpaca"
     told = ask("chat").stderr
-    assert told == "trained in prompt style alpaca, as `san-llm generate` asks; this is chat\n"
+    assert told == (
+        f"run: {run}\n"
+        "trained in prompt style alpaca, as `san-llm generate` asks; this is chat\n"
+    )
 
 
 def test_sampling_repeats_with_a_seed_and_differs_from_greedy(ask, folder):
@@ -189,9 +192,9 @@ def test_what_cannot_be_asked_is_one_line(ask, folder, here):
 
 
 def test_what_a_model_says_cannot_steer_a_terminal():
-    from san_llm.commands.generate import _shown
+    from san_llm.ask.voices import shown
 
-    assert _shown("a\x1b[2Jb\tc\nd\x07é") == "a\\x1b[2Jb\tc\nd\\x07é"
+    assert shown("a\x1b[2Jb\tc\nd\x07é") == "a\\x1b[2Jb\tc\nd\\x07é"
 
 
 @pytest.mark.slow
