@@ -101,24 +101,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model will see of training rows: lengths, cuts, doubles, answers, overlap."""
-    from san_llm.data.rows import stream_rows, training_files
-    from san_llm.recipe.read import load_recipe
-    from san_llm.recipe.shipped import find_recipe
+    from san_llm.data.request import rows_recipe
 
-    changes = list(overrides or [])
-    is_file = Path(what).suffix.lower() not in ("", ".yaml", ".yml")
-    if is_file:
-        changes.insert(0, f"data.train={json.dumps(what)}")
-    recipe = load_recipe(find_recipe("smollm2_demo" if is_file else what), changes)
-    for file in training_files(recipe.data.train):
-        next(iter(stream_rows(file)))  # a file that is not there is found before torch is loaded
-
+    recipe = rows_recipe(what, overrides or ())  # what is wrong is told before torch is loaded
     from san_llm.data.inspect import inspect_recipe, report
 
-    found = inspect_recipe(recipe)
+    inspection = inspect_recipe(recipe)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(inspection)))
         return
-    for part in report(found, colour=stdout.is_terminal):
+    for part in report(inspection, colour=stdout.is_terminal):
         stdout.print(part)
         stdout.print()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from san_llm.errors import InputError, SanError, first_line, nearest_file
+from san_llm.files import refuse_link
 from san_llm.progress import say
+from san_llm.runs.folder import adapter_of, last_run
+from san_llm.runs.record import ADAPTER_CONFIG
 
 
 def check_push(name: str, option: str = "--push", signed_in: bool = True) -> None:
@@ -32,6 +36,49 @@ def check_push(name: str, option: str = "--push", signed_in: bool = True) -> Non
         raise InputError(f"{option}: {name!r} is not a hub id; expected something like owner/name")
     if signed_in and get_token() is None:
         raise InputError(f"{option}: nobody is signed in to the hub: `hf auth login` or HF_TOKEN")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What went to the hub, or would.
+
+    Attributes:
+        folder: The adapter's, or the merged model's.
+        files: Its files, by name, in bytes.
+        address: Where it is now; None where nothing was sent.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    address: str | None
+
+
+def upload(folder: Path | None, name: str, private: bool, dry_run: bool) -> Upload:
+    """Upload an adapter or a merged model, with its card.
+
+    Args:
+        folder: Its folder, or the run's whose adapter is meant; None: the last run's.
+        name: The hub id.
+        private: Whether a repository that is made for it is seen by its owner alone.
+        dry_run: Only say what would be sent.
+
+    Raises:
+        InputError: when there is nothing to send, or something that must not be.
+        SanError: when the hub does not take it.
+    """
+    check_push(name, "HUB_ID", signed_in=not dry_run)
+    folder = folder or last_run()
+    if (folder / "recipe.yaml").is_file():
+        folder = adapter_of(folder)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: neither a run, nor an adapter, nor a model")
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        refuse_link(path)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths if path.is_file()}
+    kind = "Adapter" if is_adapter else "Merged model"
+    return Upload(folder, files, None if dry_run else push(folder, name, private, kind))
 
 
 def push(folder: Path, name: str, private: bool = False, message: str = "Merged model") -> str:

@@ -118,8 +118,7 @@ def test_a_run_is_asked_in_the_style_that_it_was_trained_in(ask, folder, here):
     assert json.loads(done.stdout)["style"] == "alpaca"
     told = ask("chat").stderr
     assert told == (
-        f"run: {run}\n"
-        "trained in prompt style alpaca, as `san-llm generate` asks; this is chat\n"
+        f"run: {run}\ntrained in prompt style alpaca, as `san-llm generate` asks; this is chat\n"
     )
 
 
