@@ -15,6 +15,23 @@ from san_llm.ops.head_loss import HeadLoss
 from san_llm.train.packed_attention import laid_out
 
 
+def share_of_loss(
+    model: Any, inputs: dict[str, Any], learned: Tensor | int, processes: int
+) -> Tensor:
+    """Return a micro-batch's share of the loss per token of its global batch, of shape ().
+
+    DDP averages gradients over processes, so the share is multiplied by their number.
+
+    Args:
+        model: See :func:`token_losses`.
+        inputs: See there.
+        learned: Tokens that the global batch learns, in all its micro-batches and processes.
+        processes: How many work together.
+    """
+    share: Tensor = token_losses(model, inputs) / learned
+    return share * processes
+
+
 def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Return the summed cross entropy of a batch's supervised tokens, in fp32 or wider.
 

@@ -167,7 +167,6 @@ def trainer_arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArgume
         eval_steps=training.evaluate_every,
         save_strategy="steps",
         save_steps=training.evaluate_every,
-        save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=judged,
         metric_for_best_model="eval_loss",
         greater_is_better=False,

@@ -36,7 +36,7 @@ from san_llm.train.batches import GroupedByLength
 from san_llm.train.callbacks import BadBatches, Drift
 from san_llm.train.checkpoint import checkpoint_of, damage, remove_old, whole_checkpoint
 from san_llm.train.checkpoint_check import check_optimizer
-from san_llm.train.loss import learned_tokens, token_losses
+from san_llm.train.loss import learned_tokens, share_of_loss, token_losses
 from san_llm.train.samples import Samples
 from san_llm.train.stop import SLOW, StopOnSignal, StoppedJudging
 from san_llm.train.view import View
@@ -94,14 +94,10 @@ class SanTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return this micro-batch's share of the loss per token of the global batch.
-
-        DDP averages gradients over processes, so the share is multiplied by their number.
-        """
+        """Return this micro-batch's share of the loss per token of the global batch."""
         if num_items_in_batch is None:
             raise SanError("Trainer did not count the tokens of the batch")
-        share: torch.Tensor = token_losses(model, inputs) / num_items_in_batch
-        return share * int(self.args.world_size)
+        return share_of_loss(model, inputs, num_items_in_batch, int(self.args.world_size))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Make one micro-batch's gradients, with dice of its own."""
@@ -229,11 +225,8 @@ class SanTrainer(Trainer):
             check_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save nothing: see :meth:`training_step`."""
-
     def _load_rng_state(self, checkpoint: Any) -> None:
-        """Load nothing."""
+        """Load nothing: see :meth:`training_step`."""
 
     def evaluate(
         self,
