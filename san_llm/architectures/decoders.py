@@ -6,6 +6,8 @@ where it is wired otherwise. To add a family is to add its entry here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from san_llm.architectures.entry import Family, Link
 
 EMBEDDING = "embed_tokens"
@@ -48,10 +50,11 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,  # q and k pass a norm per head, but feed nothing
-    "gemma": _LLAMA._replace(norm_offset=1),
-    "gemma2": _LLAMA._replace(norms=_GEMMA2_NORMS, norm_offset=1),
-    "gemma3_text": _LLAMA._replace(norms=_GEMMA2_NORMS, norm_offset=1),
-    "phi3": _LLAMA._replace(
+    "gemma": replace(_LLAMA, norm_offset=1),
+    "gemma2": replace(_LLAMA, norms=_GEMMA2_NORMS, norm_offset=1),
+    "gemma3_text": replace(_LLAMA, norms=_GEMMA2_NORMS, norm_offset=1),
+    "phi3": replace(
+        _LLAMA,
         links=(
             Link("attention", "o_proj", "qkv_proj", how="repeat kv heads", part="v_proj"),
             Link("mlp", "down_proj", "gate_up_proj", part="up_proj"),

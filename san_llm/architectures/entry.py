@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Kind = Literal["attention", "mlp", "residual"]
@@ -34,7 +34,8 @@ class Link:
     part: str | None = None
 
 
-class Family(NamedTuple):
+@dataclass(frozen=True)
+class Family:
     """How the blocks of one model type are wired.
 
     Attributes:
@@ -49,7 +50,7 @@ class Family(NamedTuple):
     links: tuple[Link, ...]
     norms: Mapping[str, tuple[str, ...]]
     norm_offset: int = 0
-    fused: Mapping[str, tuple[str, ...]] = {}
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -81,7 +81,6 @@ class SanTrainer(Trainer):
         self.add_callback(_JudgeLate(self))
         self.model_accepts_loss_kwargs = True  # so that Trainer counts tokens over a global batch
         self.loss_is_scaled_for_ga = True
-        self.can_return_loss = True
         self.remove_callback(PrinterCallback)  # it prints on stdout, where results go
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:

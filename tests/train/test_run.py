@@ -520,16 +520,17 @@ class _StopAfter(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("step", "number"),
-    [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT), (7, signal.SIGINT)],
+    ("step", "number", "kept"),
+    [(1, signal.SIGINT, 2), (3, signal.SIGTERM, 1), (4, signal.SIGINT, 2), (7, signal.SIGINT, 2)],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    here: Path, tiny_base: Path, step: int, number: int, monkeypatch: pytest.MonkeyPatch
+    here: Path, tiny_base: Path, step: int, number: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 26 rows in batches of 4 are 7 steps: the stops are at an epoch's begin, inside, and its end.
     data = write_rows(here / "rows.json", rows(30))
     path = write_recipe(here / "r.yaml", tiny_base, data, method={"name": "lora", "dropout": 0.1})
     how = ("training.max_steps=9", "training.evaluate_every=2", "training.epochs=9.0")
+    how += (f"training.keep_checkpoints={kept}",)
     whole = start(path, here / "whole", *how)
     build = SanTrainer.__init__
 
