@@ -24,6 +24,7 @@ from san_llm.look.facts import read_facts
 from san_llm.look.side_by_side import side_by_side
 from san_llm.look.story import Part, tell
 from san_llm.protocol.published import QUOTED
+from san_llm.recipe.read import to_yaml
 from san_llm.shown import escaped, masked
 
 PAGE = "report.html"
@@ -95,6 +96,7 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         table=table,
+        to_yaml=to_yaml,
         text_columns=_text_columns,
         version=__version__,
         quoted=QUOTED,
