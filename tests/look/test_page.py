@@ -238,7 +238,7 @@ def test_what_a_run_does_not_have_is_said_with_its_command(run, command, undrawn
     done = command("report", "--json")
     assert done.returncode == 0
     (missing,) = (one for one in json.loads(done.stdout)["missing"] if one["command"])
-    assert missing["command"] == "san-llm eval --base-only --protocol loglik"
+    assert missing["command"] == "san-llm eval runs/mine --base-only --protocol loglik"
     assert missing["command"] in words((run / "report.html").read_text())
     assert "Accuracy (acc)" not in words((run / "report.html").read_text())
     point_latest(Path("elsewhere"))
