@@ -73,7 +73,7 @@ class Prepared:
     trained_numbers: int
 
 
-def prepare(recipe: Recipe, run: Path) -> Prepared:
+def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     """Return what a training begins with; the fewest seconds are lost on what is refused.
 
     Raises:
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, run: Path) -> Prepared:
     if engine == "DeepSpeed":
         load_weights_only()
     micro_batch(recipe.training, world_size())  # before anything is loaded
-    found = find_base(recipe.base)
+    found = found or find_base(recipe.base)
     tokenizer = load_tokenizer(found)
     samples = Samples(recipe, tokenizer)
     data = token_rows(recipe, tokenizer)

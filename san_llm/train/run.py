@@ -18,6 +18,7 @@ from san_llm.launch.notes import tell_stopped
 from san_llm.launch.processes import agree, is_first, rank, told_once, world_size
 from san_llm.models.adapter import save_adapter
 from san_llm.models.cards import write_card
+from san_llm.models.locate import FoundBase
 from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.lock import sole_writer
@@ -33,12 +34,13 @@ from san_llm.train.trainer import SanTrainer
 from san_llm.train.view import peak_memory, watching
 
 
-def train(recipe: Recipe, run: Path) -> TrainResult:
+def train(recipe: Recipe, run: Path, found: FoundBase | None = None) -> TrainResult:
     """Train a recipe in its run folder, going on from the last whole checkpoint if there is one.
 
     Args:
         recipe: What to do.
         run: The run's folder, made by ``runs.folder.new_run``; the same in all processes.
+        found: The recipe's base, where it has been looked up already.
 
     Raises:
         InputError: when the data, the base or the number of processes cannot serve.
@@ -47,7 +49,7 @@ def train(recipe: Recipe, run: Path) -> TrainResult:
     in_one_line = partial(_in_one_line, run=run)
     try:
         with told_once(in_one_line), sole_writer(run) if is_first() else nullcontext():
-            prepared = prepare(recipe, run)
+            prepared = prepare(recipe, run, found)
             facts = facts_of(recipe, prepared) if is_first() else {}
             resume = agree(resume_point(run, prepared, facts) if is_first() else None)
             result = fit(recipe, run, prepared, resume)

@@ -20,6 +20,7 @@ from san_llm.files import write_text
 from san_llm.launch.command import accelerate_command, machine_rank, run_launched
 from san_llm.launch.engine import check_engine, engine_of, find_config, read_config
 from san_llm.launch.processes import agree, is_first
+from san_llm.models.locate import FoundBase, find_base
 from san_llm.progress import say
 from san_llm.recipe.read import load_recipe, to_yaml
 from san_llm.recipe.schema import Recipe, leaves
@@ -107,15 +108,16 @@ def start(request: TrainRequest) -> Ended:
         refuse_busy(busy)
     check_trackers(recipe)
     command = None if launched else _launcher(request.processes, config, recipe)
+    found = None
     if not (launched and request.resume):
-        _look_ahead(recipe, new=run is None)
+        found = _look_ahead(recipe, new=run is None)
     made = run is None
     if run is not None and recipe_of(run) != recipe:
         write_text(run / "recipe.yaml", to_yaml(recipe))
     run = run or new_run(recipe, request.output, request.overwrite)
     with begun(run, made):
         if command is None:
-            return _train_here(recipe, run, launched)
+            return _train_here(recipe, run, launched, found)
         options = ["--json"] if request.as_json else []
         return _run_launched([*command, "train", str(run), "--resume", *options])
 
@@ -167,26 +169,28 @@ def _launcher(processes: int | None, config: Path | None, recipe: Recipe) -> lis
     return [*command, *(["--debug"] if debugging() else [])]
 
 
-def _look_ahead(recipe: Recipe, new: bool) -> None:
+def _look_ahead(recipe: Recipe, new: bool) -> FoundBase | None:
     """Refuse wrong rows and, of a new run, a base that is not there; tell the recipe."""
     for file in training_files(recipe.data.train):
         read_rows(file)
     say(to_yaml(recipe))
-    if new:
-        from san_llm.models.load import load_config
-        from san_llm.models.locate import find_base
+    if not new:
+        return None
+    from san_llm.models.load import load_config
 
-        load_config(find_base(recipe.base))
+    found = find_base(recipe.base)
+    load_config(found)
+    return found
 
 
-def _train_here(recipe: Recipe, run: Path, launched: bool) -> Ended:
+def _train_here(recipe: Recipe, run: Path, launched: bool, found: FoundBase | None) -> Ended:
     from san_llm.train.run import train
 
     if not launched:
         signal.signal(signal.SIGTERM, _stop_at_once)
     run, recipe = agree((run, recipe))
     say(f"run: {run}")
-    result = train(recipe, run)
+    result = train(recipe, run, found)
     if result.finished or launched:  # a launcher takes anything but 0 for a crash
         return Ended(0, result)
     return Ended(STOPPED[result.stopped_by or "SIGINT"], result)
