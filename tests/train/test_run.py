@@ -575,7 +575,7 @@ def test_a_stop_inside_a_long_step_or_judging_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(SanTrainer, "__init__", stopping)
         for module in ("callbacks", "trainer"):
-            patch.setattr(f"san_llm.{module}.SLOW", -1.0)  # whatever it takes is too long
+            patch.setattr(f"san_llm.train.{module}.SLOW", -1.0)  # whatever it takes is too long
         stopped = start(path, here / "parts", *how)
     assert (stopped.finished, stopped.stopped_by) == (False, "SIGTERM")
     assert stopped.steps == (step - 1 if where == "step" else step)
