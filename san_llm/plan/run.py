@@ -6,6 +6,7 @@ tokenized.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import ceil
@@ -16,7 +17,7 @@ from san_llm.data.rows import stream_rows, training_files
 from san_llm.data.split import check_held_out
 from san_llm.errors import InputError
 from san_llm.launch.engine import check_engine
-from san_llm.models.locate import stored_bits
+from san_llm.models.locate import Bits, stored_bits
 from san_llm.plan.bases import config_of
 from san_llm.plan.memory import (
     Device,
@@ -30,7 +31,7 @@ from san_llm.plan.memory import (
 from san_llm.plan.planned import Plan, Seen, fits
 from san_llm.plan.request import PlanRequest, bytes_of, find_device
 from san_llm.recipe.read import given_keys, load_recipe
-from san_llm.recipe.schema import LoraMethod, Recipe, SanMethod, micro_batch
+from san_llm.recipe.schema import Base, LoraMethod, Recipe, SanMethod, Training, micro_batch
 from san_llm.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
@@ -106,39 +107,21 @@ def make_plan(
             work together as asked.
     """
     config, config_from = config_of(recipe.base)
-    bits = recipe.base.quantization or stored_bits(recipe.base.model, config)
+    shape, method, training = shape_of(config), recipe.method, recipe.training
+    bits, double_quant = _bits(recipe.base, config)
     if sharded:
-        check_engine("FSDP2", recipe)
-        if devices == 1:
-            raise InputError("--sharded: one device has nobody to share with; add --devices N")
-        if bits is not None:
-            raise InputError(
-                f"base.model: {recipe.base.model} is stored quantized, which FSDP2 cannot shard; "
-                "leave --sharded out"
-            )
-    shape = shape_of(config)
-    method, training = recipe.method, recipe.training
-    at_once = micro_batch(training, devices)
-    looked = seen is not None
+        _check_sharded(recipe, devices, bits)
+    at_once, looked = micro_batch(training, devices), seen is not None
+    rows, missing = _count_rows(recipe) if seen is None else (seen.rows, None)
     if seen is None:
-        rows, missing = _count_rows(recipe)
         full = full_batch(at_once, recipe.data.cutoff, training.packing)
         seen = Seen(rows, full, full)
-    else:
-        rows, missing = seen.rows, None
-    steps, epochs = training.max_steps, None
-    if rows is not None:
-        an_epoch = ceil(rows / training.batch_size)
-        steps = steps or ceil(training.epochs * an_epoch)
-        epochs = steps / an_epoch
-    double = bool(recipe.base.double_quant)
-    if recipe.base.quantization is None and bits:
-        double = bool(config["quantization_config"].get("bnb_4bit_use_double_quant"))
+    steps, epochs = _steps(training, rows)
     setting = Setting(
         shape=shape,
         dtype=recipe.base.dtype,
         bits=bits,
-        double_quant=double,
+        double_quant=double_quant,
         method=method,
         batch=seen.batch_for(method),
         checkpointing=training.gradient_checkpointing,
@@ -170,6 +153,34 @@ def make_plan(
         },
         traffic=traffic(setting, training.batch_size // (at_once * devices)),
     )
+
+
+def _bits(base: Base, config: Mapping[str, Any]) -> tuple[Bits | None, bool]:
+    """Return in which bits a base is trained over, and whether their scales are quantized, too."""
+    bits = base.quantization or stored_bits(base.model, config)
+    if base.quantization is None and bits:
+        return bits, bool(config["quantization_config"].get("bnb_4bit_use_double_quant"))
+    return bits, bool(base.double_quant)
+
+
+def _check_sharded(recipe: Recipe, devices: int, bits: Bits | None) -> None:
+    check_engine("FSDP2", recipe)
+    if devices == 1:
+        raise InputError("--sharded: one device has nobody to share with; add --devices N")
+    if bits is not None:
+        raise InputError(
+            f"base.model: {recipe.base.model} is stored quantized, which FSDP2 cannot shard; "
+            "leave --sharded out"
+        )
+
+
+def _steps(training: Training, rows: int | None) -> tuple[int | None, float | None]:
+    """Return the optimizer steps, and the epochs that they come to, where they are known."""
+    if rows is None:
+        return training.max_steps, None
+    an_epoch = ceil(rows / training.batch_size)
+    steps = training.max_steps or ceil(training.epochs * an_epoch)
+    return steps, steps / an_epoch
 
 
 def _title(method: Any) -> str:
