@@ -231,25 +231,33 @@ def _own_temporary(folder: Path) -> tuple[Path, int]:
     """Make a temporary folder; return it and the handle whose lock says that its owner lives."""
     while True:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.san-llm-"))
-        owned = _locked(temporary)
-        if owned is not None and temporary.exists():
-            return temporary, owned
-        if owned is not None:  # another process took it for stale before it was locked
-            os.close(owned)
+        handle, free = _try_lock(temporary)
+        if handle is not None and free is not False and temporary.exists():
+            return temporary, handle
+        if handle is not None:  # another process took it for stale before it was locked
+            os.close(handle)
 
 
-def _locked(path: Path) -> int | None:
-    """Return a handle that locks a folder until it is closed or the process dies, or None."""
+def _try_lock(path: Path) -> tuple[int | None, bool | None]:
+    """Try to lock a folder until the handle is closed or the process dies.
+
+    Not by ``filelock``, which opens what it locks for writing; a folder cannot be.
+
+    Returns:
+        The handle, None where the folder is gone; and whether the lock is ours: False where another
+        process holds it, None on a file system that locks no folders.
+    """
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:  # renamed by its owner
-        return None
+        return None, False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return handle, False
     except OSError:
-        os.close(handle)
-        return None
-    return handle
+        return handle, None
+    return handle, True
 
 
 def _clear_stale(folder: Path) -> None:
@@ -258,12 +266,13 @@ def _clear_stale(folder: Path) -> None:
     asides = list(folder.parent.glob(ours + ASIDE))  # first: each had its temporary beside it
     alive = set()
     for temporary in folder.parent.glob(ours):
-        owned = _locked(temporary)
-        if owned is None:
-            alive.add(f"{temporary.name}{ASIDE}")
-        else:
+        handle, free = _try_lock(temporary)
+        if free:
             shutil.rmtree(temporary, ignore_errors=True)
-            os.close(owned)
+        else:  # its owner lives, or may
+            alive.add(f"{temporary.name}{ASIDE}")
+        if handle is not None:
+            os.close(handle)
     for aside in asides:
         if aside.name in alive:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -276,6 +278,22 @@ def test_what_a_dead_process_left_is_cleared_away_and_a_live_ones_is_not(tmp_pat
         assert first.is_dir()
         shutil.rmtree(target)
     assert names(tmp_path) == [other.name, target.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EBADF])
+def test_where_folders_cannot_be_locked_one_is_written_whole_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    of_another = tmp_path / ".out.san-llm-abcdefgh"
+    of_another.mkdir()
+    with files.whole_folder(tmp_path / "out", overwrite=False) as folder:
+        (folder / "a").write_text("whole")
+    assert (tmp_path / "out" / "a").read_text() == "whole"
+    assert sorted(tmp_path.iterdir()) == [of_another, tmp_path / "out"]  # its owner may live
 
 
 def test_a_folder_that_a_dead_process_moved_aside_comes_back(tmp_path: Path) -> None:
