@@ -189,9 +189,10 @@ def test_a_merge_loads_no_torch(tmp_path):
     trained(tmp_path)
     code = (
         "import sys; from pathlib import Path; from san_llm.merge.run import merge; "
+        "from san_llm.merge.request import MergeRequest; "
         "from san_llm.models.subject import find_subject; "
         f"s = find_subject({str(tmp_path / 'base')!r}, Path({str(tmp_path / 'adapter')!r})); "
-        f"merge(s, Path({str(tmp_path / 'merged')!r})); "
+        f"merge(MergeRequest(s, Path({str(tmp_path / 'merged')!r}))); "
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from san_llm import SanConfig, propagation_graph
+from san_llm.architectures import decoders
 from san_llm.data.encode import IGNORE
 from san_llm.errors import InputError
 from san_llm.models.adapter import add_adapter
 from san_llm.ops.scale import ScaledNorm, ScaledSwiGLU
 from san_llm.recipe.schema import DoraMethod, LoraMethod, SanMethod
-from san_llm.san import graph
 from san_llm.train.loss import token_losses
 
 EVERY = (*FAMILIES, *FUSED)
@@ -48,9 +48,9 @@ def projections(family: str) -> tuple[str, ...]:
 
 
 def test_every_family_of_the_table_is_tested_here_and_described():
-    assert set(EVERY) == set(graph.FAMILIES)
+    assert set(EVERY) == set(decoders.FAMILIES)
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `(\w+)` \| [A-Z]", page, re.MULTILINE) == list(graph.FAMILIES)
+    assert re.findall(r"^\| `(\w+)` \| [A-Z]", page, re.MULTILINE) == list(decoders.FAMILIES)
 
 
 @every_family
