@@ -62,9 +62,9 @@ class Search:
     """The search for one prompt's continuation.
 
     Attributes:
-        number: The prompt's.
-        prompt: Its tokens.
-        beams: Those that run, best first.
+        number: The prompt's number.
+        prompt: The prompt's tokens.
+        beams: The hypotheses that still run, best first.
         finished: ``(score / length, tokens, answer)``, best first, as many as beams at most.
     """
 
@@ -268,11 +268,11 @@ class Memory:
             return
         self.searches[slot] = last
         width = max([len(last.prompt), *(column + 1 for b in last.beams for column in b.columns)])
-        for part in (*self._keys, *self._values):
-            part[slot, :, :width] = part[len(self.searches), :, :width]
+        for tensor in (*self._keys, *self._values):
+            tensor[slot, :, :width] = tensor[len(self.searches), :, :width]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Keep the new keys and values and attend; see :class:`packed.Past`."""
+        """Keep the new keys and values and attend; see :class:`san_llm.ask.packed.Past`."""
         if layer == len(self._keys):
             room = (self._slots, key.shape[1], self._columns, key.shape[2])
             # Zeros, since what is not seen is multiplied by 0, and what lay in memory may be NaN.

@@ -241,7 +241,7 @@ class Branches:
         self._seen: list[Tensor] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attend within each tree; see :class:`packed.Past`."""
+        """Attend within each tree; see :class:`san_llm.ask.packed.Past`."""
         prefix = self._prefix
         if not self._seen:
             groups = query.shape[1] // key.shape[1]

@@ -71,7 +71,7 @@ def _packed_attention(
     """Attend as transformers asks: query (1, heads, tokens, head_dim), likewise keys and values."""
     assert past is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return past.attend(module.layer_idx, query, key, value, scale)[None], None
 
 

@@ -1,7 +1,7 @@
-"""What a model answers to one prompt, told as it comes: the base, the adapted or a merged model.
+"""What a model answers to one prompt, shown as it comes: the base, the adapted or a merged model.
 
 One sequence, one token after another, greedily or sampled at a temperature. The protocol's beams
-and batches are ``evaluate.generate``'s.
+and batches are those of ``ask.answers``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sampling:
     Attributes:
         new_tokens: How many there are at most.
         temperature: 0 takes the likeliest, 1 samples the model's own distribution.
-        seed: Of the sampling; None: another one each time.
+        seed: The random generator's start; None: another one each time.
     """
 
     new_tokens: int
@@ -79,8 +79,8 @@ def question(
 
     Args:
         prompt: What is asked.
-        style: As in evaluation; None: the prompt as it stands.
-        tokenizer: The model's.
+        style: The prompt style, as in evaluation; None: the prompt as it stands.
+        tokenizer: The model's tokenizer.
         context: What a training row has as ``input``; for styles with a place for it.
 
     Raises:
@@ -101,10 +101,10 @@ class Posed:
 
     Attributes:
         found: The base, whose weights are not loaded yet.
-        tokenizer: Its.
+        tokenizer: The base's tokenizer.
         style: The prompt style, or ``none``.
         text: The exact text.
-        tokens: Its tokens.
+        tokens: The text's tokens.
     """
 
     found: FoundBase
@@ -120,7 +120,7 @@ def posed(subject: Subject, words: str, style: str | None, context: str = "") ->
     Args:
         subject: The model, with its adapter if any.
         words: What is asked.
-        style: Instead of the usual one.
+        style: The prompt style, instead of the usual one.
         context: What a training row has as ``input``.
 
     Raises:
@@ -160,8 +160,8 @@ def room(tokens: list[int], config: Any) -> int | None:
     """Return how many tokens fit behind a prompt; None: any number.
 
     Args:
-        tokens: The prompt's.
-        config: The model's.
+        tokens: The prompt's tokens.
+        config: The model's config.
 
     Raises:
         InputError: when there is no place for one.
@@ -174,50 +174,55 @@ def room(tokens: list[int], config: Any) -> int | None:
     return None if context is None else context - len(tokens)
 
 
-class _Told(TextStreamer):
-    """Tells new text as soon as whole words of it are there."""
+class _TextStream(TextStreamer):
+    """Hands new text on as soon as whole words of it are there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, told: Callable[[str], None]):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.told = told
+        self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
-            self.told(text)
+            self.on_text(text)
 
 
 def respond(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     tokens: list[int],
-    how: Sampling,
-    told: Callable[[str], None],
+    sampling: Sampling,
+    on_text: Callable[[str], None],
     by: str = "model",
 ) -> Answer:
-    """Answer one prompt.
+    """Return the answer to one prompt.
 
     Args:
         model: Base, adapted or merged, in eval mode.
         tokenizer: Its tokenizer.
-        tokens: The prompt's.
-        how: How the next token is chosen; never past the model's context.
-        told: Called with each piece of new text.
+        tokens: The prompt's tokens.
+        sampling: How the next token is chosen; never past the model's context.
+        on_text: Called with each piece of new text.
         by: ``base`` leaves the adapter out.
 
     Raises:
         InputError: when the prompt fills the model's context.
     """
     fitting = room(tokens, model.config)
+    limit = sampling.new_tokens
     settings = GenerationConfig(
-        max_new_tokens=how.new_tokens if fitting is None else min(how.new_tokens, fitting),
-        do_sample=how.temperature > 0,
+        max_new_tokens=limit if fitting is None else min(limit, fitting),
+        do_sample=sampling.temperature > 0,
         eos_token_id=end_tokens(model, tokenizer) or None,
         pad_token_id=pad_id(tokenizer),
         # Where sampled, from all tokens: the library's own default would be the likeliest 50.
-        **({"temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}),
+        **(
+            {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            if sampling.temperature
+            else {}
+        ),
     )
-    if how.seed is not None:
-        set_seed(how.seed)
+    if sampling.seed is not None:
+        set_seed(sampling.seed)
     given = torch.tensor([tokens], device=model.device)
     bare: Any = model.disable_adapter() if by == "base" and _adapted(model) else nullcontext()
     began = time.perf_counter()
@@ -227,7 +232,7 @@ def respond(
             input_ids=given,
             attention_mask=torch.ones_like(given),
             generation_config=settings,
-            streamer=_Told(tokenizer, told),
+            streamer=_TextStream(tokenizer, on_text),
             synced_gpus=world_size() > 1,  # a shard is needed until the last process is done
         )
     new = out[0, len(tokens) :].tolist()

@@ -43,14 +43,14 @@ def show(
     if len(voices) == 1:
         begun = False
 
-        def told(piece: str) -> None:
+        def write(piece: str) -> None:
             nonlocal begun
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
 
-        answers = [ask(voices[0], told)]
+        answers = [ask(voices[0], write)]
         print(flush=True)
         _say_cut(answers)
         return answers

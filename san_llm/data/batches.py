@@ -58,14 +58,14 @@ class Pack:
             # The last learned token is predicted, but nothing is predicted from it.
             seen = row["input_ids"][: learned[-1] if learned else 1]
             for position, token in enumerate(seen):
-                found = children.get((node, token)) if self.share else None
-                if found is None:
-                    found = len(tokens)
-                    children[node, token] = found
+                child = children.get((node, token)) if self.share else None
+                if child is None:
+                    child = len(tokens)
+                    children[node, token] = child
                     tokens.append(token)
                     positions.append(position)
-                    new.append(found)
-                node = found
+                    new.append(child)
+                node = child
                 path.append(node)
             keys.append(path)
             queries.append(new)

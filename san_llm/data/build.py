@@ -71,18 +71,18 @@ def build_commonsense(source: str, output: Path, overwrite: bool) -> Built:
     rows: dict[str, dict[str, int]] = {"train": {}, "test": {}}
     with whole_folder(output, overwrite) as folder, (folder / MIX).open("w") as mix_file:
         mix = _Listing(mix_file)
-        for part in splits:
-            task_folder = folder / part.task.name
+        for raw_split in splits:
+            task_folder = folder / raw_split.task.name
             task_folder.mkdir(exist_ok=True)
-            with (task_folder / f"{part.split}.json").open("w") as file:
+            with (task_folder / f"{raw_split.split}.json").open("w") as file:
                 listing = _Listing(file)
-                for row in _rendered(part):
+                for row in _rendered(raw_split):
                     listing.add(row)
-                    if part.split == "train":
+                    if raw_split.split == "train":
                         mix.add(row)
                 listing.end()
-            rows[part.split][part.task.name] = listing.rows
-            say(f"{part.task.name}: {listing.rows:,} {part.split} rows")
+            rows[raw_split.split][raw_split.task.name] = listing.rows
+            say(f"{raw_split.task.name}: {listing.rows:,} {raw_split.split} rows")
         mix.end()
         if not mix.rows:
             mix_file.close()
@@ -90,14 +90,14 @@ def build_commonsense(source: str, output: Path, overwrite: bool) -> Built:
     return Built(str(output), rows["train"], rows["test"], mix.rows, _differences(rows))
 
 
-def _rendered(part: RawSplit) -> Iterator[dict[str, str]]:
+def _rendered(raw_split: RawSplit) -> Iterator[dict[str, str]]:
     number = 0
-    for path in part.files:
+    for path in raw_split.files:
         for where, raw in read_raw(path):
             number += 1
-            yield render(part.task.name, raw, where)
+            yield render(raw_split.task.name, raw, where)
     if not number:
-        raise InputError(f"{part.files[0]}: no rows in it")
+        raise InputError(f"{raw_split.files[0]}: no rows in it")
 
 
 class _Listing:
@@ -120,11 +120,11 @@ def _differences(rows: dict[str, dict[str, int]]) -> list[str]:
     differs = []
     for name, task in TASKS.items():
         for split, published in (("train", task.train_rows), ("test", task.test_rows)):
-            found = rows[split].get(name)
-            if found is None:
+            count = rows[split].get(name)
+            if count is None:
                 differs.append(f"{name}: no {split} rows")
-            elif found != published:
-                differs.append(f"{name}: {found:,} {split} rows, {published:,} are published")
+            elif count != published:
+                differs.append(f"{name}: {count:,} {split} rows, {published:,} are published")
     return differs
 
 

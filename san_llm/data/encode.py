@@ -74,7 +74,7 @@ def encoding_of(data: Data, tokenizer: PreTrainedTokenizerFast) -> Encoding:
 
 
 def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
-    """Tokenize and label rows, in their order; see :func:`tokenized.encode_rows`.
+    """Give rows tokenized and labelled, in their order; ``data.tokenized`` keeps them.
 
     Raises:
         InputError: naming the row that the style cannot write or of which no token is made.
@@ -136,8 +136,8 @@ def chat_prompt(
     """Return a conversation, after which the assistant goes on, in the chat template; its tokens.
 
     Args:
-        turns: ``role`` and ``content`` of each.
-        tokenizer: The model's.
+        turns: ``role`` and ``content`` of each turn.
+        tokenizer: The model's tokenizer.
         where: What the conversation is, for messages.
 
     Raises:

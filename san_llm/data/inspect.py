@@ -123,8 +123,8 @@ class _Tests:
         if not len(self.grams):
             return
         first = np.searchsorted(self.grams, grams)
-        found = self.grams[np.minimum(first, len(self.grams) - 1)] == grams
-        for gram, start in zip(grams[found], first[found], strict=True):
+        matches = self.grams[np.minimum(first, len(self.grams) - 1)] == grams
+        for gram, start in zip(grams[matches], first[matches], strict=True):
             end = np.searchsorted(self.grams, gram, side="right")
             self.shared[self.owners[start:end]] = True
 
@@ -280,11 +280,11 @@ def _shares(lengths: Counter[int]) -> dict[str, float]:
     values = np.array(sorted(lengths))
     ends = np.cumsum([lengths[value] for value in values.tolist()])
     shares = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "max": 1.0}
-    found = {
+    quantiles = {
         name: int(values[np.searchsorted(ends, share * ends[-1])]) for name, share in shares.items()
     }
     mean = sum(value * count for value, count in lengths.items()) / int(ends[-1])
-    return found | {"mean": round(mean, 2)}
+    return quantiles | {"mean": round(mean, 2)}
 
 
 def _histogram(lengths: Counter[int]) -> list[dict[str, int]]:
@@ -306,59 +306,61 @@ def _histogram(lengths: Counter[int]) -> list[dict[str, int]]:
     ]
 
 
-def report(found: Inspection, colour: bool) -> Iterator[Table | Text]:
+def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
     """Give what was found as tables, and the example with its learned part marked."""
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
-    per_cent = 100 * found.supervised / found.tokens if found.tokens else 0
-    lengths = ", ".join(f"{name} {value:,}" for name, value in found.lengths.items())
-    for name, value in found.about.items():
+    per_cent = 100 * inspection.supervised / inspection.tokens if inspection.tokens else 0
+    lengths = ", ".join(f"{name} {value:,}" for name, value in inspection.lengths.items())
+    for name, value in inspection.about.items():
         facts.add_row(name, Text(str(value)))
-    facts.add_row("rows", f"{found.rows:,}")
+    facts.add_row("rows", f"{inspection.rows:,}")
     facts.add_row("tokens a row", lengths)
-    facts.add_row("learned", f"{found.supervised:,} of {found.tokens:,} tokens ({per_cent:.1f} %)")
-    files = found.about["files"]
-    why = "the cutoff takes their response's end"
-    facts.add_row("cut", _counted(found.cut, why, found.cut_at, files))
-    why = "their prompt fills the cutoff, nothing of the response is left"
-    facts.add_row("dropped", _counted(found.dropped, why, found.dropped_at, files))
-    facts.add_row("duplicates", f"{found.duplicates:,}")
     facts.add_row(
-        "disputed", f"{found.disputed:,} with the question of another, answered otherwise"
+        "learned", f"{inspection.supervised:,} of {inspection.tokens:,} tokens ({per_cent:.1f} %)"
+    )
+    files = inspection.about["files"]
+    why = "the cutoff takes their response's end"
+    facts.add_row("cut", _counted(inspection.cut, why, inspection.cut_at, files))
+    why = "their prompt fills the cutoff, nothing of the response is left"
+    facts.add_row("dropped", _counted(inspection.dropped, why, inspection.dropped_at, files))
+    facts.add_row("duplicates", f"{inspection.duplicates:,}")
+    facts.add_row(
+        "disputed", f"{inspection.disputed:,} with the question of another, answered otherwise"
     )
     yield facts
 
     bars = Table(box=None, pad_edge=False)
     for column in ("tokens", "rows", ""):
         bars.add_column(column, justify="right" if column else "left")
-    most = max(bar["rows"] for bar in found.histogram)
-    for bar in found.histogram:
+    most = max(bar["rows"] for bar in inspection.histogram)
+    for bar in inspection.histogram:
         drawn = "█" * round(40 * bar["rows"] / most) or ("▏" if bar["rows"] else "")
         bars.add_row(f"{bar['from']:,} - {bar['to']:,}", f"{bar['rows']:,}", drawn)
     yield bars
 
-    if found.answers:
+    if inspection.answers:
         balance = Table(box=None, pad_edge=False)
         for column in ("answers", "rows", "most frequent", "share of each"):
             balance.add_column(column, justify="left" if column[0] in "as" else "right")
-        for task, counts in found.answers.items():
+        for task, counts in inspection.answers.items():
             total = sum(counts.values())
             shares = ", ".join(f"{name} {100 * n / total:.1f}" for name, n in counts.items())
             frequent = f"{100 * max(counts.values()) / total:.1f} %"
             balance.add_row(task, f"{total:,}", frequent, Text(shares))
         yield balance
 
-    if found.overlap:
+    if inspection.overlap:
         overlap = Table(box=None, pad_edge=False)
         for column in ("test rows in training", "test rows", "exact", f"{GRAM} words alike"):
             overlap.add_column(column, justify="left" if column[-1] == "g" else "right")
-        for task in (name for name in TASKS if name in found.overlap):
-            one = found.overlap[task]
-            overlap.add_row(task, f"{one.test_rows:,}", f"{one.exact:,}", f"{one.grams:,}")
+        for task in (name for name in TASKS if name in inspection.overlap):
+            shared = inspection.overlap[task]
+            overlap.add_row(task, f"{shared.test_rows:,}", f"{shared.exact:,}", f"{shared.grams:,}")
         yield overlap
 
     text = Text(f"The first row; what is learned is {'green' if colour else 'between » and «'}:\n")
-    for piece, learned in found.example:
+    for piece, learned in inspection.example:
         marked = piece if colour or not learned else f"»{piece}«"
         text.append(marked, style="bold green" if learned else "dim")
     yield text

@@ -62,24 +62,26 @@ def find_raw(folder: Path, only: str | None = None) -> list[RawSplit]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected one with the raw data sets")
-    found: dict[tuple[str, str, str], list[Path]] = {}
+    placed: dict[tuple[str, str, str], list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         place = _place(path.relative_to(folder), only or "")
         if place is not None and path.is_file():
-            found.setdefault(place, []).append(path)
+            placed.setdefault(place, []).append(path)
     splits = []
     for name, task in TASKS.items():
         if only not in (None, name):
             continue
         train = [
-            file for size in ("", *SIZES) for file in _one_set(found.get((name, "train", size), []))
+            file
+            for size in ("", *SIZES)
+            for file in _one_set(placed.get((name, "train", size), []))
         ]
         # Every size of WinoGrande has the same validation rows: the largest one's are taken.
         tests = [
-            _one_set(found[name, split, size])
+            _one_set(placed[name, split, size])
             for split in (("test",) if name in TESTED_ON_TEST else ("dev", "test"))
             for size in ("", "xl", "l", "m", "s", "xs", "debiased")
-            if (name, split, size) in found
+            if (name, split, size) in placed
         ]
         for split, files in (("train", train), ("test", tests[0] if tests else [])):
             if files:
@@ -124,14 +126,15 @@ def read_raw(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _place(path: Path, default: str) -> tuple[str, str, str] | None:
     """Return a file's task, split and size, from its own name first and then its folders'."""
-    folders = {part.lower() for part in path.parts[:-1]}
-    hidden = any(part.startswith((".", "__")) for part in path.parts)  # of archives and caches
+    folders = {segment.lower() for segment in path.parts[:-1]}
+    # Those that begin with a dot or two low lines are archives' and caches' own.
+    hidden = any(segment.startswith((".", "__")) for segment in path.parts)
     if path.suffix.lower() not in FORMATS or "additional" in folders or hidden:
         return None
-    parts = [path.name.removesuffix(path.suffix), *reversed(path.parent.parts)]
+    segments = [path.name.removesuffix(path.suffix), *reversed(path.parent.parts)]
     task = split = size = ""
-    for part in parts:
-        words = [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word]
+    for segment in segments:
+        words = [word for word in re.split(r"[^a-z0-9]+", segment.lower()) if word]
         joined = "".join(words)
         named = [name for name, keys in NAMES.items() if any(key in joined for key in keys)]
         task = task or (named[0] if len(named) == 1 else "")
@@ -209,8 +212,8 @@ def _from_openbookqa(row: dict[str, str]) -> dict[str, Any]:
     if "Question Stem" not in row or "Choices" not in row:
         return dict(row)
     # (A) puppies learning new tricks (B) children growing up (C) ...
-    parts = re.split(r"(?:^|\s)\(([A-E])\)\s", row["Choices"])
-    choices = {"label": parts[1::2], "text": parts[2::2]}
+    pieces = re.split(r"(?:^|\s)\(([A-E])\)\s", row["Choices"])
+    choices = {"label": pieces[1::2], "text": pieces[2::2]}
     return {
         "question_stem": row["Question Stem"],
         "choices": choices,

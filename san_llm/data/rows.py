@@ -74,7 +74,7 @@ def test_file(data: str, task: Task) -> Path:
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """Read and check all rows of a file.
+    """Return all rows of a file, checked.
 
     Args:
         path: A ``.json`` file with a list of objects, or a ``.jsonl`` file with one a line.
@@ -97,7 +97,7 @@ def stream_rows(path: Path) -> Iterator[Row]:
 
 
 def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
-    """Read a task's test rows: every answer must be one that the task can have.
+    """Return a task's test rows: every answer must be one that the task can have.
 
     Raises:
         InputError: as :func:`read_rows`, and for a missing or impossible answer.
@@ -107,9 +107,9 @@ def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
         if row.messages:
             raise InputError(f"{path}: row {number}: a conversation; {task.name} has instructions")
         if row.answer not in task.answers:
-            found = repr(row.answer) if row.answer else "no 'answer'"
+            answer = repr(row.answer) if row.answer else "no 'answer'"
             raise InputError(
-                f"{path}: row {number}: found {found}, expected one of {', '.join(task.answers)}"
+                f"{path}: row {number}: found {answer}, expected one of {', '.join(task.answers)}"
             )
     return rows
 
@@ -224,8 +224,8 @@ def _row(path: Path, where: str, value: Any) -> Row:
     for key, needed in KEYS.items():
         if key not in value:
             if needed:
-                others = [name for name in value if name not in KEYS]
-                hint = did_you_mean(key, others)
+                other_keys = [name for name in value if name not in KEYS]
+                hint = did_you_mean(key, other_keys)
                 raise InputError(
                     f"{path}: {where}: key {key!r} is missing; found "
                     f"{', '.join(map(repr, value)) or 'no keys'}"

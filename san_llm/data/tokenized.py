@@ -44,7 +44,7 @@ class Encoded:
 
 
 def encode_rows(rows: Sequence[Row], encoding: Encoding) -> Encoded:
-    """Tokenize training rows, or take them from the cache if the same were tokenized before.
+    """Return training rows as tokens, from the cache if the same were tokenized before.
 
     Args:
         rows: What to learn.
@@ -83,12 +83,12 @@ def _key(rows: Sequence[Row], encoding: Encoding) -> str:
     digest = hashlib.sha256()
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     settings = {"style": style, "loss": encoding.loss, "cutoff": encoding.cutoff}
-    for part in (
+    for value in (
         {"format": FORMAT, "special": special, **settings},
         tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.chat_template) if style == "chat" else "",
     ):
-        digest.update(json.dumps(part, sort_keys=True).encode())
+        digest.update(json.dumps(value, sort_keys=True).encode())
     for start in range(0, len(rows), CHUNK):
         content = [
             (row.instruction, row.context, row.output, row.messages)

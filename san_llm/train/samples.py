@@ -56,5 +56,5 @@ class Samples:
             model: In eval mode.
         """
         for number, tokens in enumerate(self._prompts, start=1):
-            answer = respond(model, self._tokenizer, tokens, self._how, told=lambda _: None)
+            answer = respond(model, self._tokenizer, tokens, self._how, on_text=lambda _: None)
             yield f"sample_{number}", answer.text

@@ -84,7 +84,7 @@ def test_samples_are_the_models_answers_and_leave_no_trace(
     model, tokenizer = load_model(base, adapter), load_tokenizer(base)
     for prompt, said in zip(SAMPLES["sample_prompts"], answers[5], strict=True):
         _, tokens = question(prompt, "alpaca", tokenizer)
-        answer = respond(model, tokenizer, tokens, Sampling(8), told=lambda _: None)
+        answer = respond(model, tokenizer, tokens, Sampling(8), on_text=lambda _: None)
         assert (answer.text, answer.tokens <= 8) == (said, True)
 
 
