@@ -59,7 +59,7 @@ def synthetic(folder: Path, blocks: int) -> None:
     from transformers import LlamaConfig
 
     from san_llm.architectures.sizes import linear_shapes
-    from san_llm.merge.write import Output, write_checkpoint
+    from san_llm.merge.write import Output, write_weights
 
     config = LlamaConfig(
         vocab_size=128256,
@@ -94,7 +94,7 @@ def synthetic(folder: Path, blocks: int) -> None:
 
     outputs = [Output(n, "BF16", shape, None, rows(shape)) for n, shape in shapes.items()]
     folder.mkdir()
-    write_checkpoint(folder, outputs, 5 * 10**9, lambda size: None)
+    write_weights(folder, outputs, 5 * 10**9, lambda size: None)
     config.save_pretrained(folder)
 
 
@@ -141,10 +141,10 @@ def measure(code: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
 
 def content(folder: Path) -> str:
     """Return one sha256 over every tensor's name, dtype, shape and bytes."""
-    from san_llm.models.weights import read_checkpoint
+    from san_llm.models.weights import read_weights
 
     digest = hashlib.sha256()
-    for tensor in sorted(read_checkpoint(folder), key=lambda tensor: tensor.name):
+    for tensor in sorted(read_weights(folder), key=lambda tensor: tensor.name):
         digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
         with tensor.file.open("rb") as file:
             file.seek(tensor.start)
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     codes = {"san-llm": SAN, "peft": PEFT, "cp": CP}
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    by_method: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     contents: set[str] = set()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
@@ -179,14 +179,14 @@ def main() -> None:
             for method in options.methods:
                 out = folder / "out"
                 time.sleep(options.pause)
-                found[method].append(measure(codes[method], base, adapter, out))
-                print(f"{method}: {found[method][-1]}", file=sys.stderr)
+                by_method[method].append(measure(codes[method], base, adapter, out))
+                print(f"{method}: {by_method[method][-1]}", file=sys.stderr)
                 if method != "cp":
                     contents.add(content(out))
                 shutil.rmtree(out)
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     rows = []
-    for method, runs in found.items():
+    for method, runs in by_method.items():
         seconds = [run["seconds"] for run in runs]
         rows.append(
             {
@@ -205,7 +205,9 @@ def main() -> None:
             f"| {row['method']} | {row['seconds']:.2f} ({row['spread']:.2f}) "
             f"| {row['cpu_seconds']:.2f} | {row['load']:.1f} | {row['peak_mb']:.0f} |"
         )
-    same = len(contents) == 1 if {"san-llm", "peft"} <= set(found) else None  # else nothing beside
+    same = (
+        len(contents) == 1 if {"san-llm", "peft"} <= set(by_method) else None
+    )  # else nothing beside
     if same is not None:
         print(f"\nmerged tensors {'the same bit for bit' if same else 'DIFFERENT'}")
     write_results(options, ("rounds", "pause"), bytes=size, rows=rows, same_bits=same)

@@ -77,12 +77,12 @@ def merge(
 ) -> None:
     """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
     quiet_libraries()
-    from san_llm.merge.request import asked
+    from san_llm.merge.request import merge_request
     from san_llm.merge.run import full_precision_note
     from san_llm.merge.run import merge as start
 
     result = start(
-        asked(
+        merge_request(
             model,
             adapter,
             output,

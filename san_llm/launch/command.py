@@ -137,13 +137,13 @@ def run_launched(command: list[str]) -> int:
         quiet = {} if debugging() else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         environment = {**quiet, **os.environ, NOTES: folder}
         child = subprocess.Popen(command, start_new_session=True, env=environment)
-        asked = 0
+        interrupts = 0
 
         def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal asked, ended
-            asked += number == signal.SIGINT
+            nonlocal interrupts, ended
+            interrupts += number == signal.SIGINT
             ready = Path(folder, READY)
-            if asked < 2 and ready.is_file():
+            if interrupts < 2 and ready.is_file():
                 send(number, [psutil.Process(int(ready.read_text()))])
             else:
                 ended = number
@@ -182,9 +182,9 @@ def run_launched(command: list[str]) -> int:
 
 def _workers(folder: str) -> list[psutil.Process]:
     """Return the processes that leave notes in a folder, whosever children they are."""
-    found = []
+    workers = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # another user's, or it has just ended
             if process.environ().get(NOTES) == folder:
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers

@@ -110,16 +110,17 @@ def take_engine() -> Engine:
         InputError: when the launcher asked for settings that would be left out.
     """
 
-    def asked(name: str) -> bool:
+    def is_set(name: str) -> bool:
         return os.environ.get(name, "").lower() in ("true", "1")
 
-    if asked("ACCELERATE_USE_DEEPSPEED"):
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed"
-    if not asked("ACCELERATE_USE_FSDP"):
+    if not is_set("ACCELERATE_USE_FSDP"):
         return "DDP"
     settings = {key.lower(): text for key, text in os.environ.items() if key.startswith("FSDP_")}
     _check_fsdp("accelerate launch", {"fsdp_version": "1", **settings})
-    # Accelerate would shard the trained vectors too, and on a CPU nothing. See model.load_base.
+    # Accelerate would shard the trained vectors too, and on a CPU nothing. See load_base in
+    # models.load.
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return "FSDP2"
 

@@ -75,7 +75,7 @@ def _watch(store: Any, rank: int, world: int, done: threading.Event) -> None:
         beats += 1
         try:
             store.set(mine, "done" if ended else _sign(beats))
-            found = store.get(theirs) if store.check([theirs]) else b""
+            sign = store.get(theirs) if store.check([theirs]) else b""
         except Exception:
             # Refused at once, the store is gone with its launcher, and so are we. A timeout means
             # that the process or machine that keeps it has stopped.
@@ -83,10 +83,10 @@ def _watch(store: Any, rank: int, world: int, done: threading.Event) -> None:
                 return
             _give_up(0, SILENCE, b"")
             return
-        if found != seen or found == b"done":
-            seen, silent = found, 0.0
-        elif silent > (SILENCE if found else STARTING):
-            _give_up((rank + 1) % world, silent, found)
+        if sign != seen or sign == b"done":
+            seen, silent = sign, 0.0
+        elif silent > (SILENCE if sign else STARTING):
+            _give_up((rank + 1) % world, silent, sign)
 
 
 def _give_up(lost: int, silent: float, value: bytes) -> None:

@@ -56,19 +56,19 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def told_once(told: Callable[[Exception], str] = in_one_line) -> Iterator[None]:
+def told_once(message_of: Callable[[Exception], str] = in_one_line) -> Iterator[None]:
     """Leave what goes wrong in one of several processes to the command that started them.
 
     In a process alone, and with ``--debug``, the error goes its way.
 
     Args:
-        told: What the command is to say of an error.
+        message_of: Gives what the command is to say of an error.
     """
     try:
         yield
     except Exception as error:
         refused = isinstance(error, InputError)
-        if not debugging() and tell_failure(told(error), refused=refused):
+        if not debugging() and tell_failure(message_of(error), refused=refused):
             raise SystemExit(1) from None
         raise
 

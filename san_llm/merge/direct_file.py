@@ -66,10 +66,10 @@ class DirectFile:
             if self._filled == SEGMENT:
                 self._send()
                 self._segment = self._free.pop() if self._free else self._written()
-            part = min(SEGMENT - self._filled, data.size)
-            self._segment[self._filled : self._filled + part] = data[:part]
-            self._filled += part
-            data = data[part:]
+            size = min(SEGMENT - self._filled, data.size)
+            self._segment[self._filled : self._filled + size] = data[:size]
+            self._filled += size
+            data = data[size:]
 
     def close(self) -> str:
         """Bring everything to the disk; return its sha256."""

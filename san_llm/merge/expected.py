@@ -1,8 +1,8 @@
 """Merged weights against the method's formula, worked out a second time in fp64 from the files.
 
 Nothing of the merge's own arithmetic is used: row norms are those of the dense matrix, scales are
-repeated head by head, and every tensor of the checkpoint is looked at, touched or not. Some rows at
-a time, without torch.
+repeated head by head, and every tensor of the merged model is looked at, touched or not. Some rows
+at a time, without torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from san_llm.models.adapter import Adapter
 from san_llm.models.weights import (
     Numbers,
     Stored,
-    read_checkpoint,
     read_rows,
+    read_weights,
     row_blocks,
 )
 from san_llm.san.graph import Node, propagation_graph
@@ -35,8 +35,8 @@ BaseRows = Callable[[str, int, int], Numbers | None]
 
 
 def stored_rows(base: Path) -> BaseRows:
-    """Return the reader of a full-precision checkpoint's rows."""
-    stored = {tensor.name: tensor for tensor in read_checkpoint(base)}
+    """Return the reader of the rows of full-precision weights in a folder."""
+    stored = {tensor.name: tensor for tensor in read_weights(base)}
 
     def rows(name: str, first: int, last: int) -> Numbers | None:
         return read_rows(stored[name], first, last) if name in stored else None
@@ -113,7 +113,7 @@ class Expected:
             return gamma
         start, stop, groups, head = node.carry
         heads = [gamma[at : at + head] for at in range(start, stop, head)] if groups > 1 else []
-        repeated = [one for one in heads for _ in range(groups)]
+        repeated = [channels for channels in heads for _ in range(groups)]
         return np.concatenate(repeated) if repeated else gamma[start:stop]
 
     def rows(self, name: str, first: int, last: int) -> Numbers:
@@ -136,8 +136,8 @@ class Expected:
         bias = self._base(name, first, last)
         beta = self._vector(f"{module}.san_beta")
         scale = 1.0 if node.rank else self._scales(node)[0]
-        part = scale if isinstance(scale, float) else scale[first:last]
-        whole = np.zeros(last - first) if bias is None else part * bias.astype(np.float64)
+        row_scale = scale if isinstance(scale, float) else scale[first:last]
+        whole = np.zeros(last - first) if bias is None else row_scale * bias.astype(np.float64)
         return whole if beta is None else whole + beta[first:last]
 
 
@@ -152,14 +152,14 @@ def weight_errors(
 
     Args:
         base: The base's numbers.
-        config: Its ``config.json``.
+        config: The base's ``config.json``.
         adapter: A SAN adapter.
-        merged: The checkpoint.
-        dtype: The checkpoint's dtype.
+        merged: The merged model's folder.
+        dtype: The dtype of its weights.
     """
     expected = Expected(base, config, adapter)
     errors = {}
-    for tensor in read_checkpoint(merged):
+    for tensor in read_weights(merged):
         largest = 0.0
         for first, last in row_blocks(tensor):
             wanted = expected.rows(tensor.name, first, last)
@@ -172,7 +172,7 @@ def weight_errors(
 
 
 def check_errors(merged: Path, errors: Mapping[str, float], dtype: str) -> None:
-    """Refuse a merged checkpoint with a weight that rounding to its dtype does not explain.
+    """Refuse a merged model with a weight that rounding to its dtype does not explain.
 
     Raises:
         SanError: naming the worst weight.

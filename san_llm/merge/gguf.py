@@ -1,8 +1,8 @@
-"""A merged checkpoint as one ``.gguf`` file for llama.cpp, through the format's own library.
+"""A merged model as one ``.gguf`` file for llama.cpp, through the format's own library.
 
-Only the Llama family with a byte-level BPE tokenizer. Tensors go one at a time from the checkpoint
-into the file; q and k have the halves of each head's channels interleaved, as llama.cpp rotates
-them.
+Only the Llama family with a byte-level BPE tokenizer. Tensors go one at a time from the model's
+weights into the file; q and k have the halves of each head's channels interleaved, as llama.cpp
+rotates them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from san_llm.architectures.decoders import K, Q
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
-from san_llm.models.weights import Numbers, Stored, read_checkpoint, read_rows
+from san_llm.models.weights import Numbers, Stored, read_rows, read_weights
 from san_llm.progress import bar
 
 KINDS = ("f16", "bf16", "q8_0")
@@ -31,8 +31,8 @@ def check_exportable(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be written, before anything is merged.
 
     Args:
-        folder: The checkpoint, or the base that a merged one takes its tokenizer from.
-        config: Its ``config.json``.
+        folder: The model folder, or that of the base whose tokenizer a merged one takes.
+        config: The model's ``config.json``.
 
     Raises:
         InputError: naming what stands in the way.
@@ -87,22 +87,22 @@ def _rope_base(config: Mapping[str, Any]) -> float:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Return ``tokenizer.json``, a byte-level BPE."""
     path = folder / "tokenizer.json"
-    found = read_json(path)
+    tokenizer = read_json(path)
     try:
-        kind = found["model"]["type"]
+        kind = tokenizer["model"]["type"]
     except (KeyError, TypeError):
         raise InputError(f"--gguf: {path}: not a tokenizer") from None
-    byte_level = "ByteLevel" in json.dumps(found.get("pre_tokenizer"))
+    byte_level = "ByteLevel" in json.dumps(tokenizer.get("pre_tokenizer"))
     if kind != "BPE" or not byte_level:
         raise InputError(f"--gguf: only byte-level BPE tokenizers are written, not this {kind}")
-    return found
+    return tokenizer
 
 
 def export_gguf(folder: Path, kind: str) -> Path:
-    """Write a checkpoint of the Llama family as ``model.gguf`` beside it; return that file.
+    """Write a model of the Llama family as ``model.gguf`` beside its weights; return that file.
 
     Args:
-        folder: A full-precision checkpoint with its tokenizer.
+        folder: A model folder in full precision, with its tokenizer.
         kind: ``f16``, ``bf16`` or ``q8_0``: how matrices are stored; vectors stay fp32.
 
     Raises:
@@ -131,7 +131,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
-    tensors, written = read_checkpoint(folder), {}
+    tensors, written = read_weights(folder), {}
     with bar("Writing GGUF", len(tensors), "tensors") as progress:
         for tensor in tensors:
             name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
@@ -156,7 +156,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
 
 
 def _compare(file: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
-    """Read a file again, and hold every number of it to the checkpoint's.
+    """Read a file again, and hold every number of it to the weights'.
 
     Raises:
         SanError: naming the tensor with more than its format's rounding between the two.
@@ -169,10 +169,10 @@ def _compare(file: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any
         GGMLQuantizationType.F16: (2**-11, 2**-25),
         GGMLQuantizationType.BF16: (2**-8, 2**-134),
     }
-    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     with bar("Checking GGUF", len(tensors), "tensors") as progress:
         for name, tensor in tensors.items():
-            wanted, written = _as_llama_cpp(tensor, config), found.get(name)
+            wanted, written = _as_llama_cpp(tensor, config), stored.get(name)
             if written is None or written.data.size == 0:
                 raise SanError(f"{file}: {name} is not in it")
             numbers = dequantize(written.data, written.tensor_type).reshape(wanted.shape)
@@ -246,10 +246,10 @@ def _add_special(
     numbers: Mapping[str, int],
 ) -> None:
     """Write which tokens begin and end a text, whether one is put before it, and how to chat."""
-    settings = folder / "tokenizer_config.json"
-    told = read_json(settings) if settings.is_file() else {}
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
     for kind in ("bos", "eos", "unk", "pad"):
-        token = told.get(f"{kind}_token")
+        token = settings.get(f"{kind}_token")
         word = token.get("content") if isinstance(token, dict) else token
         stored: Any = config.get(f"{kind}_token_id")
         number = numbers.get(str(word), stored)
@@ -259,7 +259,11 @@ def _add_special(
             getattr(writer, f"add_{kind}_token_id")(number)
     writer.add_add_bos_token(_begins_with_token(tokenizer.get("post_processor")))
     template = folder / "chat_template.jinja"
-    chat = template.read_text(encoding="utf-8") if template.is_file() else told.get("chat_template")
+    chat = (
+        template.read_text(encoding="utf-8")
+        if template.is_file()
+        else settings.get("chat_template")
+    )
     if isinstance(chat, str):
         writer.add_chat_template(chat)
 
@@ -269,8 +273,8 @@ def _begins_with_token(processor: Any) -> bool:
     if not isinstance(processor, dict):
         return False
     single = processor.get("single") or [{}]
-    parts = processor.get("processors") or []
-    return "SpecialToken" in single[0] or any(_begins_with_token(part) for part in parts)
+    processors = processor.get("processors") or []
+    return "SpecialToken" in single[0] or any(_begins_with_token(inner) for inner in processors)
 
 
 def _splitter(tokenizer: Mapping[str, Any]) -> str:

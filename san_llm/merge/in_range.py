@@ -9,33 +9,33 @@ import numpy as np
 
 from san_llm.errors import SanError
 from san_llm.merge.write import Output
-from san_llm.models.weights import DTYPES, Numbers, read_checkpoint, read_rows
+from san_llm.models.weights import DTYPES, Numbers, read_rows, read_weights
 
 LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a checkpoint that was written with infinities."""
+    """Refuse merged weights that were written with infinities."""
     names = {stored: name for name, stored in DTYPES.items()}
-    for tensor in read_checkpoint(folder):
+    for tensor in read_weights(folder):
         if tensor.dtype in names:  # codes of fewer bits are all in range
             check_range(tensor.name, names[tensor.dtype], read_rows(tensor))
 
 
 def in_range(output: Output, dtype: str) -> Output:
     """Return the output with its computed rows watched, see :func:`check_range`."""
-    fold = output.fold
-    if fold is None and output.source is not None and output.source.dtype == output.dtype:
+    merge = output.merge
+    if merge is None and output.source is not None and output.source.dtype == output.dtype:
         return output
 
     def watched(rows: Numbers, first: int, last: int) -> Numbers:
-        if fold is not None:
+        if merge is not None:
             with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
-                rows = fold(rows, first, last)
+                rows = merge(rows, first, last)
         check_range(output.name, dtype, rows)
         return rows
 
-    return replace(output, fold=watched)
+    return replace(output, merge=watched)
 
 
 def check_range(name: str, dtype: str, numbers: Numbers) -> None:

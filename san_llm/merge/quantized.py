@@ -2,7 +2,7 @@
 
 ``dequantize`` turns the quantized weights back into numbers and merges into those. ``keep`` leaves
 the 4-bit codes as they are: all that the adapter does goes into the scales of their blocks and into
-norm weights (``fold_columns``), so nothing is quantized a second time.
+norm weights (``merge_columns``), so nothing is quantized a second time.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def round_plain(model: Any, dtype: torch.dtype) -> None:
 
 
 def keep(model: Any, adapter: Path) -> Any:
-    """Fold a SAN adapter into a 4-bit model, in place, without touching a code; return it.
+    """Merge a SAN adapter into a 4-bit model, in place, without touching a code; return it.
 
     What is not in 4 bits is in fp32 afterwards.
 
@@ -100,7 +100,7 @@ def keep(model: Any, adapter: Path) -> Any:
         if node.gamma and node.carrier == "scale"
     }
     gammas = {name: gamma.detach().cpu().numpy() for name, gamma in vectors.items()}
-    rows, norms = fold_columns(graph, model_type, options.mode, gammas)
+    rows, norms = merge_columns(graph, model_type, options.mode, gammas)
     merged = adapted.unload()
     round_plain(merged, torch.float32)
     for linear in linears.values():
@@ -139,7 +139,7 @@ def _scale_norm(norm: Any, scale: Numbers, offset: int) -> None:
     norm.weight.data = (offset + weight) * torch.from_numpy(scale).to(weight) - offset
 
 
-def fold_columns(
+def merge_columns(
     graph: PropagationGraph, model_type: str, mode: str, gammas: Mapping[str, Numbers]
 ) -> tuple[dict[str, Numbers], dict[str, Numbers]]:
     """Return ``(rows, norms)``: scales by module name that stand for the whole adapter.

@@ -34,7 +34,7 @@ class MergeRequest:
         shard_size: Bytes that one file of weights may hold.
         quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
             that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
-        gguf: Write ``model.gguf`` beside the checkpoint, as ``f16``, ``bf16`` or ``q8_0``.
+        gguf: Write ``model.gguf`` beside the weights, as ``f16``, ``bf16`` or ``q8_0``.
         push_to: The hub id to upload the folder to, when it is whole.
         private: Whether a repository that is made for it is seen by its owner alone.
     """
@@ -72,7 +72,7 @@ class MergeTask:
     trained_over: Bits | None
 
 
-def asked(
+def merge_request(
     model: str | None,
     adapter: Path | None,
     output: Path | None,
@@ -87,21 +87,21 @@ def asked(
     push_to: str | None = None,
     private: bool = False,
 ) -> MergeRequest:
-    """Return the request that a command's options make; see :class:`MergeRequest`.
+    """Return the request that a command's options make.
 
     Args:
         model: The base; default: the one that the adapter names.
         adapter: The adapter's folder, or its run's; default: the last run's.
         output: Default: ``merged/`` in the run's folder.
         run: Instead of ``adapter``: a run's folder, or an adapter's.
-        dtype: As there, like all that follow.
-        overwrite: As there.
-        verified: As there.
-        shard_size: As there.
-        quantized: As there.
-        gguf: As there.
-        push_to: As there.
-        private: As there.
+        dtype: As in :class:`MergeRequest`, like all that follow.
+        overwrite: As in :class:`MergeRequest`.
+        verified: As in :class:`MergeRequest`.
+        shard_size: As in :class:`MergeRequest`.
+        quantized: As in :class:`MergeRequest`.
+        gguf: As in :class:`MergeRequest`.
+        push_to: As in :class:`MergeRequest`.
+        private: As in :class:`MergeRequest`.
 
     Raises:
         InputError: when an option cannot be followed, there is no such adapter, or no place to

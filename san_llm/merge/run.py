@@ -1,6 +1,6 @@
-"""An adapter and its base become one stock checkpoint: complete, or absent.
+"""An adapter and its base become one stock model folder: complete, or absent.
 
-The adapter is folded into the base's full-precision weights in fp32, and every weight is rounded
+The adapter is merged into the base's full-precision weights in fp32, and every weight is rounded
 once to the dtype asked for. A SAN adapter is streamed from file to file (``stream``) without torch;
 the methods of PEFT go through a model in memory (``peft``), and so do merges over the base as it
 was quantized in training (``quantized``).
@@ -20,12 +20,12 @@ from san_llm.files import refuse_link, sha256_of, whole_folder, write_json, writ
 from san_llm.merge.gguf import export_gguf
 from san_llm.merge.in_range import check_files, in_range
 from san_llm.merge.request import MergeRequest, MergeTask, check_request
-from san_llm.merge.stream import Folded
-from san_llm.merge.write import write_checkpoint
+from san_llm.merge.stream import Merged
+from san_llm.merge.write import write_weights
 from san_llm.models.cards import model_card
 from san_llm.models.hub import push
 from san_llm.models.subject import MERGE_MANIFEST
-from san_llm.models.weights import DTYPES, read_checkpoint
+from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 from san_llm.runs.record import MergeResult, VerifyResult, manifest
 
@@ -36,7 +36,7 @@ COMPANIONS = (
 
 
 def merge(request: MergeRequest) -> MergeResult:
-    """Merge an adapter into its base and save a stock checkpoint.
+    """Merge an adapter into its base and save a stock model.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
@@ -46,7 +46,7 @@ def merge(request: MergeRequest) -> MergeResult:
     task = check_request(request)
     output, recipe = request.output, request.subject.recipe
     with whole_folder(output, request.overwrite) as folder:
-        sums, parameters = write_weights(task, folder)
+        sums, parameters = merge_weights(task, folder)
         copy_companions(task.found.folder, folder)
         result = MergeResult(
             output=str(output),
@@ -79,7 +79,7 @@ def merge(request: MergeRequest) -> MergeResult:
     return result
 
 
-def write_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int]:
+def merge_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int]:
     """Write the merged weights and their config; return each file's sha256, and the parameters."""
     adapter, dtype, shard_size = task.adapter, task.dtype, task.request.shard_size
     if task.request.quantized is not None:
@@ -92,18 +92,18 @@ def write_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int]:
         check_files(folder)
         return written
     if adapter.method == "SAN":
-        folded = Folded(adapter, task.found)
-        outputs = [in_range(output, dtype) for output in folded.outputs(DTYPES[dtype])]
+        merged = Merged(adapter, task.found)
+        outputs = [in_range(output, dtype) for output in merged.outputs(DTYPES[dtype])]
         with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
-            sums = write_checkpoint(folder, outputs, shard_size, progress.advance)
-        write_json(folder / "config.json", folded.merged_config(dtype))
-    else:  # PEFT's own methods fold in the model itself
+            sums = write_weights(folder, outputs, shard_size, progress.advance)
+        write_json(folder / "config.json", merged.merged_config(dtype))
+    else:  # PEFT's own methods merge in the model itself
         from san_llm.merge.peft import merge_in_memory
 
         with _in_one_line(adapter.folder):
             sums = merge_in_memory(task.found, adapter.folder, folder, dtype, shard_size)
         check_files(folder)
-    return sums, sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder))
+    return sums, sum(math.prod(tensor.shape) for tensor in read_weights(folder))
 
 
 def _verified(task: MergeTask, folder: Path) -> VerifyResult:

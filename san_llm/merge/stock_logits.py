@@ -1,6 +1,6 @@
-"""What a checkpoint answers in stock transformers: a script that imports none of ours.
+"""What a model folder answers in stock transformers: a script that imports none of ours.
 
-``python -P stock_logits.py CHECKPOINT PROMPTS.json OUT.safetensors``
+``python -P stock_logits.py FOLDER PROMPTS.json OUT.safetensors``
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 NEW_TOKENS = 32
 
 
-def main(checkpoint: str, prompts: str, out: str) -> None:
+def main(folder: str, prompts: str, out: str) -> None:
     """Write the fp32 logits (tokens, vocabulary) of each prompt, named by its number.
 
     Beside them, as ``new.NUMBER``, the likeliest next tokens.
     """
     model, problems = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems.get(kind):
@@ -30,9 +30,9 @@ def main(checkpoint: str, prompts: str, out: str) -> None:
     in_fp32(model)
     with open(prompts, encoding="utf-8") as file:
         tokens = json.load(file)
-    found = {str(number): logits(model, ids).contiguous() for number, ids in enumerate(tokens)}
-    found |= {f"new.{n}": torch.tensor(new) for n, new in enumerate(greedy(model, tokens))}
-    save_file(found, out)
+    tensors = {str(number): logits(model, ids).contiguous() for number, ids in enumerate(tokens)}
+    tensors |= {f"new.{n}": torch.tensor(new) for n, new in enumerate(greedy(model, tokens))}
+    save_file(tensors, out)
     if "san_llm" in sys.modules:
         sys.exit("san_llm was imported: this was not a stock load")
 
@@ -57,8 +57,8 @@ def in_fp32(model: Any) -> None:
 @torch.no_grad()
 def logits(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return the logits (tokens, vocabulary) of one prompt, in fp32 on the CPU."""
-    found: torch.Tensor = model(torch.tensor([tokens], device=model.device)).logits[0]
-    return found.float().cpu()
+    values: torch.Tensor = model(torch.tensor([tokens], device=model.device)).logits[0]
+    return values.float().cpu()
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
         cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
         new.append(last)
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)
-    found: list[list[int]] = torch.cat(new, dim=1).tolist()
-    return found
+    chosen: list[list[int]] = torch.cat(new, dim=1).tolist()
+    return chosen
 
 
 if __name__ == "__main__":

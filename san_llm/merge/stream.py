@@ -1,7 +1,7 @@
-"""A SAN adapter folded into a full-precision base at the speed of the disk.
+"""A SAN adapter merged into a full-precision base at the speed of the disk.
 
 Every tensor goes from the base's files to the new ones once: copied as it is, or read some rows at
-a time, folded in fp32 by the carriers' formula and rounded once. Neither torch nor a whole weight
+a time, merged in fp32 by the carriers' formula and rounded once. Neither torch nor a whole weight
 is ever in memory.
 """
 
@@ -20,8 +20,8 @@ from san_llm.san.formulas import merged_bias, merged_weight
 from san_llm.san.graph import Node
 
 
-class Folded:
-    """The tensors of the merged checkpoint, each with how its rows come about."""
+class Merged:
+    """The tensors of the merged model, each with how its rows come about."""
 
     def __init__(self, adapter: Adapter, found: FoundBase) -> None:
         """Open a SAN adapter over a base in full precision.
@@ -36,12 +36,12 @@ class Folded:
         self.untied = embedding and "lm_head.weight" not in self._scales.stored
 
     def outputs(self, dtype: str) -> list[Output]:
-        """Return the tensors of the merged checkpoint as ``dtype``, in the base's order.
+        """Return the tensors of the merged model as ``dtype``, in the base's order.
 
         Raises:
             InputError: when the family's config cannot hold a shift.
         """
-        made = []
+        outputs = []
         parents = self._biased()
         for name, tensor in self._scales.stored.items():
             module, _, kind = name.rpartition(".")
@@ -49,25 +49,25 @@ class Folded:
             if name in self._tensors:
                 tensor = self._tensors[name]
             if node is not None and kind == "weight":
-                made.append(self._weight(node, tensor, dtype))
+                outputs.append(self._weight(node, tensor, dtype))
             elif node is not None and kind == "bias":
-                made.append(self._bias(module, node.d_out, tensor, dtype))
+                outputs.append(self._bias(module, node.d_out, tensor, dtype))
             else:
-                made.append(Output(name, dtype, tensor.shape, tensor))
+                outputs.append(Output(name, dtype, tensor.shape, tensor))
             if (
                 kind == "weight"
                 and module.rpartition(".")[0].rpartition(".")[2] in parents
                 and f"{module}.bias" not in self._scales.stored
             ):
                 # A config's flag gives a bias to all Linears of a parent, or to none.
-                made.append(self._bias(module, tensor.shape[0], None, dtype))
+                outputs.append(self._bias(module, tensor.shape[0], None, dtype))
         if self.untied:
             table = self._scales.stored[f"model.{EMBEDDING}.weight"]
-            made.append(Output("lm_head.weight", dtype, table.shape, table))
-        return made
+            outputs.append(Output("lm_head.weight", dtype, table.shape, table))
+        return outputs
 
     def _weight(self, node: Node, tensor: Stored, dtype: str) -> Output:
-        def fold(wide: Numbers, first: int, last: int) -> Numbers:
+        def merge(wide: Numbers, first: int, last: int) -> Numbers:
             row_scale, gamma = self._scales.scales(node)
             if not node.d_in:  # an embedding's features are its columns
                 return merged_weight(wide, None, None, gamma, in_place=True)
@@ -75,12 +75,12 @@ class Folded:
             rows = None if row_scale is None else row_scale[first:last]
             return merged_weight(wide, rows, delta, s, in_place=True)
 
-        return Output(tensor.name, dtype, tensor.shape, tensor, fold)
+        return Output(tensor.name, dtype, tensor.shape, tensor, merge)
 
     def _bias(self, module: str, d_out: int, tensor: Stored | None, dtype: str) -> Output:
         node = self._scales.nodes.get(module)
 
-        def fold(zeros_or_bias: Numbers, first: int, last: int) -> Numbers:
+        def merge(zeros_or_bias: Numbers, first: int, last: int) -> Numbers:
             if node is None:
                 return zeros_or_bias
             row_scale = None if node.rank else self._scales.scales(node)[0]
@@ -93,7 +93,7 @@ class Folded:
                 zeros_or_bias[...] = bias
             return zeros_or_bias
 
-        return Output(f"{module}.bias", dtype, (d_out,), tensor, fold)
+        return Output(f"{module}.bias", dtype, (d_out,), tensor, merge)
 
     def _biased(self) -> set[str]:
         """Return the parents, such as ``mlp``, whose Linears all get a bias from a shift."""

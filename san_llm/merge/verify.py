@@ -1,10 +1,10 @@
-"""The merged checkpoint against base + adapter: the same weights and logits, or an error.
+"""The merged model against base + adapter: the same weights and logits, or an error.
 
-The weights are compared with the method's formula (``weight_check``), the answers with those of
-base + adapter: there the checkpoint is loaded by stock transformers in a fresh process that never
+The weights are compared with the method's formula (``merge.expected``), the answers with those of
+base + adapter: there the merged model is loaded by stock transformers in a fresh process that never
 imports this package. Both sides compute in fp32, so that what is left is the rounding of the merged
-weights; what that does is measured on a model merged in memory, and the checkpoint must be that
-model.
+weights; what that does is measured on a model merged in memory, and the one in the folder must
+be that model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROMPTS = (
     "1, 2, 3, 4,",
 )
 
-# What the checkpoint may be away from the model whose weights were merged and rounded in memory, in
+# What the merged model may be away from the one whose weights were merged and rounded in memory, in
 # units of the logits' standard deviation: fp32 sums in another order, and a share of what rounding
 # does, for the few weights that such a sum puts on the other side of a rounding. How far rounding
 # itself moves logits differs from model to model, so it is measured, and no bound is guessed.
@@ -47,10 +47,10 @@ ARITHMETIC, ROUNDING_SHARE = 1e-3, 0.1
 
 
 def verify(merged: Path, task: MergeTask) -> VerifyResult:
-    """Compare a merged checkpoint with base + adapter.
+    """Return how a merged model compares with base + adapter.
 
     Args:
-        merged: The checkpoint.
+        merged: The merged model's folder.
         task: The merge that made it.
 
     Raises:
@@ -80,12 +80,12 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
         # The same merge in memory, before and after its weights are rounded.
         if quantized == "keep":
             del adapted, model
-            folded = keep(load_base(found), adapter)
-            in_fp32(folded)
+            in_memory = keep(load_base(found), adapter)
+            in_fp32(in_memory)
         else:
-            folded = adapted.merge_and_unload()
-        exact = _logits(folded, tokens)
-        rounded = _logits(_rounded(folded, getattr(torch, dtype)), tokens)
+            in_memory = adapted.merge_and_unload()
+        exact = _logits(in_memory, tokens)
+        rounded = _logits(_rounded(in_memory, getattr(torch, dtype)), tokens)
         difference = _largest(got, wanted)
         spread = torch.cat(wanted).std().item()
         explained = _largest(rounded, exact) / spread
@@ -189,6 +189,6 @@ def _stock_answers(
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SanError(f"{merged}: stock transformers cannot load it: {last}")
-        found = load_file(out)
+        tensors = load_file(out)
         numbers = range(len(tokens))
-        return [found[str(n)] for n in numbers], [found[f"new.{n}"].tolist() for n in numbers]
+        return [tensors[str(n)] for n in numbers], [tensors[f"new.{n}"].tolist() for n in numbers]

@@ -1,4 +1,4 @@
-"""The files of a merged checkpoint, written at the speed of the disk, hashed on their way."""
+"""The files of merged weights, written at the speed of the disk, hashed on their way."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Output:
     """A tensor to write.
 
     Attributes:
-        name: Its name.
+        name: The tensor's name.
         dtype: The dtype to store it as.
-        shape: Its shape.
+        shape: The tensor's shape.
         source: The stored tensor that it comes from; None: it starts as zeros.
-        fold: Makes fp32 rows ``(rows, first, last)`` those to write, in place or not, but keeps
+        merge: Makes fp32 rows ``(rows, first, last)`` those to write, in place or not, but keeps
             none of them; None leaves them as they are. Called from several threads.
     """
 
@@ -53,12 +53,12 @@ class Output:
     dtype: str
     shape: tuple[int, ...]
     source: Stored | None
-    fold: Callable[[Numbers, int, int], Numbers] | None = None
+    merge: Callable[[Numbers, int, int], Numbers] | None = None
 
     @property
     def copied(self) -> bool:
         """Whether its bytes are those of its source."""
-        return self.fold is None and self.source is not None and self.source.dtype == self.dtype
+        return self.merge is None and self.source is not None and self.source.dtype == self.dtype
 
     @property
     def size(self) -> int:
@@ -68,13 +68,13 @@ class Output:
         return int(np.prod(self.shape)) * SIZES[self.dtype]
 
 
-def write_checkpoint(
+def write_weights(
     folder: Path, outputs: Sequence[Output], shard_size: int, done: Callable[[int], None]
 ) -> dict[str, str]:
-    """Write tensors as a checkpoint, named and indexed as transformers does.
+    """Write tensors as a model's weights, named and indexed as transformers does.
 
     Args:
-        folder: Where to; there already.
+        folder: The model folder, which is there already.
         outputs: The tensors, in order.
         shard_size: Bytes that a file may hold, unless one tensor alone is larger.
         done: Called with the number of bytes written since the last call.
@@ -189,20 +189,20 @@ def _room(name: str, shape: tuple[int, ...], dtype: Any) -> Numbers:
 
 
 def _piece(output: Output, first: int, last: int, data: Numbers) -> Numbers:
-    """Read rows and fold them; return ``data``, their bytes."""
+    """Read rows and merge them; return ``data``, their bytes."""
     source = output.source
     with nullcontext() if source is None else source.file.open("rb", buffering=0) as opened:
         if source is not None and output.copied:
             read_into(opened, source, first, last, data)
         else:
-            _fold(output, opened, first, last, data)
+            _merge(output, opened, first, last, data)
     return data
 
 
-def _fold(output: Output, opened: Any, first: int, last: int, data: Numbers) -> None:
+def _merge(output: Output, opened: Any, first: int, last: int, data: Numbers) -> None:
     """Work some rows' bytes out, in blocks that fit a core's cache."""
     source, shape = output.source, output.shape[1:]
-    made = data.view(RAW[output.dtype]).reshape(last - first, *shape)
+    rounded = data.view(RAW[output.dtype]).reshape(last - first, *shape)
     step = max(1, BLOCK // max(1, math.prod(shape)))
     for start in range(first, last, step):
         stop = min(start + step, last)
@@ -213,7 +213,7 @@ def _fold(output: Output, opened: Any, first: int, last: int, data: Numbers) -> 
             room = _room("raw", (stored_bytes(source, start, stop),), np.uint8)
             raw = raw_numbers(read_into(opened, source, start, stop, room), source, stop - start)
             widen(raw, source.dtype, rows)
-        if output.fold is not None:
-            rows = output.fold(rows, start, stop)
+        if output.merge is not None:
+            rows = output.merge(rows, start, stop)
         odd = _room("odd", rows.shape, np.uint32)
-        narrow(rows, output.dtype, made[start - first : stop - first], odd)
+        narrow(rows, output.dtype, rounded[start - first : stop - first], odd)

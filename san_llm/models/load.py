@@ -18,7 +18,7 @@ from san_llm.models.adapter import load_adapter
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
-from san_llm.models.weights import read_checkpoint
+from san_llm.models.weights import read_weights
 from san_llm.san.model import keep_4bit_layout
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load_config(found: FoundBase) -> Any:
     """Load a base's config as transformers reads it, and refuse what cannot be trained over.
 
     Raises:
-        InputError: for a family that SAN's propagation table does not know, a quantized checkpoint
+        InputError: for a family that SAN's propagation table does not know, quantized weights
             that would be quantized a second time, and weights that are damaged or another model's.
     """
     from transformers import AutoConfig
@@ -53,8 +53,8 @@ def load_config(found: FoundBase) -> Any:
 
 
 def _check_weights(folder: Path, config: Any, quantized: bool) -> None:
-    """Compare a checkpoint with its config by the headers of its files, which takes no time."""
-    stored = {tensor.name: tensor.shape for tensor in read_checkpoint(folder)}
+    """Compare weights with their config by the headers of their files, which takes no time."""
+    stored = {tensor.name: tensor.shape for tensor in read_weights(folder)}
     numbers = {
         int(name.split(".")[2]) for name in stored if re.match(r"model\.layers\.\d+\.", name)
     }
@@ -119,7 +119,7 @@ def load_base(
 
     base, config = found.base, load_config(found)
     chosen = dtype or getattr(torch, base.dtype)
-    how: dict[str, Any] = {"dtype": chosen}
+    settings: dict[str, Any] = {"dtype": chosen}
     stored = getattr(config, "quantization_config", None)
     if sharded:
         from transformers.distributed import DistributedConfig
@@ -128,14 +128,14 @@ def load_base(
             raise InputError(
                 f"base.model: {base.model} is stored quantized, which FSDP2 cannot shard; use DDP"
             )
-        how["distributed_config"] = DistributedConfig(fsdp_size=world_size())
+        settings["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     if stored:
-        # What the arithmetic is done in is the reader's choice, not the checkpoint's.
+        # What the arithmetic is done in is the reader's choice, not that of the stored weights.
         stored["bnb_4bit_compute_dtype"] = str(chosen).removeprefix("torch.")
     elif base.quantization is not None and dtype is None:
-        how["quantization_config"] = quantization_config(base)
-    if stored or "quantization_config" in how:
-        how["device_map"] = {"": device()}
+        settings["quantization_config"] = quantization_config(base)
+    if stored or "quantization_config" in settings:
+        settings["device_map"] = {"": device()}
     model, loading = load_or_refuse(
         "weights",
         str(found.folder),
@@ -144,7 +144,7 @@ def load_base(
         config=config,
         use_safetensors=True,
         output_loading_info=True,
-        **how,
+        **settings,
     )
     for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
         raise InputError(f"{base.model}: its weights have no {name}")
@@ -153,7 +153,7 @@ def load_base(
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(chosen)
-    if "device_map" not in how and dtype is None and not sharded:
+    if "device_map" not in settings and dtype is None and not sharded:
         model.to(device())
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():

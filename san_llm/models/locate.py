@@ -72,7 +72,7 @@ class FoundBase:
     Attributes:
         base: The recipe's section.
         folder: Where its files are.
-        config: Its ``config.json``.
+        config: What its ``config.json`` says.
         bits: How its weights are stored quantized, or None.
     """
 
@@ -121,11 +121,11 @@ def config_here(base: Base) -> Path | None:
 
 
 def stored_bits(model: str, config: Mapping[str, Any]) -> Bits | None:
-    """Return how a checkpoint's weights are quantized, or None where they are not.
+    """Return how a model's weights are quantized, or None where they are not.
 
     Args:
-        model: Its name, for messages.
-        config: Its ``config.json``.
+        model: The model's name, for messages.
+        config: The model's ``config.json``.
 
     Raises:
         InputError: when it is by another method than bitsandbytes'.

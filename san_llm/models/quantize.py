@@ -112,5 +112,5 @@ def nf4_error(device: torch.device) -> float:
     x = torch.randn(8, 64)  # several rows: one alone goes another way on a GPU
     with torch.no_grad():
         expected = x @ linear.weight.T
-        found = linear.to(device)(x.to(device)).cpu()
-    return float((found - expected).norm() / expected.norm())
+        output = linear.to(device)(x.to(device)).cpu()
+    return float((output - expected).norm() / expected.norm())

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 from san_llm.errors import InputError, SanError
 
 
-def load_or_refuse(what: str, name: str, load: Any, **how: Any) -> Any:
-    """Load from a folder or the hub, turning what went wrong into one line."""
+def load_or_refuse(what: str, name: str, load: Any, **keywords: Any) -> Any:
+    """Return what ``load`` gives for a folder or hub id; what goes wrong there becomes one line."""
     try:
-        return load(name, **how)
+        return load(name, **keywords)
     except Exception as error:  # files of others, read by several libraries: anything can break
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # torch's first line on weights that do not fit says nothing: the second says which.

@@ -1,4 +1,4 @@
-"""The scales of a SAN adapter over its base, computed from both one's files, without torch.
+"""The scales of a SAN adapter over its base, computed from the files of both, without torch.
 
 A merge and ``san-llm diff`` ask for them. Norms of the low-rank carriers take the base's weights,
 some rows at a time, so that no whole weight is ever in memory.
@@ -17,7 +17,7 @@ from san_llm.architectures.lookup import in_model_order
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
-from san_llm.models.weights import Numbers, Stored, read_checkpoint, read_rows, row_blocks
+from san_llm.models.weights import Numbers, Stored, read_rows, read_weights, row_blocks
 from san_llm.san.formulas import carried, scales, squared_row_norms
 from san_llm.san.graph import Node, PropagationGraph, propagation_graph
 
@@ -27,7 +27,7 @@ class Scales:
 
     Attributes:
         graph: Who feeds whom.
-        nodes: Its nodes, by name.
+        nodes: The graph's nodes, by name.
         stored: The base's tensors, by name.
     """
 
@@ -44,7 +44,7 @@ class Scales:
         Args:
             adapter: A SAN adapter.
             base: The base's folder, in full precision.
-            config: Its ``config.json``.
+            config: The base's ``config.json``.
             base_name: What messages call it.
             dtype: The precision to compute in.
 
@@ -56,8 +56,8 @@ class Scales:
         self.nodes = {node.name: node for node in self.graph}
         self.stored = {
             tensor.name: tensor
-            for tensor in read_checkpoint(base)
-            # Buffers that old checkpoints hold and no model loads.
+            for tensor in read_weights(base)
+            # Buffers that old models' files hold and no model loads.
             if not tensor.name.endswith("rotary_emb.inv_freq")
         }
         self._adapter, self._base_name, self._dtype = adapter, base_name, dtype

@@ -42,8 +42,8 @@ class Subject:
         merged = Path(self.base.model) / MERGE_MANIFEST
         if self.adapter is not None or not merged.is_file():
             return None
-        told = read_json(merged).get("prompt")
-        return None if told is None else prompt_style(str(told))
+        style = read_json(merged).get("prompt")
+        return None if style is None else prompt_style(str(style))
 
     def __str__(self) -> str:
         """Return ``base`` or ``base + adapter``."""

@@ -1,8 +1,8 @@
-"""Safetensors checkpoints tensor by tensor, in numpy: no torch, and never a whole model in memory.
+"""Safetensors weights tensor by tensor, in numpy: no torch, and never a whole model in memory.
 
 Format: https://huggingface.co/docs/safetensors: eight bytes with the header's length, a JSON header
-with the dtype, shape and offsets of each tensor, then the numbers. A checkpoint is one such file,
-or several with an index.
+with the dtype, shape and offsets of each tensor, then the numbers. A model's weights are one
+such file, or several with an index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from san_llm.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# The numbers of a checkpoint that is not quantized; bf16 is read as the upper half of an fp32.
+# The numbers of weights that are not quantized; bf16 is read as the upper half of an fp32.
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 # Bytes of the other kinds of numbers that a file may hold, of which only the place is read.
 OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
@@ -36,7 +36,7 @@ class Stored:
     Attributes:
         name: The tensor's name.
         dtype: As safetensors spells it: ``BF16``.
-        shape: Its shape.
+        shape: The tensor's shape.
         file: The file it is in.
         start: Where its bytes begin in the file.
         size: How many bytes it has.
@@ -108,8 +108,8 @@ def _check_place(tensor: Stored) -> None:
         )
 
 
-def read_checkpoint(folder: Path) -> list[Stored]:
-    """Return the tensors of a checkpoint, file by file.
+def read_weights(folder: Path) -> list[Stored]:
+    """Return the tensors of a model folder's weights, file by file.
 
     Raises:
         InputError: when there is none, or a file of its index is missing or wrong.

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from san_llm import SanConfig
 from san_llm.errors import InputError, SanError
-from san_llm.merge.stream import Folded
-from san_llm.merge.write import write_checkpoint
+from san_llm.merge.stream import Merged
+from san_llm.merge.write import write_weights
 from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import find_base
 from san_llm.models.weights import DTYPES
@@ -45,11 +45,11 @@ def trained(
 def streamed(folder: Path, dtype: str, shard_size: int = 10**9) -> Path:
     """Merge what is in ``folder`` by streaming and return where."""
     found = find_base(Base(model=str(folder / "base"), dtype="float32"))
-    folded = Folded(open_adapter(folder / "adapter"), found)
+    merged = Merged(open_adapter(folder / "adapter"), found)
     out = folder / "out"
     out.mkdir()
-    write_checkpoint(out, folded.outputs(DTYPES[dtype]), shard_size, lambda size: None)
-    (out / "config.json").write_text(json.dumps(folded.merged_config(dtype)))
+    write_weights(out, merged.outputs(DTYPES[dtype]), shard_size, lambda size: None)
+    (out / "config.json").write_text(json.dumps(merged.merged_config(dtype)))
     return out
 
 

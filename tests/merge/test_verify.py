@@ -95,14 +95,14 @@ def test_one_wrong_row_fails_in_every_dtype(pair, dtype, how):
 @pytest.mark.slow
 def test_a_merge_that_fails_its_verification_leaves_nothing(pair, monkeypatch):
     # A fault in the writing: the right files are written, and then one row is turned.
-    right = san_llm.merge.run.write_checkpoint
+    right = san_llm.merge.run.write_weights
 
     def wrong(folder, *arguments):
         sums = right(folder, *arguments)
         tamper(folder, flip)
         return sums
 
-    monkeypatch.setattr(san_llm.merge.run, "write_checkpoint", wrong)
+    monkeypatch.setattr(san_llm.merge.run, "write_weights", wrong)
     with pytest.raises(SanError, match="is unexplained where"):
         merge(MergeRequest(pair, Path("out"), verified=True))
     assert sorted(os.listdir()) == ["adapter", "base"]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from san_llm.errors import InputError
-from san_llm.merge.write import Output, write_checkpoint
-from san_llm.models.weights import INDEX, read_checkpoint, read_header, read_rows
+from san_llm.merge.write import Output, write_weights
+from san_llm.models.weights import INDEX, read_header, read_rows, read_weights
 from san_llm.models.weights import narrow as narrow_into
 from san_llm.models.weights import widen as widen_into
 
@@ -80,7 +80,7 @@ def some_file(path: Path, dtype: str = "BF16") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", sorted(TORCH))
 def test_any_rows_can_be_read(tmp_path, dtype):
     tensors = some_file(tmp_path / "model.safetensors", dtype)
-    for tensor in read_checkpoint(tmp_path):
+    for tensor in read_weights(tmp_path):
         expected = tensors[tensor.name].float().numpy()
         assert tensor.shape == expected.shape
         assert np.array_equal(read_rows(tensor), expected)
@@ -96,7 +96,7 @@ def test_what_is_written_loads_with_the_library_and_has_the_sum_it_says(
     source.mkdir()
     target.mkdir()
     tensors = some_file(source / "model.safetensors")
-    stored = read_checkpoint(source)
+    stored = read_weights(source)
     outputs = [
         Output(t.name, t.dtype, t.shape, t)
         if t.name == "a"
@@ -104,7 +104,7 @@ def test_what_is_written_loads_with_the_library_and_has_the_sum_it_says(
         for t in stored
     ]
     seen: list[int] = []
-    sums = write_checkpoint(target, outputs, shard_size, seen.append)
+    sums = write_weights(target, outputs, shard_size, seen.append)
     files = sorted(target.glob("*.safetensors"))
     assert sums == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     assert len(files) == {10**9: 1, 1000: 2, 1: 4}[shard_size]
@@ -117,7 +117,7 @@ def test_what_is_written_loads_with_the_library_and_has_the_sum_it_says(
         assert found[name].dtype == expected.dtype
         assert torch.equal(found[name], expected)
     assert (target / INDEX).is_file() == (len(files) > 1)
-    assert {t.name for t in read_checkpoint(target)} == set(tensors)
+    assert {t.name for t in read_weights(target)} == set(tensors)
     if len(files) > 1:
         index = json.loads((target / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(output.size for output in outputs)
@@ -129,7 +129,7 @@ def test_the_order_of_the_base_is_kept(tmp_path):
     stored = read_header(tmp_path / "model.safetensors")
     (tmp_path / "out").mkdir()
     outputs = [Output(t.name, t.dtype, t.shape, t) for t in stored]
-    write_checkpoint(tmp_path / "out", outputs, 10**9, lambda size: None)
+    write_weights(tmp_path / "out", outputs, 10**9, lambda size: None)
     again = read_header(tmp_path / "out" / "model.safetensors")
     assert [t.name for t in again] == [t.name for t in stored]
     assert all(t.start % 8 == 0 for t in again[:1])
@@ -159,21 +159,21 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(tmp_path, damage, s
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no model\.safetensors"):
-        read_checkpoint(tmp_path)
+        read_weights(tmp_path)
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(InputError, match="gone"):
-        read_checkpoint(tmp_path)
+        read_weights(tmp_path)
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(InputError, match="not an index"):
-        read_checkpoint(tmp_path)
+        read_weights(tmp_path)
     some_file(tmp_path / "here.safetensors")
     (tmp_path / INDEX).write_text('{"weight_map": {"zzz": "here.safetensors"}}')
     with pytest.raises(InputError, match="zzz is in none"):
-        read_checkpoint(tmp_path)
+        read_weights(tmp_path)
 
 
 def test_numbers_of_another_kind_are_refused_by_name(tmp_path):
     save_file({"packed": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model.safetensors")
-    (tensor,) = read_checkpoint(tmp_path)
+    (tensor,) = read_weights(tmp_path)
     with pytest.raises(InputError, match="packed is stored as U8; only F32, BF16, F16"):
         read_rows(tensor)
