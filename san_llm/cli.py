@@ -153,9 +153,9 @@ def main() -> None:
         if debugging():
             sys.stderr.write(masked(traceback.format_exc()))
             sys.exit(1)
-        told = of_the_disk(error)
-        line = escape(plain(told or unexpected(error)))
+        problem = of_the_disk(error)
+        line = escape(plain(problem or unexpected(error)))
         stderr.print(f"[bold red]error:[/] {line}", markup=True)
-        if told is None:
+        if problem is None:
             stderr.print("san-llm --debug COMMAND ... shows where it happened")
         sys.exit(1)

@@ -31,10 +31,10 @@ DEBUG = "SAN_LLM_DEBUG"  # the environment's name for --debug
 STOPPED = {"SIGINT": 130, "SIGTERM": 75}
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
+def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest known name, or an empty string."""
     names = {name.lower(): name for name in known}
-    close = get_close_matches(found.lower(), list(names), n=1, cutoff=0.5)
+    close = get_close_matches(given.lower(), list(names), n=1, cutoff=0.5)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
@@ -51,19 +51,19 @@ def nearest_file(path: Path) -> str:
     return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""
 
 
-def not_one_of(found: object, known: Collection[str]) -> str:
+def not_one_of(given: object, known: Collection[str]) -> str:
     """Return ``"'x' is not one of a, b"``, and the nearest of them."""
-    return f"{found!r} is not one of {', '.join(known)}{did_you_mean(str(found), known)}"
+    return f"{given!r} is not one of {', '.join(known)}{did_you_mean(str(given), known)}"
 
 
-def check_one_of(what: str, found: object, known: Collection[str]) -> None:
+def check_one_of(what: str, given: object, known: Collection[str]) -> None:
     """Refuse what is not among the known names.
 
     Raises:
         InputError: naming ``what`` it was meant as, all names and the nearest.
     """
-    if found not in known:
-        raise InputError(f"{what}: {not_one_of(found, known)}")
+    if given not in known:
+        raise InputError(f"{what}: {not_one_of(given, known)}")
 
 
 def first_line(error: BaseException) -> str:

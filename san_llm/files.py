@@ -41,21 +41,21 @@ def file_sha256(path: Path, fresh: bool = False) -> str:
     facts = path.stat()
     if facts.st_size < LARGE:
         return sha256_of(path)
-    parts = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()
+    identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    name = hashlib.sha256(repr(identity).encode()).hexdigest()
     remembered = cache_folder("sha256") / name
     if not fresh and remembered.is_file():
         known = remembered.read_text(encoding="utf-8").strip()
         if len(known) == 64:
             return known
     began = time.time()
-    found = sha256_of(path)
+    digest = sha256_of(path)
     after = path.stat()
     same = (after.st_mtime_ns, after.st_ctime_ns) == (facts.st_mtime_ns, facts.st_ctime_ns)
     if same and began - facts.st_ctime > SETTLED:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_text(remembered, found + "\n")
-    return found
+        write_text(remembered, digest + "\n")
+    return digest
 
 
 def folder_sha256(folder: Path, fresh: bool = False) -> dict[str, str]:
@@ -138,7 +138,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Return the JSON object in a file.
 
     Raises:
         InputError: when the file is missing, not JSON or not an object.
@@ -164,9 +164,9 @@ def refuse_link(file: Path) -> None:
     Raises:
         InputError: when it leads out of the model's folder, and not into the hub's cache.
     """
-    inside, found = file.parent.resolve(), file.resolve()
+    inside, target = file.parent.resolve(), file.resolve()
     blobs = inside.parent.parent / "blobs"  # what the snapshots of the hub's cache link to
-    if not (found.is_relative_to(inside) or found.is_relative_to(blobs)):
+    if not (target.is_relative_to(inside) or target.is_relative_to(blobs)):
         raise InputError(f"{file}: a symbolic link out of the folder; put the file itself there")
 
 
@@ -192,7 +192,7 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         InputError: see :func:`refuse_files`.
     """
-    made = [parent for parent in folder.parents if not parent.exists()]
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_stale(folder)
     refuse_files(folder, overwrite)
@@ -219,7 +219,7 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # the disk is full
             error.filename = str(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
+        for parent in new_parents:
             with suppress(OSError):  # somebody else's files are in it
                 parent.rmdir()
         raise

@@ -39,7 +39,7 @@ def masked(text: str) -> str:
         secret = os.environ.get(name, "").strip()
         if len(secret) >= 8:
             text = text.replace(secret, "***")
-    return _SECRETS.sub(lambda found: f"{found[1] or ''}***", text)
+    return _SECRETS.sub(lambda match: f"{match[1] or ''}***", text)
 
 
 def plain(line: str) -> str:

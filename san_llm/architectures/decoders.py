@@ -20,7 +20,7 @@ TARGETS: tuple[str, ...] = (Q, K, V, O, GATE, UP, DOWN)
 # and "mlp" are exact (attention mixes tokens, never channels; SwiGLU is linear in up), "residual"
 # goes through the residual stream and an RMSNorm.
 LINKS: tuple[Link, ...] = (
-    Link("attention", posterior="o_proj", anterior="v_proj", how="repeat kv heads"),
+    Link("attention", posterior="o_proj", anterior="v_proj", conversion="repeat kv heads"),
     Link("mlp", posterior="down_proj", anterior="up_proj"),
     Link("residual", posterior="gate_proj", anterior="o_proj"),
     Link("residual", posterior="up_proj", anterior="o_proj"),
@@ -56,8 +56,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": replace(
         _LLAMA,
         links=(
-            Link("attention", "o_proj", "qkv_proj", how="repeat kv heads", part="v_proj"),
-            Link("mlp", "down_proj", "gate_up_proj", part="up_proj"),
+            Link(
+                "attention", "o_proj", "qkv_proj", conversion="repeat kv heads", projection="v_proj"
+            ),
+            Link("mlp", "down_proj", "gate_up_proj", projection="up_proj"),
             Link("residual", "gate_up_proj", "o_proj"),
             Link("residual", "qkv_proj", "down_proj", blocks_back=1, first=EMBEDDING),
         ),

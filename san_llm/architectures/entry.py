@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Kind = Literal["attention", "mlp", "residual"]
-How = Literal["as is", "repeat kv heads"]
+Conversion = Literal["as is", "repeat kv heads"]
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class Link:
         posterior: The Linear whose columns are scaled.
         anterior: The Linear whose neuron scale is carried there.
         blocks_back: 0 when both stand in the same block, 1 when the anterior is one block earlier.
-        how: How gamma (d_out of the anterior) becomes s (d_in of the posterior).
+        conversion: How gamma (d_out of the anterior) becomes s (d_in of the posterior).
         first: What feeds the posterior where there is no earlier block.
-        part: Which rows of the anterior feed it, where one Linear computes several projections;
-            None for all rows.
+        projection: Whose rows of the anterior feed it, where one Linear computes several
+            projections; None for all rows.
     """
 
     kind: Kind
     posterior: str
     anterior: str
     blocks_back: int = 0
-    how: How = "as is"
+    conversion: Conversion = "as is"
     first: str | None = None
-    part: str | None = None
+    projection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Family:
 
     def linear_of(self, projection: str) -> str:
         """Return the Linear that computes one of the seven projections: itself, or a fused one."""
-        wholes = (whole for whole, parts in self.fused.items() if projection in parts)
+        wholes = (whole for whole, projections in self.fused.items() if projection in projections)
         return next(wholes, projection)
 
 

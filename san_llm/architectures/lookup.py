@@ -14,8 +14,8 @@ from san_llm.errors import InputError
 
 def place_of(name: str) -> tuple[int | None, str]:
     """Return a module's block, None where it is in none, and its short name: ``up_proj``."""
-    parts = name.split(".")
-    return (int(parts[-3]) if parts[-1] in PARENTS else None), parts[-1]
+    names = name.split(".")
+    return (int(names[-3]) if names[-1] in PARENTS else None), names[-1]
 
 
 def short_label(name: str) -> str:
@@ -24,12 +24,12 @@ def short_label(name: str) -> str:
 
 
 def in_model_order(vectors: Iterable[str]) -> list[str]:
-    """Sort module names as a model has them: the embedding, then block by block."""
+    """Return module names in the order of a model: the embedding, then block by block."""
     known = list(PARENTS)
 
     def place(name: str) -> tuple[int, int]:
-        parts = name.split(".")
-        return (int(parts[-3]), known.index(parts[-1])) if parts[-1] in PARENTS else (-1, 0)
+        names = name.split(".")
+        return (int(names[-3]), known.index(names[-1])) if names[-1] in PARENTS else (-1, 0)
 
     return sorted(vectors, key=place)
 
@@ -71,12 +71,12 @@ def family_targets(targets: Any, model_type: str) -> Any:
         return list(family.targets)
     if isinstance(targets, str):
         return targets
-    for whole, parts in family.fused.items():
-        there = [part for part in parts if part in targets]
-        if there and len(there) < len(parts):
+    for whole, projections in family.fused.items():
+        there = [projection for projection in projections if projection in targets]
+        if there and len(there) < len(projections):
             raise InputError(
                 f"target module {there[0]!r} is a part of {whole!r} in a {model_type} model: name "
-                f"that, or all of {', '.join(parts)}"
+                f"that, or all of {', '.join(projections)}"
             )
     return list(dict.fromkeys(family.linear_of(name) for name in targets))
 
@@ -114,10 +114,12 @@ def carry(link: Link, config: Any) -> Carry:
     sizes = {name: d_out for name, (d_out, _) in projection_shapes(config).items()}
     heads = setting(config, "num_attention_heads")
     groups, head_dim = 1, sizes["q_proj"] // heads
-    if link.how == "repeat kv heads":
+    if link.conversion == "repeat kv heads":
         groups = sizes["q_proj"] // sizes["v_proj"]
-    if link.part is None:
+    if link.projection is None:
         return Carry(0, sizes[link.anterior], groups, head_dim)
-    parts = FAMILIES[setting(config, "model_type")].fused[link.anterior]
-    start = sum(sizes[part] for part in parts[: parts.index(link.part)])
-    return Carry(start, start + sizes[link.part], groups, head_dim)
+    projections = FAMILIES[setting(config, "model_type")].fused[link.anterior]
+    start = sum(
+        sizes[projection] for projection in projections[: projections.index(link.projection)]
+    )
+    return Carry(start, start + sizes[link.projection], groups, head_dim)

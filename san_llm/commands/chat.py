@@ -70,22 +70,22 @@ def chat(
     if trained != "chat":
         say(f"trained in prompt style {trained}, as `san-llm generate` asks; this is chat")
     loaded = load_model(found, subject.adapter)
-    how = Sampling(max_new_tokens, temperature, seed)
+    sampling = Sampling(max_new_tokens, temperature, seed)
     turns: dict[str, list[dict[str, str]]] = {voice: [] for voice in names}
 
-    def ask(by: str, told: Callable[[str], None]) -> Answer:
+    def ask(by: str, on_text: Callable[[str], None]) -> Answer:
         _, tokens = talk(turns[by], tokenizer)
-        return respond(loaded, tokenizer, tokens, how, told, by)
+        return respond(loaded, tokenizer, tokens, sampling, on_text, by)
 
-    for said in _lines(subject):
-        if said == "/exit":
+    for line in _lines(subject):
+        if line == "/exit":
             return
-        if said == "/clear":
+        if line == "/clear":
             turns = {voice: [] for voice in names}
             continue
         before = {voice: list(history) for voice, history in turns.items()}
         for history in turns.values():
-            history.append({"role": "user", "content": said})
+            history.append({"role": "user", "content": line})
         try:
             answers = show(names, ask)
         except InputError as error:  # too long for the context, say: the rest may go on

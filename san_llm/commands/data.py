@@ -110,6 +110,6 @@ def inspect(
     if as_json:
         print(json.dumps(asdict(inspection)))
         return
-    for part in report(inspection, colour=stdout.is_terminal):
-        stdout.print(part)
+    for table in report(inspection, colour=stdout.is_terminal):
+        stdout.print(table)
         stdout.print()

@@ -97,8 +97,8 @@ def generate(
     loaded = load_model(question.found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
 
-    def ask(by: str, told: Callable[[str], None]) -> Answer:
-        return respond(loaded, question.tokenizer, question.tokens, sampling, told, by)
+    def ask(by: str, on_text: Callable[[str], None]) -> Answer:
+        return respond(loaded, question.tokenizer, question.tokens, sampling, on_text, by)
 
     answers = show(names, ask, quiet=as_json)
     if as_json:

@@ -38,7 +38,7 @@ def run_folders(incomplete: str) -> list[str]:
 
 
 def recipes_and_runs(incomplete: str) -> list[str]:
-    """Return both."""
+    """Return the shipped recipes and the runs that begin so."""
     return recipe_names(incomplete) + run_folders(incomplete)
 
 
@@ -88,7 +88,7 @@ stdout = Console(highlight=False, soft_wrap=True)
 
 
 def results(text: str) -> None:
-    """Print a result on stdout as a terminal may show it, see :func:`progress.say`."""
+    """Print a result on stdout as a terminal may show it, see :func:`san_llm.progress.say`."""
     stdout.print(plain(text), markup=False)
 
 

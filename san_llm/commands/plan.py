@@ -78,105 +78,107 @@ def plan(
 
     request = PlanRequest(recipe, overrides or (), memory, device, devices, sharded, data)
     planned = start(request)
-    made, inspected = planned.plan, planned.inspected
+    run_plan, inspected = planned.plan, planned.inspected
     if as_json:
         rows = None if inspected is None else asdict(inspected)
-        print(json.dumps({**as_values(made, planned.limit), "data": rows}))
+        print(json.dumps({**as_values(run_plan, planned.limit), "data": rows}))
     else:
         stdout = Console(highlight=False)
-        for part in _report(made):
-            stdout.print(part)
+        for section in _report(run_plan):
+            stdout.print(section)
             stdout.print()
         if inspected is not None:
             from san_llm.data.inspect import report
 
-            for part in islice(report(inspected, colour=stdout.is_terminal), 2):
-                stdout.print(part)
+            for section in islice(report(inspected, colour=stdout.is_terminal), 2):
+                stdout.print(section)
                 stdout.print()
         stdout.print(_verdict(planned))
     if not planned.fits:
         raise typer.Exit(1)
 
 
-def _report(made: Plan) -> Iterator[Text | Table | object]:
+def _report(run_plan: Plan) -> Iterator[Text | Table | object]:
     from san_llm.plan.planned import marked_recipe
 
     text = Text()
-    for line, default in marked_recipe(made):
+    for line, default in marked_recipe(run_plan):
         shown = "\n".join(map(plain, line.split("\n")))
         text.append(shown, style="dim" if default else "")
         text.append("  # default\n" if default else "\n", style="dim")
     text.rstrip()
     yield text
-    if made.graph is not None:
-        yield made.graph
-    yield _facts(made)
-    yield _memory(made)
+    if run_plan.graph is not None:
+        yield run_plan.graph
+    yield _facts(run_plan)
+    yield _memory(run_plan)
 
 
-def _facts(made: Plan) -> Table:
+def _facts(run_plan: Plan) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    training = made.recipe.training
-    total = sum(made.trained.values())
-    table.add_row("base", Text(plain(f"{made.recipe.base.model} ({made.config_from})")))
+    training = run_plan.recipe.training
+    total = sum(run_plan.trained.values())
+    table.add_row("base", Text(plain(f"{run_plan.recipe.base.model} ({run_plan.config_from})")))
     table.add_row(
         "trained numbers",
-        f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in made.trained.items()),
+        f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in run_plan.trained.items()),
     )
-    table.add_row("adapter", f"{size(made.adapter_bytes)}, in fp32")
-    if made.missing is not None:
-        rows = f"not known: {plain(made.missing)} is not here"
+    table.add_row("adapter", f"{size(run_plan.adapter_bytes)}, in fp32")
+    if run_plan.missing is not None:
+        rows = f"not known: {plain(run_plan.missing)} is not here"
     else:
-        rows = f"{made.rows:,}"
+        rows = f"{run_plan.rows:,}"
     table.add_row("rows", Text(rows))
-    each = f"batches of {training.batch_size}, {made.micro_batch} at once on a device"
-    if made.steps is None:
+    each = f"batches of {training.batch_size}, {run_plan.micro_batch} at once on a device"
+    if run_plan.steps is None:
         steps = f"{training.epochs:g} epochs of {each}"
-    elif made.epochs is None:
-        steps = f"{made.steps:,} of {each}"
+    elif run_plan.epochs is None:
+        steps = f"{run_plan.steps:,} of {each}"
     else:
-        steps = f"{made.steps:,} ({made.epochs:.3g} epochs) of {each}"
+        steps = f"{run_plan.steps:,} ({run_plan.epochs:.3g} epochs) of {each}"
     table.add_row("steps", steps)
-    tokens = f"{made.batch.tokens:,} tokens at once"
-    if not made.looked:
+    tokens = f"{run_plan.batch.tokens:,} tokens at once"
+    if not run_plan.looked:
         tokens += ", if all rows are as long as the cutoff; --data looks at them"
     table.add_row("largest batch", tokens)
-    if made.devices > 1:
-        table.add_row("traffic", f"each device sends and receives {size(made.traffic)} a step")
+    if run_plan.devices > 1:
+        table.add_row("traffic", f"each device sends and receives {size(run_plan.traffic)} a step")
     return table
 
 
-def _memory(made: Plan) -> Table:
-    where = "memory" if made.devices == 1 else "memory of each device"
+def _memory(run_plan: Plan) -> Table:
+    where = "memory" if run_plan.devices == 1 else "memory of each device"
     table = Table(box=None, pad_edge=False)
     table.add_column(f"{where}, GB")
-    for name in made.memory:
+    for name in run_plan.memory:
         table.add_column(name, justify="right")
-    kinds = list(made.memory.values())
+    kinds = list(run_plan.memory.values())
     for name, values in (
-        ("weights", [one.weights for one in kinds]),
-        ("adapter", [one.adapter for one in kinds]),
-        ("gradients", [one.gradients for one in kinds]),
-        ("optimizer", [one.optimizer for one in kinds]),
-        ("activations", [one.activations for one in kinds]),
-        ("logits", [one.logits for one in kinds]),
-        ("other work", [one.work for one in kinds]),
-        ("malloc's holes", [one.holes for one in kinds]),
-        ("cache", [one.cache for one in kinds]),
-        ("runtime", [one.runtime for one in kinds]),
+        ("weights", [need.weights for need in kinds]),
+        ("adapter", [need.adapter for need in kinds]),
+        ("gradients", [need.gradients for need in kinds]),
+        ("optimizer", [need.optimizer for need in kinds]),
+        ("activations", [need.activations for need in kinds]),
+        ("logits", [need.logits for need in kinds]),
+        ("other work", [need.work for need in kinds]),
+        ("malloc's holes", [need.holes for need in kinds]),
+        ("cache", [need.cache for need in kinds]),
+        ("runtime", [need.runtime for need in kinds]),
     ):
         table.add_row(name, *(f"{value / 1e9:.2f}" for value in values))
     table.add_section()
-    table.add_row("[bold]all[/]", *(f"[bold]{one.total / 1e9:.2f}[/]" for one in kinds))
+    table.add_row("[bold]all[/]", *(f"[bold]{need.total / 1e9:.2f}[/]" for need in kinds))
     return table
 
 
 def _verdict(planned: Planned) -> str:
-    made, limit = planned.plan, planned.limit
-    name, first = next(iter(made.memory.items()))
-    needs = f"{name} needs {size(first.total)} on {'a GPU' if made.device == 'cuda' else 'a CPU'}"
-    if made.device == "cuda":
+    run_plan, limit = planned.plan, planned.limit
+    name, first = next(iter(run_plan.memory.items()))
+    needs = (
+        f"{name} needs {size(first.total)} on {'a GPU' if run_plan.device == 'cuda' else 'a CPU'}"
+    )
+    if run_plan.device == "cuda":
         needs += ", computed and not measured: leave some room"
     if limit is None:
         return needs

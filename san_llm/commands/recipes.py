@@ -125,9 +125,9 @@ def check(
         for file, lines in wrong.items():
             if not lines:
                 results(f"{file}: ok")
-    told = [line for lines in wrong.values() for line in lines]
-    if told:
-        raise InputError("\n".join(told))
+    errors = [line for lines in wrong.values() for line in lines]
+    if errors:
+        raise InputError("\n".join(errors))
 
 
 @recipes_app.command(

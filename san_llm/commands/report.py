@@ -49,14 +49,14 @@ def report(
     if len({run.resolve() for run in chosen}) < len(chosen):
         raise InputError("a run is named twice")
     output = output or default_output(chosen)
-    parts = write_page(chosen, output, overwrite)
-    missing = [(part.facts.folder, one) for part in parts for one in part.missing]
+    chapters = write_page(chosen, output, overwrite)
+    missing = [(chapter.facts.folder, gap) for chapter in chapters for gap in chapter.missing]
     if as_json:
-        told = [{"run": str(folder), **asdict(one)} for folder, one in missing]
-        print(json.dumps({"output": str(output), "missing": told}))
+        gaps = [{"run": str(folder), **asdict(gap)} for folder, gap in missing]
+        print(json.dumps({"output": str(output), "missing": gaps}))
         return
-    for folder, one in missing:
-        say(f"{folder}: {one.what}")
-        if one.command:
-            say(f"  {one.command}")
+    for folder, gap in missing:
+        say(f"{folder}: {gap.what}")
+        if gap.command:
+            say(f"  {gap.command}")
     results(str(output))

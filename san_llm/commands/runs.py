@@ -47,14 +47,14 @@ def runs(
         return
     from san_llm.runs.listing import list_runs
 
-    found = list_runs()
+    listed = list_runs()
     if as_json:
-        print(json.dumps([asdict(run) for run in found]))
-    elif not found:
+        print(json.dumps([asdict(run) for run in listed]))
+    elif not listed:
         say("no run yet in this directory: `san-llm train RECIPE` makes one")
     else:
         console = Console(highlight=False)
-        table = _table(found)
+        table = _table(listed)
         width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
         if width > console.width and console.is_terminal:
             console.print(_lines(table))
@@ -86,8 +86,8 @@ def rm(
             raise InputError("rm: nobody can be asked here; add --yes to remove without asking")
         for path in chosen:
             run = known[str(path)]
-            told = f"{run.run}: {run.status}, {run.steps:,} steps, {decimal(run.bytes)}"
-            say(told)
+            summary = f"{run.run}: {run.status}, {run.steps:,} steps, {decimal(run.bytes)}"
+            say(summary)
         stderr.print(f"Remove {'it' if len(chosen) == 1 else 'them'}? [y/N] ", end="")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("nothing was removed")
@@ -125,8 +125,8 @@ def _lines(table: Table) -> str:
     for name, status, method, *known in zip(
         *(column.cells for column in table.columns), strict=True
     ):
-        told = [f"{of} {cell}" for of, cell in zip(COLUMNS[3:], known, strict=True) if cell != "-"]
-        lines += [str(name), f"  {status}, {method}, {', '.join(told)}"]
+        facts = [f"{of} {cell}" for of, cell in zip(COLUMNS[3:], known, strict=True) if cell != "-"]
+        lines += [str(name), f"  {status}, {method}, {', '.join(facts)}"]
     return "\n".join(lines)
 
 

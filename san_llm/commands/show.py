@@ -76,8 +76,8 @@ def show(
     if not terminal:
         files = save(numbers, output or run / "plots", overwrite)
     if as_json:
-        told = {"run": str(run), "files": list(map(str, files)), "left_out": numbers.left_out}
-        print(json.dumps(told))
+        result = {"run": str(run), "files": list(map(str, files)), "left_out": numbers.left_out}
+        print(json.dumps(result))
         return
     if files:
         stdout.print()

@@ -55,16 +55,16 @@ def attention(
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     # (B, L, kv * g, d) -> (B, kv, g * L, d): the heads of a group are more queries of one head.
-    folded = query.view(batch, length, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
-    folded = folded.reshape(batch, kv_heads, groups * length, head_dim)
+    grouped = query.view(batch, length, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, groups * length, head_dim)
     own = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
     if own and query.requires_grad and not dropout:
-        out: Tensor = _Attention.apply(folded, key, value, mask.expand(batch, -1, -1, -1), scale)
+        out: Tensor = _Attention.apply(grouped, key, value, mask.expand(batch, -1, -1, -1), scale)
     else:
-        how: dict[str, Any] = {"attn_mask": mask, "scale": scale, "dropout_p": dropout}
-        out = F.scaled_dot_product_attention(folded, key, value, **how)
-    unfolded = out.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
-    return unfolded.reshape(batch, length, heads, head_dim)
+        keywords: dict[str, Any] = {"attn_mask": mask, "scale": scale, "dropout_p": dropout}
+        out = F.scaled_dot_product_attention(grouped, key, value, **keywords)
+    ungrouped = out.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
+    return ungrouped.reshape(batch, length, heads, head_dim)
 
 
 class _Attention(torch.autograd.Function):
@@ -95,22 +95,22 @@ class _Attention(torch.autograd.Function):
         d_out = grads[0].contiguous().flatten(0, 1)
         inner = (d_out.to(wide) * out.flatten(0, 1).to(wide)).sum(-1, keepdim=True)
         log_sums = log_sums.flatten(0, 1).unsqueeze(-1)
-        q, k, v = (part.flatten(0, 1) for part in (query, key, value))  # (B * heads, ., d)
+        q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))  # (B * heads, ., d)
         keys, values = k.to(wide).mT, v.to(wide).mT
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(keys.mT), torch.zeros_like(values.mT)
         step = max(1, BLOCK // (len(q) * k.shape[1]))
         for start in range(0, queries, step):
             stop = min(start + step, queries)
-            part = q[:, start:stop]
-            d_part = d_out[:, start:stop]
-            weights = torch.bmm(part.to(wide), keys).mul_(ctx.scale)
+            q_block = q[:, start:stop]
+            d_block = d_out[:, start:stop]
+            weights = torch.bmm(q_block.to(wide), keys).mul_(ctx.scale)
             weights.view(batch, heads, stop - start, -1).add_(mask[:, :, start:stop])
             weights.sub_(log_sums[:, start:stop]).exp_()
-            d_scores = torch.bmm(d_part.to(wide), values).sub_(inner[:, start:stop]).mul_(weights)
-            d_v += torch.bmm(weights.to(low).mT, d_part)
+            d_scores = torch.bmm(d_block.to(wide), values).sub_(inner[:, start:stop]).mul_(weights)
+            d_v += torch.bmm(weights.to(low).mT, d_block)
             scores = d_scores.mul_(ctx.scale).to(low)
             d_q[:, start:stop] = torch.bmm(scores, k)
-            d_k += torch.bmm(scores.mT, part)
+            d_k += torch.bmm(scores.mT, q_block)
         shape = (batch, heads)
         return (
             d_q.unflatten(0, shape),

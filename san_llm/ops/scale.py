@@ -47,8 +47,8 @@ class Scaled(torch.autograd.Function):
         """Return the gradients to features and scale."""
         features, scale = ctx.saved_tensors
         d_features, d_scale = _like(grads[0]), _Summed()
-        parts = _blocks(grads[0], features, d_features, scratch=2, dtype=scale.dtype)
-        for grad, x, d_x, wide, work in parts:
+        blocks = _blocks(grads[0], features, d_features, scratch=2, dtype=scale.dtype)
+        for grad, x, d_x, wide, work in blocks:
             grad = _wide(grad, wide)
             d_scale.add(grad, _wide(x, work))
             _times(grad, scale, d_x, wide)
@@ -84,8 +84,8 @@ class ScaledNorm(torch.autograd.Function):
         """Return the gradients to x and the weight."""
         x, weight, rstds = ctx.saved_tensors
         d_x, d_weight = _like(x), _Summed()
-        parts = _blocks(x, rstds, grads[0], d_x, scratch=3, dtype=weight.dtype)
-        for x_, rstd, grad, d_x_, n, wide, work in parts:
+        blocks = _blocks(x, rstds, grads[0], d_x, scratch=3, dtype=weight.dtype)
+        for x_, rstd, grad, d_x_, n, wide, work in blocks:
             torch.mul(_wide(x_, n), rstd, out=n)
             grad = _wide(grad, wide)
             d_weight.add(n, grad)
@@ -124,8 +124,8 @@ class ScaledSwiGLU(torch.autograd.Function):
         d_gate, d_up = _like(gate), _like(up)
         d_g, d_c = _Summed(), _Summed()
         wide = _widest(gate, g, c)
-        parts = _blocks(gate, up, grads[0], d_gate, d_up, scratch=6, dtype=wide)
-        for gate_, up_, d_h, d_gate_, d_up_, a, work, more, *wides in parts:
+        blocks = _blocks(gate, up, grads[0], d_gate, d_up, scratch=6, dtype=wide)
+        for gate_, up_, d_h, d_gate_, d_up_, a, work, more, *wides in blocks:
             gate_, up_, d_h = map(_wide, (gate_, up_, d_h), wides)
             _times(gate_, g, a, a)
             _activate(a, ctx.gelu, out=work).mul_(d_h)
@@ -160,7 +160,7 @@ class ScaledRotary(torch.autograd.Function):
         """
         batch, heads, tokens, head_dim = x.shape
         features = x.transpose(1, 2).flatten(2)
-        cos, sin = (part.expand(batch, -1, -1) for part in (cos, sin))
+        cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
         ctx.save_for_backward(None if scale is None else features, scale, cos, sin)
         out = _like(features)
         wide = features.dtype if scale is None else scale.dtype
@@ -181,8 +181,8 @@ class ScaledRotary(torch.autograd.Function):
             for g, d_x_, c, s, work in _blocks(grad, out, cos, sin, scratch=1):
                 _rotate(g, c, -s, d_x_, work)
             return d_x.transpose(1, 2), None, None, None
-        parts = _blocks(grad, features, out, cos, sin, scratch=4, dtype=scale.dtype)
-        for g, x_, d_x_, c, s, turned, work, wide_g, wide_x in parts:
+        blocks = _blocks(grad, features, out, cos, sin, scratch=4, dtype=scale.dtype)
+        for g, x_, d_x_, c, s, turned, work, wide_g, wide_x in blocks:
             c, s = c.to(scale.dtype), s.to(scale.dtype)
             _rotate(_wide(g, wide_g), c, -s, turned, work)
             d_scale.add(turned, _wide(x_, wide_x))
@@ -202,7 +202,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, work: Tensor) -> N
     """
     width = cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)[..., : width // 2]
-    x, out, work = (part.unflatten(-1, (-1, width)) for part in (x, out, work))
+    x, out, work = (tensor.unflatten(-1, (-1, width)) for tensor in (x, out, work))
     x1, x2 = x.chunk(2, -1)
     out1, out2 = out.chunk(2, -1)
     work1, work2 = work.chunk(2, -1)
@@ -217,14 +217,14 @@ class _Summed:
     def __init__(self) -> None:
         self.products: Tensor | None = None
 
-    def add(self, one: Tensor, other: Tensor) -> None:
+    def add(self, left: Tensor, right: Tensor) -> None:
         """Add ``one * other`` of a block (tokens, d), which has at most the first one's tokens."""
         if self.products is not None:
-            self.products[: len(one)].addcmul_(one, other)
+            self.products[: len(left)].addcmul_(left, right)
             return
-        products = one * other
+        products = left * right
         # Elsewhere than on a CPU the first block is the only one.
-        self.products = products if one.device.type == "cpu" else products.sum(0, keepdim=True)
+        self.products = products if left.device.type == "cpu" else products.sum(0, keepdim=True)
 
     def gradient(self) -> Tensor | None:
         """Return the sum (d,), or None where nothing was added."""
@@ -279,9 +279,9 @@ def _blocks(
     count = max(1, round(tokens * width / BLOCK)) if flat[0].device.type == "cpu" else 1
     step = max(1, -(-tokens // count))
     work = [flat[0].new_empty(step, width, dtype=dtype) for _ in range(scratch)]
-    for parts in zip(*(tensor.split(step) for tensor in flat), strict=True):
-        rest = len(parts[0])
-        yield [*parts, *(work if rest == step else (tensor[:rest] for tensor in work))]
+    for views in zip(*(tensor.split(step) for tensor in flat), strict=True):
+        rest = len(views[0])
+        yield [*views, *(work if rest == step else (tensor[:rest] for tensor in work))]
 
 
 def _like(features: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ def config_of(base: Base) -> tuple[dict[str, Any], str]:
     Raises:
         InputError: when it cannot be had, or names a family or sizes that are not supported.
     """
-    config, found = _config_of(base)
+    config, source = _config_of(base)
     check_family(config.get("model_type"))
     check_sizes(config)
-    return config, found
+    return config, source
 
 
 def _config_of(base: Base) -> tuple[dict[str, Any], str]:
@@ -66,13 +66,13 @@ def _config_of(base: Base) -> tuple[dict[str, Any], str]:
         here = folder is not None and (folder / "config.json").is_file()
         if not here and (name in PINNED or not try_to_load_from_cache(name, "config.json")):
             return KNOWN[name], "its sizes are known; it is not here yet"
-    found = locate(name)
-    path: Any = Path(found) / "config.json"
+    located = locate(name)
+    path: Any = Path(located) / "config.json"
     if not path.is_file():
-        path = try_to_load_from_cache(found, "config.json", revision=base.revision)
+        path = try_to_load_from_cache(located, "config.json", revision=base.revision)
         if not isinstance(path, str):
             try:
-                path = hf_hub_download(found, "config.json", revision=base.revision)
+                path = hf_hub_download(located, "config.json", revision=base.revision)
             except Exception:  # of several HTTP libraries, by the hub client's version
                 raise InputError(
                     f"{name}: no such folder, and its config.json is not in the hub's cache; the "

@@ -50,7 +50,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        what: Its name.
+        what: The thing's name.
         state: ``ok``; ``warning``, when some runs will not do; ``error``, when none will.
         found: What there is.
         remedy: What would mend it; empty where nothing need be.
@@ -79,40 +79,50 @@ def diagnose() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # any of them, from any library: that is the finding
-            told = plain(unexpected(error))
-            yield Finding(name, "error", told, "install san-llm anew, in an environment of its own")
+            message = plain(unexpected(error))
+            yield Finding(
+                name, "error", message, "install san-llm anew, in an environment of its own"
+            )
 
 
 def _python() -> Iterator[Finding]:
     wanted = SpecifierSet(metadata("san-llm")["Requires-Python"])
-    found = platform.python_version()
-    fits = wanted.contains(found, prereleases=True)
+    running = platform.python_version()
+    fits = wanted.contains(running, prereleases=True)
     yield Finding(
         "python",
         "ok" if fits else "error",
-        f"{found} on {platform.platform()}",
+        f"{running} on {platform.platform()}",
         "" if fits else f"san-llm needs Python {wanted}",
     )
 
 
 def _packages() -> Iterator[Finding]:
     """Hold what is installed to what the package asks for: its metadata travels in the wheel."""
-    wanted = [Requirement(text) for text in requires("san-llm") or ()]
-    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    required = [Requirement(text) for text in requires("san-llm") or ()]
+    wanted = [
+        requirement
+        for requirement in required
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
     wrong = 0
-    for one in wanted:
+    for requirement in wanted:
         try:
-            found = version(one.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            found = "not installed"
-        if found == "not installed" or not one.specifier.contains(found, prereleases=True):
+            installed = "not installed"
+        if installed == "not installed" or not requirement.specifier.contains(
+            installed, prereleases=True
+        ):
             wrong += 1
-            remedy = f"pip install '{one.name}{one.specifier}'"
-            yield Finding(one.name, "error", f"{found}; needed is {one.specifier}", remedy)
+            remedy = f"pip install '{requirement.name}{requirement.specifier}'"
+            yield Finding(
+                requirement.name, "error", f"{installed}; needed is {requirement.specifier}", remedy
+            )
     if not wrong:
         main = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-        told = ", ".join(f"{name} {version(name)}" for name in main)
-        yield Finding("packages", "ok", f"all {len(wanted)} as needed: {told}")
+        versions = ", ".join(f"{name} {version(name)}" for name in main)
+        yield Finding("packages", "ok", f"all {len(wanted)} as needed: {versions}")
 
 
 def _memory() -> Iterator[Finding]:
@@ -146,8 +156,8 @@ def _folders() -> Iterator[Finding]:
         state: Literal["ok", "warning", "error"] = (
             "ok" if free >= LITTLE_DISK else "warning" if free >= NO_DISK else "error"
         )
-        found = f"{path}: can be written, {decimal(free)} free"
-        yield Finding(what, state, found, "" if state == "ok" else f"make room there, or {remedy}")
+        text = f"{path}: can be written, {decimal(free)} free"
+        yield Finding(what, state, text, "" if state == "ok" else f"make room there, or {remedy}")
 
 
 def _hub() -> Iterator[Finding]:
@@ -157,24 +167,25 @@ def _hub() -> Iterator[Finding]:
         yield Finding("hub", "ok", "switched off (HF_HUB_OFFLINE)")
         return
     address = constants.ENDPOINT
-    told: list[str] = []
+    outcomes: list[str] = []
 
     def ask() -> None:
         try:
             request = urllib.request.Request(address, method="HEAD")
             urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
-            told.append("")
+            outcomes.append("")
         except urllib.error.HTTPError:  # an answer, whatever it is
-            told.append("")
+            outcomes.append("")
         except Exception as error:
             reason = getattr(error, "reason", error)
-            told.append(getattr(reason, "strerror", None) or str(reason) or type(error).__name__)
+            text = getattr(reason, "strerror", None) or str(reason)
+            outcomes.append(text or type(error).__name__)
 
     # Asking for a name's address knows no time-out, so the whole is left behind after one.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_SECONDS)
-    why = told[0] if told else f"no answer in {HUB_SECONDS:.0f} s"
+    why = outcomes[0] if outcomes else f"no answer in {HUB_SECONDS:.0f} s"
     if why:
         remedy = (
             "models in folders do without; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy, "
@@ -192,8 +203,8 @@ def _devices() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
-        found = f"{name}, {decimal(free)} of {decimal(total)} free"
-        yield Finding(f"gpu {number}", "ok", found)
+        text = f"{name}, {decimal(free)} of {decimal(total)} free"
+        yield Finding(f"gpu {number}", "ok", text)
     if torch.cuda.device_count():
         return
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
@@ -218,14 +229,14 @@ def _bfloat16() -> Iterator[Finding]:
     a, b = torch.randn(2, 64, 64, device=device())
     error = float(((a.bfloat16() @ b.bfloat16()).float() - a @ b).norm() / (a @ b).norm())
     where = device().type
-    found = f"a product on the {where} is right to {error:.1g}"
+    text = f"a product on the {where} is right to {error:.1g}"
     if error > 0.02:  # 8 bits of mantissa allow half of that
-        yield Finding("bfloat16", "error", found, "set base.dtype to float32")
+        yield Finding("bfloat16", "error", text, "set base.dtype to float32")
     elif where == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         remedy = "set base.dtype to float16 or float32"
-        yield Finding("bfloat16", "warning", f"{found}, but emulated", remedy)
+        yield Finding("bfloat16", "warning", f"{text}, but emulated", remedy)
     else:
-        yield Finding("bfloat16", "ok", found)
+        yield Finding("bfloat16", "ok", text)
 
 
 def _four_bits() -> Iterator[Finding]:
@@ -238,9 +249,9 @@ def _four_bits() -> Iterator[Finding]:
     except Exception as failed:  # an absent library, or one for another CUDA
         yield Finding("4 bits", "warning", plain(first_line(failed)), remedy)
         return
-    found = f"an NF4 layer on the {device().type} is within {error:.1g} of full precision"
+    text = f"an NF4 layer on the {device().type} is within {error:.1g} of full precision"
     right = 0 < error < 0.2  # its 16 levels are within 0.1 of normal numbers
-    yield Finding("4 bits", "ok" if right else "warning", found, "" if right else remedy)
+    yield Finding("4 bits", "ok" if right else "warning", text, "" if right else remedy)
 
 
 def _pair() -> Iterator[Finding]:
@@ -258,19 +269,20 @@ def _pair() -> Iterator[Finding]:
         ]
         for process in pair:
             stack.callback(process.kill)
-        told = ""
+        failure = ""
         try:
             for process in pair:
-                _, said = process.communicate(timeout=PAIR_SECONDS)
-                if process.returncode and not told:
-                    told = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                _, stderr = process.communicate(timeout=PAIR_SECONDS)
+                if process.returncode and not failure:
+                    lines = stderr.strip().splitlines()
+                    failure = lines[-1] if lines else f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            told = f"no sum in {PAIR_SECONDS:.0f} s"
-    if told:
+            failure = f"no sum in {PAIR_SECONDS:.0f} s"
+    if failure:
         remedy = (
             "train in one process; or name the network interface they are to use, such as lo, in "
             "GLOO_SOCKET_IFNAME"
         )
-        yield Finding("two processes", "warning", plain(told), remedy)
+        yield Finding("two processes", "warning", plain(failure), remedy)
     else:
         yield Finding("two processes", "ok", "have added their numbers up (gloo)")

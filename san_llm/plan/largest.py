@@ -17,11 +17,11 @@ from san_llm.recipe.schema import Recipe
 
 
 def look_at(recipe: Recipe, micro_batch: int) -> Seen:
-    """Tokenize the rows, which the training then finds in the cache, and batch the longest ones.
+    """Return what a recipe's rows come to; the training then finds their tokens in the cache.
 
     Args:
-        recipe: Whose rows.
-        micro_batch: How many are computed at once.
+        recipe: The recipe whose rows are looked at.
+        micro_batch: How many rows are computed at once.
 
     Raises:
         InputError: when the rows or the tokenizer cannot serve.
@@ -38,8 +38,8 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     tokens, width = padded["input_ids"].numel(), padded["input_ids"].shape[1]
     learned = int((padded["labels"][:, 1:] != -100).sum())
     masked = not bool(padded["attention_mask"].all())
-    found = Batch(tokens, learned, tokens, tokens, width, packed=False, masked=masked)
-    return Seen(len(lengths), found, found)
+    largest = Batch(tokens, learned, tokens, tokens, width, packed=False, masked=masked)
+    return Seen(len(lengths), largest, largest)
 
 
 def _packed(rows: list[dict[str, Any]], share: bool) -> Batch:

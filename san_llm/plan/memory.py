@@ -1,10 +1,10 @@
 """How much memory a training step takes on each device, from a base's config alone.
 
 What is counted is what the step allocates: the weights as they are stored, what autograd keeps of
-every block (tensor by tensor, as ``san.fold`` and PEFT's layers leave it), the chunk of logits that
-``loss`` works on, and what a block's backward pass needs for itself. The sum for a CPU is held
-against measured peaks (``benchmarks/plan.py``); the one for a GPU is computed by the same terms and
-was not measured. Bytes everywhere; "tokens" are those of one micro-batch.
+every block (tensor by tensor, as ``san.lean`` and PEFT's layers leave it), the chunk of logits that
+``ops.head_loss`` works on, and what a block's backward pass needs for itself. The sum for a CPU is
+held against measured peaks (``benchmarks/plan.py``); the one for a GPU is computed by the same
+terms and was not measured. Bytes everywhere; "tokens" are those of one micro-batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FULL_OPTIMIZER = 12
 # a base of a few thousand numbers; and what a CUDA context with its libraries takes, which was not.
 RUNTIME: dict[Device, int] = {"cpu": 640_000_000, "cuda": 600_000_000}
 # What malloc's holes come to, of what autograd keeps of tokens: 0.2 to 0.6 were measured. A run
-# that spares memory has none (``allocator``).
+# that spares memory has none (``launch.malloc``).
 HOLES = 0.38
 
 
@@ -40,7 +40,7 @@ class Batch:
     """A micro-batch as the model sees it.
 
     Attributes:
-        tokens: Of all rows; what packed rows share counts once.
+        tokens: Tokens of all rows; what packed rows share counts once.
         learned: Tokens that the loss looks at.
         keys: Tokens that attention looks at: rows times the longest.
         queries: Tokens that attention asks for: rows times the most of one.
@@ -71,15 +71,15 @@ class Setting:
     """All that the memory of a step depends on.
 
     Attributes:
-        shape: The base.
-        dtype: Of the weights, or of the arithmetic over a quantized base.
+        shape: The base's sizes.
+        dtype: The dtype of the weights, or of the arithmetic over a quantized base.
         bits: ``4bit``, ``8bit`` or None.
         double_quant: Whether 4 bits' scales are quantized, too.
-        method: The recipe's, or None for full fine-tuning.
+        method: The recipe's method, or None for full fine-tuning.
         batch: The largest micro-batch.
         checkpointing: Whether activations are computed twice.
-        device: Where it runs.
-        devices: How many.
+        device: The kind of device it runs on.
+        devices: How many devices.
         sharded: Whether the base is spread over them (FSDP2).
     """
 
@@ -108,7 +108,7 @@ class Memory:
         runtime: Python and libraries, or a GPU's context.
         weights: The base, or a device's share of it.
         adapter: What is trained besides the base.
-        gradients: Of what is trained.
+        gradients: The gradients of what is trained.
         optimizer: AdamW's state.
         activations: What autograd keeps from the forward pass.
         logits: What the loss works on.
@@ -232,17 +232,17 @@ def _targets(shape: Shape, method: Method) -> list[str]:
 def _weights(setting: Setting) -> tuple[int, int]:
     """Return a device's bytes of the base, and those that are gathered for a moment."""
     shape, width = setting.shape, setting.width
-    others = shape.other_numbers * width
+    other_bytes = shape.other_numbers * width
     if setting.bits == "4bit" and setting.method is not None:
         # A scale for 64 numbers; doubly quantized it is a byte, with one of fp32 for 256 of them.
         scales = 1 / 64 + WIDE / (64 * 256) if setting.double_quant else WIDE / 64
         # A Linear's weight is widened for its product, there and back.
         largest = max(d_out * d_in for d_out, d_in in shape.linears.values())
-        return round(shape.linear_numbers * (0.5 + scales)) + others, largest * width
+        return round(shape.linear_numbers * (0.5 + scales)) + other_bytes, largest * width
     if setting.bits == "8bit" and setting.method is not None:
         rows = shape.blocks * sum(d_out for d_out, _ in shape.linears.values())
-        return shape.linear_numbers + rows * WIDE + others, 0
-    whole = shape.linear_numbers * width + others
+        return shape.linear_numbers + rows * WIDE + other_bytes, 0
+    whole = shape.linear_numbers * width + other_bytes
     if not setting.sharded:
         return whole, 0
     # The block at work and the next one; and the head, from the loss until its backward pass.
@@ -369,7 +369,7 @@ def _backward(setting: Setting) -> int:
     low, wide = shape.hidden + 3 * shape.inner, 0
     lean = isinstance(method, SanMethod) and method.form == "lean"
     if lean and setting.device == "cuda":
-        wide = 6 * shape.inner  # on a GPU all tokens are one block of san.autograd's scratch
+        wide = 6 * shape.inner  # on a GPU all tokens are one block of ops.scale's scratch
     if not isinstance(method, (SanMethod, Ia3Method, type(None))) or (
         isinstance(method, SanMethod) and method.carrier != "scale"
     ):

@@ -19,7 +19,7 @@ class Seen:
     Attributes:
         rows: Those that are trained on; None where they are not here.
         sharing: The largest micro-batch, where rows share what they begin alike.
-        apart: The same without that: dropout must differ between rows.
+        apart: The same without sharing: dropout must differ between rows.
     """
 
     rows: int | None
@@ -36,22 +36,22 @@ class Plan:
     """What a run would be.
 
     Attributes:
-        recipe: Resolved.
+        recipe: The recipe, with all defaults.
         given: The dotted keys that its file or arguments give; all others are defaults.
         config_from: Where the base's sizes are from.
         graph: Who feeds whom; None unless the method is SAN.
         trained: Trained numbers by module, over all blocks.
         rows: Rows that are trained on; None where a file of them is not here.
-        missing: That file.
+        missing: The file that is not here.
         steps: Optimizer steps; None where the rows are not known and the recipe does not say.
-        epochs: What they come to in epochs; None likewise.
+        epochs: What the steps come to in epochs; None likewise.
         micro_batch: Rows at once on a device.
         batch: The largest that a device computes at once.
-        looked: Whether that is the rows' own, not what the cutoff allows.
-        device: What the memory is told for.
-        devices: How many, each with a process.
+        looked: Whether the batch is the rows' own, not what the cutoff allows.
+        device: The kind of device that the memory is told for.
+        devices: How many devices, each with a process.
         sharded: Whether the base is spread over them.
-        memory: Of a step at its peak on each device, by method; the recipe's is the first.
+        memory: What a step takes at its peak on each device, by method; the recipe's is first.
         traffic: Bytes that each device sends in a step, and as many that it receives.
     """
 
@@ -125,7 +125,7 @@ def as_values(plan: Plan, limit: int | None) -> dict[str, Any]:
         "device": plan.device,
         "devices": plan.devices,
         "sharded": plan.sharded,
-        "memory": {name: {**vars(one), "total": one.total} for name, one in plan.memory.items()},
+        "memory": {name: {**vars(need), "total": need.total} for name, need in plan.memory.items()},
         "traffic": plan.traffic,
         "limit": limit,
         "fits": None if limit is None else fits(plan, limit),

@@ -23,7 +23,7 @@ class PlanRequest:
         overrides: ``key=value`` arguments.
         memory: What a device has, such as ``24GB``; None: no limit.
         device: ``cpu`` or ``cuda``; None: this machine's.
-        devices: How many, with a process for each.
+        devices: How many devices, with a process for each.
         sharded: Whether they share the base among them (FSDP2).
         data: Tokenize the rows, for their real lengths.
     """

@@ -59,7 +59,7 @@ class Planned:
 
 
 def plan(request: PlanRequest) -> Planned:
-    """Plan a run.
+    """Return what a request comes to.
 
     Raises:
         InputError: when a recipe, a size, a device or a row cannot be right; see :func:`make_plan`.
@@ -79,8 +79,8 @@ def plan(request: PlanRequest) -> Planned:
         inspected = inspect_recipe(recipe)
         seen = look_at(recipe, at_once)
     given = given_keys(file, overrides)
-    made = make_plan(recipe, given, device, request.devices, request.sharded, seen)
-    return Planned(made, limit, inspected)
+    run_plan = make_plan(recipe, given, device, request.devices, request.sharded, seen)
+    return Planned(run_plan, limit, inspected)
 
 
 def make_plan(
@@ -91,15 +91,15 @@ def make_plan(
     sharded: bool = False,
     seen: Seen | None = None,
 ) -> Plan:
-    """Plan a run.
+    """Return the plan of a run.
 
     Args:
         recipe: What would be run.
         given: The keys that are no defaults.
-        device: Where it would run.
-        devices: On how many.
+        device: The kind of device it would run on.
+        devices: On how many of them.
         sharded: Whether they share the base (FSDP2).
-        seen: What tokenizing the rows has found (``data.largest``); else they are counted, and
+        seen: What tokenizing the rows has found (``plan.largest``); else they are counted, and
             taken to be as long as the cutoff and to share nothing.
 
     Raises:
@@ -148,8 +148,8 @@ def make_plan(
         devices=devices,
         sharded=sharded,
         memory={
-            name: memory(replace(setting, method=one, batch=seen.batch_for(one)))
-            for name, one in beside.items()
+            name: memory(replace(setting, method=compared, batch=seen.batch_for(compared)))
+            for name, compared in beside.items()
         },
         traffic=traffic(setting, training.batch_size // (at_once * devices)),
     )

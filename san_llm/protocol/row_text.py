@@ -60,8 +60,8 @@ def _boolq(raw: Raw, where: str) -> tuple[str, str]:
 
 
 def _piqa(raw: Raw, where: str) -> tuple[str, str]:
-    one, two = (_text(raw, key, where) for key in ("sol1", "sol2"))
-    question = f"{_text(raw, 'goal', where)}\n\nSolution1: {one}\n\nSolution2: {two}"
+    first, second = (_text(raw, key, where) for key in ("sol1", "sol2"))
+    question = f"{_text(raw, 'goal', where)}\n\nSolution1: {first}\n\nSolution2: {second}"
     answer = _numbered("solution", _label(raw, ("label",), where), ("0", "1"), where)
     return f"{question}\n\n{_format('solution', 2)}", answer
 

@@ -61,7 +61,7 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
     """
     known = {task.name.lower(): task for task in _ALL}
     known |= {alias: task for task in _ALL for alias in task.aliases}
-    found: dict[str, Task] = {}
+    chosen: dict[str, Task] = {}
     for name in names:
         task = known.get(name.strip().lower())
         if task is None:
@@ -69,7 +69,7 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
                 f"task {name.strip()!r} is not one of {', '.join(TASKS)}"
                 f"{did_you_mean(name.strip(), [*TASKS, *known])}"
             )
-        found[task.name] = task
-    if not found:
+        chosen[task.name] = task
+    if not chosen:
         raise InputError(f"no task named; known are {', '.join(TASKS)}")
-    return list(found.values())
+    return list(chosen.values())

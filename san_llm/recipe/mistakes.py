@@ -34,37 +34,37 @@ class Source:
 def dotted(path: Iterable[str | int]) -> str:
     """Return a key's place as a recipe's user writes it: ``data.train[0]``."""
     text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
     return text
 
 
 def _strip(location: tuple[int | str, ...], raw: Any, missing: bool) -> PathInProject:
-    """Drop what pydantic adds to a location: the tag of a union's member is not in the file."""
+    """Return a location without what pydantic adds: the tag of a union's member is in no file."""
     path: list[str | int] = []
     value = raw
-    for index, part in enumerate(location):
-        inside = isinstance(value, Mapping) and part in value
-        listed = isinstance(value, (list, tuple)) and isinstance(part, int)
+    for index, key in enumerate(location):
+        inside = isinstance(value, Mapping) and key in value
+        listed = isinstance(value, (list, tuple)) and isinstance(key, int)
         absent = missing and index == len(location) - 1
         if not (inside or listed or absent):
             continue
-        path.append(part)
-        value = value[part] if inside or (listed and int(part) < len(value)) else None
+        path.append(key)
+        value = value[key] if inside or (listed and int(key) < len(value)) else None
     return tuple(path)
 
 
 def _fields(path: PathInProject, raw: Mapping[str, Any]) -> list[str]:
     """Return the keys that the schema knows beside ``path``'s last one."""
     model: Any = Recipe
-    for part in path[:-1]:
-        if part == "method":
+    for key in path[:-1]:
+        if key == "method":
             name = raw["method"].get("name") if isinstance(raw.get("method"), Mapping) else None
             members = get_args(get_args(Method)[0])
             named = [m for m in members if m.model_fields["name"].annotation == Literal[name]]
             model = named[0] if named else SanMethod
         else:
-            model = model.model_fields[part].annotation
+            model = model.model_fields[key].annotation
     return list(model.model_fields)
 
 
@@ -96,11 +96,11 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
     path = _strip(error["loc"], raw, missing=kind == "missing")
     if kind.startswith("union_tag"):
         path = ("method", "name")
-    where, key, found = source.of(path), dotted(path), _listed(error["input"])
+    where, key, value = source.of(path), dotted(path), _listed(error["input"])
     if kind == "extra_forbidden":
         known = _fields(path, raw)
         name = str(path[-1])
-        others = next(
+        elsewhere = next(
             (
                 f" (it belongs to {section!r})"
                 for section, info in Recipe.model_fields.items()
@@ -108,24 +108,24 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
             ),
             "",
         )
-        hint = did_you_mean(name, known) or others or f": known here are {', '.join(known)}"
+        hint = did_you_mean(name, known) or elsewhere or f": known here are {', '.join(known)}"
         return f"{where}: {key}: unknown key{hint}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{where}: {key}: missing"
     if kind == "union_tag_invalid":
         names = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-        found = _listed(raw["method"]["name"])
-        return f"{where}: {key}: {not_one_of(found, names)}"
+        value = _listed(raw["method"]["name"])
+        return f"{where}: {key}: {not_one_of(value, names)}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        return f"{where}: {key}: {not_one_of(found, names)}"
+        return f"{where}: {key}: {not_one_of(value, names)}"
     if kind == "value_error":
         message = str(context["error"])
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"
-    shown = "nothing" if found is None else repr(found)
+    shown = "nothing" if value is None else repr(value)
     expected = _EITHER.get(path) or _EXPECTED.get(kind)
     if expected:
-        quoted = kind == "string_type" and type(found) in (int, float)
+        quoted = kind == "string_type" and type(value) in (int, float)
         hint = "; write it in quotes" if quoted and path not in _EITHER else ""
         return f"{where}: {key}: expected {expected}, found {shown}{hint}"
     return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {shown}"

@@ -1,4 +1,4 @@
-"""From YAML to a recipe and back: what is refused is told with its line, see ``mistakes``."""
+"""From YAML to a recipe and back; ``recipe.mistakes`` tells what is refused, with its line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe.
+    """Return a recipe, read, overridden and checked.
 
     Args:
         path: The YAML file.
@@ -117,7 +117,7 @@ def _text_of(path: Path) -> str:
 
 
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check a recipe given as text; ``file`` names it in messages. See :func:`load_recipe`."""
+    """Return a recipe from its text; ``file`` names it in messages. See :func:`load_recipe`."""
     source = Source(file)
     raw = _raw(text, source, overrides)
     _check_texts(raw, (), source)
@@ -212,9 +212,9 @@ def _record_lines(node: yaml.Node, path: PathInProject, source: Source) -> None:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
-                found = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
                 raise InputError(
-                    f"{source.file}:{line}: {dotted((*path, found or 'null'))}: a key must be "
+                    f"{source.file}:{line}: {dotted((*path, shown or 'null'))}: a key must be "
                     "text; write it in quotes"
                 )
             name = str(key.value)

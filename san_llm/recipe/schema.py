@@ -143,7 +143,7 @@ class SanMethod(_Targets):
 
     @property
     def options(self) -> Options:
-        """The same, as the tuner takes them.
+        """The method's options as the tuner takes them.
 
         Raises:
             InputError: where they do not go together.
@@ -360,10 +360,10 @@ class Recipe(_Section):
 
 def leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Return nested sections as one, by dotted keys."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, item in value.items():
-        found |= leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
-    return found
+        flat |= leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
+    return flat
 
 
 def micro_batch(training: Training, processes: int) -> int:

@@ -17,7 +17,7 @@ SCHEMA = "recipe.schema.json"  # beside the shipped recipes, whose comment for e
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe file, for editors; :func:`load_recipe` says more."""
+    """Return the JSON Schema of a recipe file, for editors; ``recipe.read`` says more."""
     schema = Recipe.model_json_schema()
     schema["required"].remove("name")  # the file's stem, where it says none
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

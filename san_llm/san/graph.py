@@ -132,11 +132,11 @@ class PropagationGraph:
         if node.anterior is None or node.link is None:
             return text
         where = ", block before" if node.link.blocks_back and "layers." in node.anterior else ""
-        part = f", {short_label(node.link.part)}" if node.link.part else ""
-        repeat = ", per kv head" if node.link.how != "as is" else ""
+        projection = f", {short_label(node.link.projection)}" if node.link.projection else ""
+        repeat = ", per kv head" if node.link.conversion != "as is" else ""
         source = node.anterior.rsplit(".", 1)[-1]
         # A line stays within the 80 columns that a pipe is taken to have.
-        return f"{text} [green]<- {source}[/] [dim]({node.link.kind}{where}{part}{repeat})[/]"
+        return f"{text} [green]<- {source}[/] [dim]({node.link.kind}{where}{projection}{repeat})[/]"
 
 
 def trains_gamma(name: str, mode: str, anteriors: set[str]) -> bool:
@@ -172,7 +172,7 @@ def check_matched(targets: Any, names: list[str]) -> None:
 def wire(
     names: list[str], kinds: tuple[str, ...], mode: str, model_type: str
 ) -> tuple[dict[str, tuple[str, Link]], set[str]]:
-    """Join targets to each other: a link exists only if both of its ends are targets.
+    """Return how targets are joined: a link exists only if both of its ends are targets.
 
     Args:
         names: The full names of the adapted modules (the embedding included, if adapted).
@@ -188,9 +188,9 @@ def wire(
     links: dict[str, tuple[str, Link]] = {}
     if mode != "neuron":
         for name in names:
-            found = link_into(name, kinds, model_type)
-            if found is not None and found[0] in present:
-                links[name] = found
+            link = link_into(name, kinds, model_type)
+            if link is not None and link[0] in present:
+                links[name] = link
     return links, {anterior for anterior, _ in links.values()}
 
 

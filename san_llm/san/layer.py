@@ -28,7 +28,7 @@ from san_llm.san.rows import Projected, wide_rows
 
 
 class Fold(Protocol):
-    """Scaling that a neighbour takes over from a layer, where it can; see ``san.fold``."""
+    """Scaling that a neighbour takes over from a layer, where it can; see ``san.lean``."""
 
     def stands(self) -> bool:
         """Whether the neighbour does so in this forward."""
@@ -83,7 +83,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         self.san_magnitude = nn.ParameterDict()
         self.san_options: dict[str, Options] = {}
         self.san_feed: dict[str, Feed] = {}
-        # Who takes over a part of this layer's scaling in the lean form; see san.fold.
+        # Who takes over a part of this layer's scaling in the lean form; see san.lean.
         self.columns_fold: Fold | None = None
         self.rows_fold: Fold | None = None
         self.merged_adapters: list[str] = []
@@ -104,23 +104,23 @@ class SanLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         # fp32 whatever the base's dtype: bf16 cannot hold small steps around 1.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        how: Any = {"dtype": dtype, "device": weight.device}
+        like: Any = {"dtype": dtype, "device": weight.device}
         self.san_options[adapter_name] = options
         if options.carrier == "scale":
             if gamma:
-                self.san_gamma[adapter_name] = nn.Parameter(torch.ones(self.d_out, **how))
+                self.san_gamma[adapter_name] = nn.Parameter(torch.ones(self.d_out, **like))
         else:
             base = self.get_base_layer()
-            a = torch.empty(options.rank, base.in_features, **how)
+            a = torch.empty(options.rank, base.in_features, **like)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear, and so PEFT's LoRA
             self.san_lora_A[adapter_name] = nn.Parameter(a)
             self.san_lora_B[adapter_name] = nn.Parameter(
-                torch.zeros(self.d_out, options.rank, **how)
+                torch.zeros(self.d_out, options.rank, **like)
             )
             if options.carrier == "dora" and gamma:
                 self.san_magnitude[adapter_name] = nn.Parameter(self.squared_norms().sqrt().clone())
         if beta:
-            self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **how))
+            self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **like))
 
     def squared_norms(self) -> Tensor:
         """Return |W_i|^2 of each row of the base weight, (d_out,); computed once."""
@@ -152,7 +152,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         """Return ``(row scale, gamma)`` of an adapter, each (d_out,) or None for 1.
 
         The features are multiplied by the row scale; gamma is what the layer's readers propagate.
-        See ``san.carriers`` for the table.
+        See ``san.formulas`` for the table.
         """
         options = self.san_options[adapter]
         own = (self.san_magnitude if options.carrier == "dora" else self.san_gamma).get(adapter)
@@ -163,10 +163,10 @@ class SanLayer(nn.Module, BaseTunerLayer):
             with constant():
                 return self.squared_norms().sqrt(), self.adapted_norm(adapter)
 
-        found: tuple[Tensor | None, Tensor | None] = scales(
+        pair: tuple[Tensor | None, Tensor | None] = scales(
             options.carrier, options.mode, own, norms
         )
-        return found
+        return pair
 
     def row_scale(self, adapter: str) -> Tensor | None:
         """Return what the features are multiplied by, (d_out,), or None for 1."""
@@ -275,7 +275,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         return merged_weight(weight, row_scale, delta, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the adapters into the base layer; a quantized weight is quantized again.
+        """Merge the adapters into the base layer; a quantized weight is quantized again.
 
         Args:
             safe_merge: Refuse a result that is not finite, before anything is changed.
@@ -346,7 +346,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the base layer, with the adapters folded in if ``merge``; nothing is kept."""
+        """Return the base layer, with the adapters merged in if ``merge``; nothing is kept."""
         if merge:
             self._merge_in(safe_merge, adapter_names, keep=False)
         elif self.merged:

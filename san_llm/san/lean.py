@@ -42,15 +42,15 @@ _GELU = type(ACT2FN["gelu_pytorch_tanh"])
 
 def _together(members: tuple[SanLayer, ...]) -> str | None:
     """Return the one adapter, of lean form, that all members compute with now, or None."""
-    found: str | None = None
+    adapter: str | None = None
     for member in members:
         working = member.working_adapters()
-        if len(working) != 1 or working[0] != (found or working[0]):
+        if len(working) != 1 or working[0] != (adapter or working[0]):
             return None
-        found = working[0]
-        if not member.san_options[found].lean:
+        adapter = working[0]
+        if not member.san_options[adapter].lean:
             return None
-    return found
+    return adapter
 
 
 class NormFold:
@@ -243,12 +243,15 @@ def _rotates_halves(attention: nn.Module) -> bool:
 @cache
 def _same_rotary(rotary: Any) -> bool:
     """Return whether a function gives the numbers of ``ScaledRotary`` on a few made up."""
-    some = torch.arange(1.0, 25.0, dtype=torch.float64).view(1, 2, 3, 4) / 7
-    cos, sin = (part.repeat(1, 1, 2) for part in (some[:, 0, :, :2].cos(), some[:, 1, :, :2].sin()))
+    features = torch.arange(1.0, 25.0, dtype=torch.float64).view(1, 2, 3, 4) / 7
+    cos, sin = (
+        tensor.repeat(1, 1, 2)
+        for tensor in (features[:, 0, :, :2].cos(), features[:, 1, :, :2].sin())
+    )
     try:
-        found = rotary(some, -some, cos, sin)
-        wanted = (ScaledRotary.apply(part, None, cos, sin) for part in (some, -some))
-        return all(map(torch.equal, found, wanted))
+        rotated = rotary(features, -features, cos, sin)
+        wanted = (ScaledRotary.apply(tensor, None, cos, sin) for tensor in (features, -features))
+        return all(map(torch.equal, rotated, wanted))
     except (TypeError, RuntimeError, IndexError):
         return False
 
@@ -277,8 +280,8 @@ def fold(model: nn.Module, family: Family) -> None:
             continue
         for name, readers in family.norms.items():
             norm = getattr(block, name, None)
-            found = [getattr(attention, r, None) or getattr(mlp, r, None) for r in readers]
-            layers = tuple(layer for layer in found if isinstance(layer, SanLinear))
+            modules = [getattr(attention, r, None) or getattr(mlp, r, None) for r in readers]
+            layers = tuple(layer for layer in modules if isinstance(layer, SanLinear))
             if _epsilon(norm, family.norm_offset) is None or len(layers) < len(readers):
                 continue
             norm_fold = NormFold(norm, layers, family.norm_offset)

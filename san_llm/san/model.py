@@ -213,10 +213,10 @@ def _check_vectors(
         InputError: naming the first vector that is left over, of another size, or not there.
     """
     mark = f".{SanModel.prefix}"
-    found = {key: tensor for key, tensor in state.items() if mark in key}
+    vectors = {key: tensor for key, tensor in state.items() if mark in key}
     needed = {prefix + name: tensor for name, tensor in model.named_parameters() if mark in name}
-    adapters = {key.rsplit(".", 1)[-1] for key in found}
-    for key, tensor in found.items():
+    adapters = {key.rsplit(".", 1)[-1] for key in vectors}
+    for key, tensor in vectors.items():
         if key not in needed:
             raise InputError(f"the adapter was trained on another base: nothing here takes {key}")
         if tensor.shape != needed[key].shape:
@@ -225,7 +225,7 @@ def _check_vectors(
                 f"this base needs {list(needed[key].shape)}"
             )
     for key in needed:
-        if key.rsplit(".", 1)[-1] in adapters and key not in found:
+        if key.rsplit(".", 1)[-1] in adapters and key not in vectors:
             raise InputError(f"the adapter was trained on another base: it has no {key}")
 
 

@@ -55,9 +55,9 @@ def _rows_of_4_bits(weight: Tensor, state: Any, step: int) -> Iterator[Tensor]:
         absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
     scales = absmax.view(d_out, -1).split(step)
     codes = weight.view(torch.uint8).view(d_out, -1).split(step)
-    for packed, part in zip(codes, scales, strict=True):
+    for packed, row_scales in zip(codes, scales, strict=True):
         rows = copy.copy(state)
-        rows.shape, rows.nested, rows.absmax = (len(part), d_in), False, part.flatten()
+        rows.shape, rows.nested, rows.absmax = (len(row_scales), d_in), False, row_scales.flatten()
         yield dequantize_4bit(packed.reshape(-1, 1), rows).float()
 
 
@@ -84,7 +84,7 @@ class Projected(torch.autograd.Function):
         total: Any = 0
         first = 0
         for rows in wide_rows(ctx.linear, ctx.weight):
-            part = grad[first : first + len(rows)].T.to(rows.dtype)
-            total = total + part @ rows.to(grad.device)
+            grad_rows = grad[first : first + len(rows)].T.to(rows.dtype)
+            total = total + grad_rows @ rows.to(grad.device)
             first += len(rows)
         return total.to(ctx.dtype), None, None

@@ -104,11 +104,11 @@ class Checkpoints(TrainerCallback):
         now = time.monotonic()
         due, long = now - self._saved > self._seconds, now - self._began > SLOW
         # One message for the three; the last saves the messages inside steps that are short.
-        asked, due, self._slow = anywhere(args, self._stop.asked, due, long)
+        stopping, due, self._slow = anywhere(args, self._stop.asked, due, long)
         if state.global_step >= state.max_steps:
             control.should_save = True
             control.should_evaluate = self._judged
-        elif asked:
+        elif stopping:
             self._stop.stopped = True
             control.should_save = control.should_training_stop = True
         elif due:

@@ -82,9 +82,9 @@ def check_content(folder: Path, model: PeftModel, engine: Engine) -> None:
             "goes on with DeepSpeed"
         )
     step, best = step_of(folder), best_of(folder)
-    for one in {step, best or step}:
-        _check_files(checkpoint_of(folder.parent, one))
-        _check_adapter(checkpoint_of(folder.parent, one), model)
+    for kept_step in {step, best or step}:
+        _check_files(checkpoint_of(folder.parent, kept_step))
+        _check_adapter(checkpoint_of(folder.parent, kept_step), model)
 
 
 def _check_state(folder: Path) -> None:
@@ -95,18 +95,18 @@ def _check_state(folder: Path) -> None:
     """
     path, step = folder / STATE, step_of(folder)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON") from None
-    if not isinstance(found, dict) or found.get("global_step") != step:
+    if not isinstance(values, dict) or values.get("global_step") != step:
         raise InputError(f"{path}: expected the state of step {step}")
     try:
-        state = _State.model_validate(found)
+        state = _State.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {first_mistake(error)}; {_GO_BACK}") from None
-    for name in found.keys() - {field.name for field in fields(TrainerState)}:
+    for name in values.keys() - {field.name for field in fields(TrainerState)}:
         raise InputError(f"{path}: {name!r}: Trainer's state has no such key; {_GO_BACK}")
     logged = [entry.step for entry in state.log_history if "loss" in entry.model_fields_set]
     last = max((entry.step for entry in state.log_history), default=0)
@@ -141,11 +141,11 @@ def _check_adapter(folder: Path, model: PeftModel) -> None:
     read_header(path)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     wanted = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
-    found = load_file(path)
-    for name in sorted(wanted.keys() ^ found.keys()):
+    tensors = load_file(path)
+    for name in sorted(wanted.keys() ^ tensors.keys()):
         what = "has no" if name in wanted else "belongs to another adapter: it has"
         raise InputError(f"{path}: {what} {name}; {_GO_BACK}")
-    for name, numbers in found.items():
+    for name, numbers in tensors.items():
         _check_numbers(f"{path}: {name}", numbers, wanted[name])
 
 
@@ -172,8 +172,8 @@ def check_optimizer(
     _check_settings(str(path), _load(path), wanted)
 
     path = folder / OPTIMIZER
-    fresh, found = optimizer.state_dict()["param_groups"], _load(path)
-    groups, moments = found.get("param_groups"), found.get("state")
+    fresh, stored = optimizer.state_dict()["param_groups"], _load(path)
+    groups, moments = stored.get("param_groups"), stored.get("state")
     if not isinstance(groups, list) or len(groups) != len(fresh) or not isinstance(moments, dict):
         raise InputError(f"{path}: is not this training's optimizer; {_GO_BACK}")
     for group, own, rate in zip(groups, fresh, rates, strict=True):
@@ -197,11 +197,11 @@ def check_optimizer(
 def _load(path: Path) -> dict[str, Any]:
     """Return what a file of numbers and settings holds, without running any code in it."""
     try:
-        with zipfile.ZipFile(path) as parts:
-            unpacked = sum(part.file_size for part in parts.infolist())
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > path.stat().st_size:  # torch packs nothing
             raise InputError(f"{path}: is a packed file, which torch does not write; {_GO_BACK}")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: is missing, so nothing can go on from it; {_GO_BACK}") from None
     except zipfile.BadZipFile:
@@ -212,35 +212,37 @@ def _load(path: Path) -> dict[str, Any]:
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read: {first_line(error)}; {_GO_BACK}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: expected a table; {_GO_BACK}")
-    return found
+    return content
 
 
-def _check_settings(where: str, found: Any, wanted: dict[str, Any]) -> None:
+def _check_settings(where: str, stored: Any, wanted: dict[str, Any]) -> None:
     """Refuse a table in which a value is not the wanted one; another libm may round otherwise."""
     for key, value in wanted.items():
-        if not _same(found.get(key) if isinstance(found, dict) else None, value):
+        if not _same(stored.get(key) if isinstance(stored, dict) else None, value):
             raise InputError(f"{where}: {key}: expected {value}; {_GO_BACK}")
 
 
-def _same(found: Any, wanted: Any) -> bool:
-    if type(found) is not type(wanted):
+def _same(stored: Any, wanted: Any) -> bool:
+    if type(stored) is not type(wanted):
         return False
     if isinstance(wanted, list | tuple):
-        return len(found) == len(wanted) and all(map(_same, found, wanted))
-    return math.isclose(found, wanted) if isinstance(wanted, float) else bool(found == wanted)
+        return len(stored) == len(wanted) and all(map(_same, stored, wanted))
+    return math.isclose(stored, wanted) if isinstance(wanted, float) else bool(stored == wanted)
 
 
-def _check_numbers(where: str, found: Any, wanted: torch.Tensor) -> None:
+def _check_numbers(where: str, stored: Any, wanted: torch.Tensor) -> None:
     """Refuse what is not a plain tensor like another one, or is not finite."""
-    if type(found) is not torch.Tensor or found.layout != torch.strided or found.is_quantized:
+    if type(stored) is not torch.Tensor or stored.layout != torch.strided or stored.is_quantized:
         raise InputError(f"{where}: expected a tensor; {_GO_BACK}")
-    if found.shape != wanted.shape or found.dtype != wanted.dtype or found.is_meta:
-        raise InputError(f"{where}: {_said(found)} found, {_said(wanted)} expected; {_GO_BACK}")
-    if not bool(torch.isfinite(found).all()):
+    if stored.shape != wanted.shape or stored.dtype != wanted.dtype or stored.is_meta:
+        raise InputError(
+            f"{where}: {_described(stored)} found, {_described(wanted)} expected; {_GO_BACK}"
+        )
+    if not bool(torch.isfinite(stored).all()):
         raise InputError(f"{where}: has numbers that are not finite; {_GO_BACK}")
 
 
-def _said(numbers: torch.Tensor) -> str:
+def _described(numbers: torch.Tensor) -> str:
     return f"{str(numbers.dtype).removeprefix('torch.')} {list(numbers.shape)}"

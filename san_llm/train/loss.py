@@ -24,7 +24,7 @@ def share_of_loss(
 
     Args:
         model: See :func:`token_losses`.
-        inputs: See there.
+        inputs: The micro-batch; see :func:`token_losses`.
         learned: Tokens that the global batch learns, in all its micro-batches and processes.
         processes: How many work together.
     """
@@ -38,26 +38,26 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
     Args:
         model: A causal LM of transformers; adapted, or wrapped for several processes, or not.
         inputs: ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens), where label
-            -100 is not learned; or a packed batch of ``data.pack.Pack``.
+            -100 is not learned; or a packed batch of ``data.batches.Pack``.
     """
     bare = model.module if hasattr(model, "module") else model
     if "layout" in inputs:
         positions = inputs["position_ids"]
         # What has four dimensions is handed through as it is, and no mask is made of N x N tokens:
         # attention makes its own by the layout.
-        how = {
+        keywords = {
             "position_ids": positions,
             "attention_mask": positions[None, None],
             "layout": laid_out(inputs["layout"], positions[0]),
         }
         sources, targets = inputs["sources"], inputs["labels"]
     else:
-        how = {"attention_mask": inputs["attention_mask"]}
+        keywords = {"attention_mask": inputs["attention_mask"]}
         following = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
         sources = (following != IGNORE).nonzero()[:, 0]
         targets = following[sources]
     with _head_gives_loss(bare.get_output_embeddings(), sources, targets, bare.config):
-        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **how).logits
+        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **keywords).logits
     return loss
 
 

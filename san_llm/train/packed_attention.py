@@ -28,7 +28,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     layout: dict[str, Any] | None = None,
-    **how: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output (1, N, heads, head_dim) of N packed tokens.
 
@@ -38,12 +38,12 @@ def attend(
         key: See query.
         value: See query.
         attention_mask: Not used with a layout.
-        layout: Of :func:`laid_out`; without one this is SDPA attention.
-        **how: What the model tells every attention function.
+        layout: What :func:`laid_out` gives; without one this is SDPA attention.
+        **keywords: What the model tells every attention function.
     """
     if layout is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **how
+            module, query, key, value, attention_mask, **keywords
         )
         return out
     keys, queries = layout["keys"], layout["queries"]
@@ -51,9 +51,9 @@ def attend(
         _rows(query, queries),
         _rows(key, keys).transpose(1, 2),
         _rows(value, keys).transpose(1, 2),
-        _mask(layout, how.get("sliding_window"), query, query.shape[1] // key.shape[1]),
-        how["scaling"],
-        how["dropout"],
+        _mask(layout, keywords.get("sliding_window"), query, query.shape[1] // key.shape[1]),
+        keywords["scaling"],
+        keywords["dropout"],
     )
     return rows.flatten(0, 1).index_select(0, layout["slots"]).unsqueeze(0), None
 
@@ -62,8 +62,8 @@ def laid_out(layout: dict[str, Tensor], positions: Tensor) -> dict[str, Any]:
     """Return a layout as attention takes it, for one forward.
 
     Args:
-        layout: As ``data.pack.Pack`` makes it.
-        positions: Of the tokens in their rows, (N,).
+        layout: As ``data.batches.Pack`` makes it.
+        positions: The positions of the tokens in their rows, (N,).
     """
     return {**layout, "positions": positions, "masks": {}}
 

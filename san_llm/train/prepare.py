@@ -34,9 +34,9 @@ class TokenRows:
     """The rows of a recipe as tokens.
 
     Attributes:
-        train: Those that are learned from.
-        held_out: Those that judge; None where none are held out.
-        sha256: Of each file that they are from.
+        train: The rows that are learned from.
+        held_out: The rows that judge; None where none are held out.
+        sha256: The checksum of each file that they are from.
         names: Returns the rows of ``train`` as they were read, which say where they stand.
     """
 

@@ -35,7 +35,9 @@ from san_llm.train.view import peak_memory, watching
 
 
 def train(recipe: Recipe, run: Path, found: FoundBase | None = None) -> TrainResult:
-    """Train a recipe in its run folder, going on from the last whole checkpoint if there is one.
+    """Train a recipe in its run folder, and return what it came to.
+
+    Goes on from the last whole checkpoint if there is one.
 
     Args:
         recipe: What to do.

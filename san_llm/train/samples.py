@@ -31,7 +31,7 @@ class Samples:
         self._tokenizer = tokenizer
         self._prompts = [question(text, style, tokenizer)[1] for text in training.sample_prompts]
         self._every = training.sample_every or training.evaluate_every
-        self._how = Sampling(new_tokens=training.sample_tokens)
+        self._sampling = Sampling(new_tokens=training.sample_tokens)
 
     def check(self, config: Any) -> None:
         """Refuse a prompt that leaves no room for an answer in a model of this config.
@@ -56,5 +56,5 @@ class Samples:
             model: In eval mode.
         """
         for number, tokens in enumerate(self._prompts, start=1):
-            answer = respond(model, self._tokenizer, tokens, self._how, on_text=lambda _: None)
+            answer = respond(model, self._tokenizer, tokens, self._sampling, on_text=lambda _: None)
             yield f"sample_{number}", answer.text

@@ -42,11 +42,11 @@ HARMLESS = (
 
 def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
     """Return ``key: old -> new`` for the differences that would make another run of it."""
-    one, two = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
+    old, new = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
     return [
-        f"{key}: {one.get(key)!r} -> {two.get(key)!r}"
-        for key in sorted(one.keys() | two.keys())
-        if one.get(key) != two.get(key)
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
         and not any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
     ]
 
@@ -59,7 +59,7 @@ class TrainRequest:
         recipe: A recipe file or the name of a shipped one; with ``resume`` a run's folder. None:
             with ``resume`` the last run.
         overrides: ``key=value`` arguments.
-        processes: On this machine; None: one, or as many as ``accelerate`` says.
+        processes: How many on this machine; None: one, or as many as ``accelerate`` says.
         accelerate: A config file of Accelerate's, or the name of a shipped one.
         output: The run's folder; None: ``runs/<name>-<date>-<time>``.
         resume: Go on from the last checkpoint.
@@ -91,7 +91,7 @@ class Ended:
 
 
 def start(request: TrainRequest) -> Ended:
-    """Train as asked: in this process, or in several that are launched for it.
+    """Train as asked, in this process or in several that are launched; return how it ended.
 
     Raises:
         InputError: when something that was asked for cannot be right.
@@ -111,11 +111,11 @@ def start(request: TrainRequest) -> Ended:
     found = None
     if not (launched and request.resume):
         found = _look_ahead(recipe, new=run is None)
-    made = run is None
+    is_new = run is None
     if run is not None and recipe_of(run) != recipe:
         write_text(run / "recipe.yaml", to_yaml(recipe))
     run = run or new_run(recipe, request.output, request.overwrite)
-    with begun(run, made):
+    with begun(run, is_new):
         if command is None:
             return _train_here(recipe, run, launched, found)
         options = ["--json"] if request.as_json else []

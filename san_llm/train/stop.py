@@ -20,9 +20,9 @@ def anywhere(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
     """Return which flags are set in any of the processes."""
     if not torch.distributed.is_initialized():
         return flags
-    found = torch.tensor(flags, dtype=torch.int32, device=args.device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return tuple(bool(flag) for flag in found.tolist())
+    reduced = torch.tensor(flags, dtype=torch.int32, device=args.device)
+    torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in reduced.tolist())
 
 
 class StopOnSignal:
@@ -63,9 +63,9 @@ class StopOnSignal:
 
         If so, the run counts as stopped.
         """
-        (asked,) = anywhere(args, self.asked and here)
-        self.stopped = self.stopped or asked
-        return asked
+        (stopping,) = anywhere(args, self.asked and here)
+        self.stopped = self.stopped or stopping
+        return stopping
 
 
 class StoppedJudging(Exception):  # noqa: N818 (nothing is wrong)

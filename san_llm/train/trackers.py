@@ -48,8 +48,8 @@ def reported(recipe: Recipe, run: Path) -> Iterator[None]:
     """Let the trackers write as the recipe says for as long as the block runs; then close them.
 
     Args:
-        recipe: The run's.
-        run: Its folder, which gets W&B's files.
+        recipe: The run's recipe.
+        run: The run's folder, which gets W&B's files.
     """
     names = recipe.training.report_to
     before = dict(os.environ)
@@ -91,8 +91,8 @@ def go_on_in_tensorboard(trainer: Any, folder: Path, step: int) -> None:
 
     Args:
         trainer: Made with ``report_to`` tensorboard.
-        folder: Of the event files.
-        step: Of the checkpoint that the run goes on from, or 0.
+        folder: Where the event files lie.
+        step: The step of the checkpoint that the run goes on from, or 0.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback

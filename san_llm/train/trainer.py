@@ -57,14 +57,14 @@ class SanTrainer(Trainer):
         engine: Engine,
         samples: Samples,
         view: View,
-        **how: Any,
+        **keywords: Any,
     ) -> None:
-        """Train as ``recipe.training`` says; ``how`` goes to Trainer."""
+        """Train as ``recipe.training`` says; ``keywords`` goes to Trainer."""
         self._sharded = engine == "FSDP2"
         # Trainer does not believe that a run over a sharded base can resume. But what is trained,
         # and its optimizer's state, is whole in every process.
         args.save_only_model = self._sharded
-        super().__init__(args=args, **how)
+        super().__init__(args=args, **keywords)
         args.save_only_model = False
         self._recipe, self._stop, self._bad = recipe, stop, bad
         self._samples, self._view, self._drift = samples, view, Drift(self.model)
@@ -146,23 +146,23 @@ class SanTrainer(Trainer):
         if not self.samples_due():
             return
         model, began = self.model.eval(), time.monotonic()
-        said: dict[str, Any] = {}
+        answers: dict[str, Any] = {}
         try:
             for name, text in self._samples.answers(model):
-                said[name] = text
+                answers[name] = text
                 if self._stop.asked_anywhere(self.args, time.monotonic() - began > SLOW):
                     raise StoppedJudging
         finally:
             model.train()
-        self.log(said)
+        self.log(answers)
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: Any, *how: Any, **more: Any
+        self, tr_loss: Any, grad_norm: Any, model: Any, *arguments: Any, **more: Any
     ) -> None:
         try:
             if self.state.global_step == self._globalstep_last_logged:  # before a stop
                 self._sample()
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *how, **more)
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *arguments, **more)
         except StoppedJudging:
             # Saved as it is, and judged when the run goes on.
             self.control.should_training_stop = True
@@ -170,7 +170,7 @@ class SanTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint that is whole or absent; see ``checkpoint.py``."""
+        """Write a checkpoint that is whole or absent; see ``train.checkpoint``."""
         folder, state = Path(self.args.output_dir), self.state
         self.store_flos()
         if state.best_global_step:

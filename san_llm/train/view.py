@@ -54,7 +54,7 @@ class Curve:
         self._sum, self._count = 0.0, 0
         if len(self._points) == 2 * CURVE:
             pairs = zip(self._points[::2], self._points[1::2], strict=True)
-            self._points = [(one + two) / 2 for one, two in pairs]
+            self._points = [(left + right) / 2 for left, right in pairs]
             self._per *= 2
 
     def drawn(self, width: int, blocks: str = BLOCKS) -> str:
@@ -129,15 +129,15 @@ class View:
         return sum(c[1] for c in counts) / seconds, sum(c[2] for c in counts) / seconds
 
     def _note(self) -> str:
-        parts = [f"loss {self._logged['loss']:.3f}"]
+        facts = [f"loss {self._logged['loss']:.3f}"]
         if self._held_out:
-            parts.append(f"held-out {self._held_out[0]:.3f}")
+            facts.append(f"held-out {self._held_out[0]:.3f}")
         if (speed := self._speed()) is not None:
-            parts.append(f"{speed[0]:,.0f} tokens/s")
+            facts.append(f"{speed[0]:,.0f} tokens/s")
         if "gamma_potentiated" in self._logged:
             up, down = self._logged["gamma_potentiated"], self._logged["gamma_depressed"]
-            parts.append(f"LTP {up:.0%}, LTD {down:.0%}")
-        return ", ".join(parts)
+            facts.append(f"LTP {up:.0%}, LTD {down:.0%}")
+        return ", ".join(facts)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         """Draw as many lines as fit, the most wanted first."""
@@ -158,12 +158,12 @@ class View:
             )
         if self._logged:
             speed = self._speed()
-            told = [f"{self._logged.get('learning_rate', 0):<9.3g} "]
+            rates = [f"{self._logged.get('learning_rate', 0):<9.3g} "]
             if speed is not None:
-                told.append(f"{speed[0]:,.0f} tokens/s, {speed[1]:,.0f} learned   ")
+                rates.append(f"{speed[0]:,.0f} tokens/s, {speed[1]:,.0f} learned   ")
             if self._memory:
-                told.append(f"memory {decimal(self._memory)}")
-            lines.append(_line("rate", *told))
+                rates.append(f"memory {decimal(self._memory)}")
+            lines.append(_line("rate", *rates))
         if "gamma_potentiated" in self._logged:
             up, down, mean = (
                 self._logged[f"gamma_{name}"] for name in ("potentiated", "depressed", "change")
@@ -195,8 +195,8 @@ class View:
         )
 
 
-def _line(name: str, *parts: str | tuple[str, str]) -> Text:
-    return Text.assemble((f"{name:<10}", "bold"), *parts, no_wrap=True, end="\n")
+def _line(name: str, *texts: str | tuple[str, str]) -> Text:
+    return Text.assemble((f"{name:<10}", "bold"), *texts, no_wrap=True, end="\n")
 
 
 def _clock(seconds: float) -> str:

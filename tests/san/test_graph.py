@@ -44,7 +44,7 @@ SMOLLM2_135M = LlamaConfig(
 
 
 def test_the_table_is_the_papers_map_for_a_llama_block():
-    rows = {(r.posterior, r.anterior, r.kind, r.blocks_back, r.how, r.first) for r in LINKS}
+    rows = {(r.posterior, r.anterior, r.kind, r.blocks_back, r.conversion, r.first) for r in LINKS}
     assert rows == {
         ("o_proj", "v_proj", "attention", 0, "repeat kv heads", None),
         ("down_proj", "up_proj", "mlp", 0, "as is", None),
@@ -88,7 +88,7 @@ def test_v_has_the_rows_of_its_kv_heads_and_o_the_columns_of_all_heads(kv_heads,
     o = next(node for node in graph if node.name == module_name(2, "o_proj"))
     assert o.anterior == module_name(2, "v_proj")
     assert o.link is not None
-    assert o.link.how == "repeat kv heads"
+    assert o.link.conversion == "repeat kv heads"
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
