@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import ratios, times, told
+from pairs import columns, ratios, times
 from ruled import arguments, test_rows, tuned_adapter, write_answered
 
 from san_llm.ask.answers import BEAMS, NEW_TOKENS, answers
@@ -39,10 +39,10 @@ def plain(
     """Answer as scripts do."""
     texts = []
     for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        width = max(map(len, some))
-        rows = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in some]
-        seen = [[0 if mask else 1] * (width - len(row)) + [1] * len(row) for row in some]
+        group = prompts[start : start + batch]
+        width = max(map(len, group))
+        rows = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in group]
+        seen = [[0 if mask else 1] * (width - len(row)) + [1] * len(row) for row in group]
         with torch.inference_mode():
             out = model.generate(
                 input_ids=torch.tensor(rows),
@@ -86,8 +86,8 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
         "exact": lambda: ours(model, tokenizer, prompts),
         "answers": lambda: ours(model, tokenizer, prompts, read),
     }
-    found = times(ways, options.pairs)
-    expected = found["plain"].output
+    timed = times(ways, options.pairs)
+    expected = timed["plain"].output
     result: dict[str, Any] = {
         "task": task,
         "rows": len(rows),
@@ -97,11 +97,11 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any]:
         },
     }
     for way in ("exact", "answers"):
-        output = found[way].output
+        output = timed[way].output
         pairs = zip(output, expected, strict=True)
         same = zip(parsed(output), parsed(expected), strict=True)
         result[way] = {
-            **ratios(found["plain"], found[way]),
+            **ratios(timed["plain"], timed[way]),
             "same_texts": sum(a == b for a, b in pairs),
             "same_answers": sum(a == b for a, b in same),
         }
@@ -128,13 +128,13 @@ def main() -> None:
     results = []
     for task in options.tasks:
         results.append(measure(options, task))
-    print(f"| task | rows | way | {told()} | same texts | same answers |")
+    print(f"| task | rows | way | {columns()} | same texts | same answers |")
     print("| --- | --: | --- | --: | --: | --: | --: | --: |")
     for result in results:
         for way in ("exact", "answers"):
             row = result[way]
             print(
-                f"| {result['task']} | {result['rows']} | {way} | {told(row)} "
+                f"| {result['task']} | {result['rows']} | {way} | {columns(row)} "
                 f"| {row['same_texts']} | {row['same_answers']} |"
             )
     write_answered(options, results)

@@ -49,11 +49,11 @@ def main() -> None:
         seconds = time.perf_counter() - began
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    after, found = resource.getrusage(resource.RUSAGE_CHILDREN), json.loads(done.stdout)
+    after, inspection = resource.getrusage(resource.RUSAGE_CHILDREN), json.loads(done.stdout)
     result = {
         "bytes": size,
-        "seen": found["rows"],
-        "duplicates": found["duplicates"],
+        "seen": inspection["rows"],
+        "duplicates": inspection["duplicates"],
         "seconds": seconds,
         "cpu_seconds": sum(after[:2]) - sum(before[:2]),
         "peak_mb": after.ru_maxrss * 1024 / 1e6,

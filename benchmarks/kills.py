@@ -57,8 +57,8 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def wait(self) -> int:
@@ -116,11 +116,11 @@ def wait_for_kill(
     return None
 
 
-def same(one: Path, two: Path) -> bool:
+def same(first: Path, second: Path) -> bool:
     names = ("adapter/adapter_model.safetensors", "log.jsonl")
-    if any((one / name).read_bytes() != (two / name).read_bytes() for name in names):
+    if any((first / name).read_bytes() != (second / name).read_bytes() for name in names):
         return False
-    results = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    results = [json.loads((run / "metrics.json").read_text()) for run in (first, second)]
     own = {"run", "seconds", "resumed_at", "peak_memory"}
     return all(results[0][key] == results[1][key] for key in results[0].keys() - own)
 
@@ -170,8 +170,10 @@ def main() -> None:
                 # Killed before it had a folder, a run begins again instead.
                 going_on = (run / "recipe.yaml").is_file()
                 resumed += going_on
-                how = (run.name, "--resume") if going_on else (str(recipe), "--output", run.name)
-                process = start(folder, processes, *how)
+                arguments = (
+                    (run.name, "--resume") if going_on else (str(recipe), "--output", run.name)
+                )
+                process = start(folder, processes, *arguments)
             if process.wait() == 0:
                 identical += same(folder / "whole", run)
             print(f"run {runs}: {sum(counts.values())} kills, {identical} identical", flush=True)

@@ -44,10 +44,10 @@ def main() -> None:
     calls: Counter[str] = Counter()
 
     def counted(what: str, function: Callable[..., Any], clock: Callable[[], float]) -> Any:
-        def timed(*arguments: Any, **how: Any) -> Any:
+        def timed(*arguments: Any, **keywords: Any) -> Any:
             began = clock()
             try:
-                return function(*arguments, **how)
+                return function(*arguments, **keywords)
             finally:
                 spent[what] += clock() - began
                 calls[what] += 1
@@ -61,16 +61,18 @@ def main() -> None:
     Drift.measure = counted(statistics, Drift.measure, time.thread_time)
     SanTrainer.training_step = counted(steps, SanTrainer.training_step, time.process_time)
     progress.stderr = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
-    how = {
+    overrides = {
         "base.model": options.model,
         "training.max_steps": options.steps,
         "training.micro_batch_size": 16,
     }
-    recipe = load_recipe(find_recipe("smollm2_demo"), [f"{key}={how[key]}" for key in how])
+    recipe = load_recipe(
+        find_recipe("smollm2_demo"), [f"{key}={overrides[key]}" for key in overrides]
+    )
     with TemporaryDirectory() as folder:
         train(recipe, new_run(recipe, Path(folder) / "run", overwrite=False))
     shown = (drawing, "telling", statistics)
-    found = {
+    shares = {
         what: {
             "calls": calls[what],
             "milliseconds each": round(1000 * spent[what] / calls[what], 3),
@@ -79,13 +81,13 @@ def main() -> None:
         for what in shown
     }
     total = sum(spent[what] for what in shown) / spent[steps]
-    found["all"] = {"share of the steps": round(total, 6)}
-    found[steps] = {
+    shares["all"] = {"share of the steps": round(total, 6)}
+    shares[steps] = {
         "calls": calls[steps],
         "milliseconds each": round(1000 * spent[steps] / calls[steps]),
     }
-    print(json.dumps(found, indent=2))
-    write_results(options, ("model", "steps"), **found)
+    print(json.dumps(shares, indent=2))
+    write_results(options, ("model", "steps"), **shares)
 
 
 if __name__ == "__main__":

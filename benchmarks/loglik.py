@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import ratios, times, told
+from pairs import columns, ratios, times
 from ruled import arguments, test_rows, tuned_adapter, write_answered
 
 from san_llm.ask.likelihood import ChoiceQuestion, score_choices
@@ -39,13 +39,13 @@ def question_of(options: argparse.Namespace, task: str, instruction: str, kind: 
     names = [name for name in TASKS[task].answers if name in instruction.lower()]
     if kind == "answers":
         return ChoiceQuestion(prompt, tuple(f"the correct answer is {name}" for name in names))
-    asked, *rest = re.split(r"\s*\w+\d: ", instruction.split("\n\nAnswer format")[0])
+    question_text, *rest = re.split(r"\s*\w+\d: ", instruction.split("\n\nAnswer format")[0])
     if not rest or not all(rest):
         return None
     if kind == "texts":
         return ChoiceQuestion(prompt, tuple(rest))
     return ChoiceQuestion(
-        f"Question: {asked.split('question: ')[-1].strip()}\nAnswer:",
+        f"Question: {question_text.split('question: ')[-1].strip()}\nAnswer:",
         tuple(f" {text}" for text in rest),
     )
 
@@ -55,8 +55,8 @@ def measure(options: argparse.Namespace, task: str, kind: str) -> dict[str, Any]
     from lm_eval.models.huggingface import HFLM
 
     rows = test_rows(options.data, task, options.rows)
-    asked = [question_of(options, task, row.instruction, kind) for row in rows]
-    questions = [question for question in asked if question is not None]
+    offered = [question_of(options, task, row.instruction, kind) for row in rows]
+    questions = [question for question in offered if question is not None]
     if not questions:
         return None
     adapter = tuned_adapter(
@@ -77,11 +77,11 @@ def measure(options: argparse.Namespace, task: str, kind: str) -> dict[str, Any]
         return [[next(scores) for _ in question.choices] for question in questions]
 
     def ours() -> list[list[tuple[float, bool]]]:
-        found = score_choices(model, tokenizer, questions)
-        return [[(score.logprob, score.greedy) for score in scores] for scores in found]
+        scored = score_choices(model, tokenizer, questions)
+        return [[(score.logprob, score.greedy) for score in scores] for scores in scored]
 
-    found = times({"lm_eval": harness, "san-llm": ours}, options.pairs)
-    theirs, own = found["lm_eval"].output, found["san-llm"].output
+    timed = times({"lm_eval": harness, "san-llm": ours}, options.pairs)
+    theirs, own = timed["lm_eval"].output, timed["san-llm"].output
 
     def chosen(scores: list[list[tuple[float, bool]]], by_length: bool) -> list[int]:
         numbers = []
@@ -99,14 +99,14 @@ def measure(options: argparse.Namespace, task: str, kind: str) -> dict[str, Any]
 
     differences = [
         abs(a - b)
-        for some, others in zip(own, theirs, strict=True)
-        for (a, _), (b, _) in zip(some, others, strict=True)
+        for own_scores, their_scores in zip(own, theirs, strict=True)
+        for (a, _), (b, _) in zip(own_scores, their_scores, strict=True)
     ]
     return {
         "task": task,
         "choices": kind,
         "rows": len(questions),
-        **ratios(found["lm_eval"], found["san-llm"]),
+        **ratios(timed["lm_eval"], timed["san-llm"]),
         "same_acc": same(False),
         "same_acc_norm": same(True),
         "largest_difference": max(differences),
@@ -126,11 +126,13 @@ def main() -> None:
             if result is not None:
                 results.append(result)
                 print(json.dumps(result), file=sys.stderr)
-    print(f"| task | choices | rows | {told()} | same acc | same acc_norm | logprobs differ by |")
+    print(
+        f"| task | choices | rows | {columns()} | same acc | same acc_norm | logprobs differ by |"
+    )
     print("| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |")
     for result in results:
         print(
-            f"| {result['task']} | {result['choices']} | {result['rows']} | {told(result)} "
+            f"| {result['task']} | {result['choices']} | {result['rows']} | {columns(result)} "
             f"| {result['same_acc']} | {result['same_acc_norm']} "
             f"| {result['largest_difference']:.0e} |"
         )

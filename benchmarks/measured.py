@@ -30,8 +30,8 @@ def alone(command: list[str], what: str, threads: int, **environment: str) -> di
     )
     if done.returncode:
         sys.exit(f"{what}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def peak_bytes() -> int:
@@ -40,7 +40,7 @@ def peak_bytes() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def write_results(options: argparse.Namespace, keys: tuple[str, ...], **found: Any) -> None:
+def write_results(options: argparse.Namespace, keys: tuple[str, ...], **results: Any) -> None:
     """Write what was found, the machine and some of the options to ``options.output``, if given."""
     if options.output is None:
         return
@@ -48,7 +48,7 @@ def write_results(options: argparse.Namespace, keys: tuple[str, ...], **found: A
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         **{key: getattr(options, key) for key in keys},
-        **found,
+        **results,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(facts, indent=2) + "\n")

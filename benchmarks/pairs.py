@@ -23,20 +23,20 @@ class Times:
 
 def times(ways: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, Times]:
     """Run every way in turn, ``pairs`` times; one that does not repeat itself is an error."""
-    found = {name: Times() for name in ways}
+    by_way = {name: Times() for name in ways}
     for number in range(pairs):
         for name, way in ways.items():
             cpu, wall = time.process_time(), time.perf_counter()
             output = way()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            kept = found[name]
+            kept = by_way[name]
             kept.cpu.append(cpu)
             kept.wall.append(wall)
             if number and output != kept.output:
                 sys.exit(f"{name}: another output than before")
             kept.output = output
             print(f"{name} {cpu:.1f} CPU s, {wall:.1f} s", file=sys.stderr)
-    return found
+    return by_way
 
 
 def ratios(slow: Times, fast: Times) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def ratios(slow: Times, fast: Times) -> dict[str, Any]:
     return result
 
 
-def told(row: Mapping[str, Any] | None = None) -> str:
+def columns(row: Mapping[str, Any] | None = None) -> str:
     """Return the table's middle: times and ratios of a row, or their headings."""
     if row is None:
         return "plain, CPU s | CPU s | times faster (lowest to highest), CPU | clock"

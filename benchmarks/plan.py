@@ -126,9 +126,9 @@ def base_of(name: str, folder: Path) -> Path:
 
     target = folder / name
     torch.manual_seed(0)
-    how = json.loads((BASE / "config.json").read_text()) | SHAPES[name] | {"head_dim": 64}
-    how["tie_word_embeddings"] = False
-    LlamaForCausalLM(LlamaConfig(**how)).to(torch.bfloat16).save_pretrained(target)
+    config = json.loads((BASE / "config.json").read_text()) | SHAPES[name] | {"head_dim": 64}
+    config["tie_word_embeddings"] = False
+    LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16).save_pretrained(target)
     for file in BASE.glob("tokenizer*"):
         shutil.copy(file, target)
     return target
@@ -170,17 +170,17 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def planned(found: dict[str, Any]) -> Memory:
+def planned(case: dict[str, Any]) -> Memory:
     """Return the estimate of what was measured."""
-    recipe = parse_recipe(json.dumps(found["recipe"]), "case.yaml", found["changes"])
+    recipe = parse_recipe(json.dumps(case["recipe"]), "case.yaml", case["changes"])
     return memory(
         Setting(
-            shape=shape_of(found["config"]),
+            shape=shape_of(case["config"]),
             dtype=recipe.base.dtype,
             bits=recipe.base.quantization,
             double_quant=bool(recipe.base.double_quant),
             method=recipe.method,
-            batch=Batch(**found["batch"]),
+            batch=Batch(**case["batch"]),
             checkpointing=recipe.training.gradient_checkpointing,
             device="cpu",
         )
@@ -193,12 +193,12 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
         "| setting | | planned GB | peak GB | error | without the runtime |",
         "| --- | --- | --: | --: | --: | --: |",
     ]
-    for name, found in cases.items():
-        plan, peak = planned(found), found["peak"]
+    for name, case in cases.items():
+        plan, peak = planned(case), case["peak"]
         # Of what the step takes, without what Python and the libraries do.
         step = (plan.total - plan.runtime) / (peak - plan.runtime) - 1
         lines.append(
-            f"| {name} | {'held out' if found['held_out'] else ''} | {plan.total / 1e9:.2f} | "
+            f"| {name} | {'held out' if case['held_out'] else ''} | {plan.total / 1e9:.2f} | "
             f"{peak / 1e9:.2f} | {100 * (plan.total / peak - 1):+.1f} % | {100 * step:+.1f} % |"
         )
     return "\n".join(lines)
@@ -209,15 +209,15 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="measure these anew; from 0")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to go on with")
     options = parser.parse_args()
-    found = json.loads(options.output.read_text())["cases"] if options.output.exists() else {}
+    cases = json.loads(options.output.read_text())["cases"] if options.output.exists() else {}
     wanted = [CASES[number] for number in options.only or ()]
-    for case in wanted or [case for case in CASES if str(case) not in found]:
+    for case in wanted or [case for case in CASES if str(case) not in cases]:
         with tempfile.TemporaryDirectory(prefix="plan-") as folder:
             os.environ["SAN_LLM_CACHE"] = folder + "/cache"
-            found[str(case)] = measure(case, Path(folder))
-        found = {str(case): found[str(case)] for case in CASES if str(case) in found}
-        write_results(options, (), cases=found)
-    print(table(found))
+            cases[str(case)] = measure(case, Path(folder))
+        cases = {str(case): cases[str(case)] for case in CASES if str(case) in cases}
+        write_results(options, (), cases=cases)
+    print(table(cases))
 
 
 if __name__ == "__main__":

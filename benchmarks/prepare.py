@@ -34,8 +34,8 @@ def swapped(source: Path, count: int) -> Iterator[dict[str, str]]:
     for number in range(count):
         row = rows[number % len(rows)]
         words = row["instruction"].split(" ")
-        one, two = draw.randrange(len(words)), draw.randrange(len(words))
-        words[one], words[two] = words[two], words[one]
+        first, second = draw.randrange(len(words)), draw.randrange(len(words))
+        words[first], words[second] = words[second], words[first]
         yield row | {"instruction": " ".join(words)}
 
 
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Measure every way in turn, ``rounds`` times."""
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    by_way: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "rows.json"
         path.write_text(json.dumps(list(swapped(options.source, options.rows))))
@@ -91,23 +91,25 @@ def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
                     "TOKENIZERS_PARALLELISM": "true",
                     "RAYON_NUM_THREADS": str(options.threads),
                 }
-                found[way].append(alone(command, way, options.threads, **environment))
-                print(f"round {turn + 1}: {way} {found[way][-1]}", file=sys.stderr)
-    return found
+                by_way[way].append(alone(command, way, options.threads, **environment))
+                print(f"round {turn + 1}: {way} {by_way[way][-1]}", file=sys.stderr)
+    return by_way
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
+def table(by_way: dict[str, list[dict[str, float]]]) -> str:
     """Return a row a way; ratios are of the runs of one round, by the clock and by CPU seconds."""
-    others = ("tokenizer", "encode_batch_fast")
+    peers = ("tokenizer", "encode_batch_fast")
     heads = ["way", "s (spread)", "CPU s (spread)"]
-    heads += [f"{unit} / {other} (spread)" for other in others for unit in ("s", "CPU s")]
+    heads += [f"{unit} / {peer} (spread)" for peer in peers for unit in ("s", "CPU s")]
     lines = [f"| {' | '.join(heads)} |", f"| ---{' | --:' * (len(heads) - 1)} |"]
-    for way, runs in found.items():
+    for way, runs in by_way.items():
         cells = [way]
         cells += [_middle([run[key] for run in runs]) for key in ("seconds", "cpu")]
         cells += [
-            _middle([one[key] / two[key] for one, two in zip(runs, found[other], strict=True)])
-            for other in others
+            _middle(
+                [mine[key] / theirs[key] for mine, theirs in zip(runs, by_way[peer], strict=True)]
+            )
+            for peer in peers
             for key in ("seconds", "cpu")
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -137,9 +139,9 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(options)))
         return
-    found = compare(options)
-    print(table(found))
-    write_results(options, ("model", "rows", "threads"), runs=found)
+    by_way = compare(options)
+    print(table(by_way))
+    write_results(options, ("model", "rows", "threads"), runs=by_way)
 
 
 if __name__ == "__main__":

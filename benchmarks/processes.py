@@ -49,7 +49,7 @@ def main() -> None:
     adapter = tuned_adapter(
         options.model, options.data, options.tasks, options.steps, Path(options.work)
     )
-    found: dict[str, list[float]] = {"one": [], "two": [], "start_one": [], "start_two": []}
+    by_way: dict[str, list[float]] = {"one": [], "two": [], "start_one": [], "start_two": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "data"
         for task in options.tasks:
@@ -59,31 +59,33 @@ def main() -> None:
         more = ["--tasks", ",".join(options.tasks), "--protocol", options.protocol]
         for name, processes in (("start_one", 1), ("start_two", 2)):
             out = Path(temporary) / name
-            found[name].append(seconds(adapter, data, processes, out, *more, "--limit", "8"))
+            by_way[name].append(seconds(adapter, data, processes, out, *more, "--limit", "8"))
         for _ in range(options.pairs):
             for name, processes in (("one", 1), ("two", 2)):
                 out = Path(temporary) / name
-                found[name].append(seconds(adapter, data, processes, out, *more))
-                print(f"{name}: {found[name][-1]:.1f} s", file=sys.stderr)
-            one, two = ((Path(temporary) / n / "rows.jsonl").read_bytes() for n in ("one", "two"))
-            if one != two:
+                by_way[name].append(seconds(adapter, data, processes, out, *more))
+                print(f"{name}: {by_way[name][-1]:.1f} s", file=sys.stderr)
+            of_one, of_two = (
+                (Path(temporary) / n / "rows.jsonl").read_bytes() for n in ("one", "two")
+            )
+            if of_one != of_two:
                 sys.exit("the rows of one process and of two differ")
-        answers = {json.loads(line)["parsed"] for line in one.splitlines()}
-    ratios = [one / two for one, two in zip(found["one"], found["two"], strict=True)]
+        answers = {json.loads(line)["parsed"] for line in of_one.splitlines()}
+    ratios = [single / double for single, double in zip(by_way["one"], by_way["two"], strict=True)]
     quoted = options.pairs >= PAIRS
-    middle = {name: statistics.median(times) for name, times in found.items()}
-    told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    middle = {name: statistics.median(times) for name, times in by_way.items()}
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     print("| protocol | rows | one process, s | two, s | times faster | starting: one, two |")
     print("| --- | --: | --: | --: | --: | --: |")
     print(
         f"| {options.protocol} | {options.rows * len(options.tasks)} | {middle['one']:.1f} "
         f"| {middle['two']:.1f} "
-        f"| {told if quoted else 'not quoted from so few pairs'} "
+        f"| {ratio if quoted else 'not quoted from so few pairs'} "
         f"| {middle['start_one']:.1f}, {middle['start_two']:.1f} |"
     )
     print(f"every row the same, answers: {', '.join(sorted(map(str, answers)))}", file=sys.stderr)
     keys = ("model", "tasks", "rows", "protocol", "pairs")
-    write_results(options, keys, seconds=found, ratios=ratios if quoted else None)
+    write_results(options, keys, seconds=by_way, ratios=ratios if quoted else None)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def ruled(task: Task, instruction: str) -> str:
     """Return the answer that the rule gives a row."""
     first, second = [answer for answer in task.answers if answer in instruction.lower()][:2]
-    asked = re.split(r"[:.] ", instruction, maxsplit=1)[-1].split()
-    return first if asked and asked[0].lower() in OFTEN else second
+    words = re.split(r"[:.] ", instruction, maxsplit=1)[-1].split()
+    return first if words and words[0].lower() in OFTEN else second
 
 
 def test_rows(data: str, task: str, count: int) -> list[Row]:

@@ -58,9 +58,9 @@ def train(steps: int, samples: Samples) -> list[str]:
     )
     plain = Checkpoints.on_step_begin
 
-    def begin(self: Checkpoints, args: Any, state: Any, control: Any, **how: Any) -> None:
+    def begin(self: Checkpoints, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         looked_at(samples, state.global_step)
-        plain(self, args, state, control, **how)
+        plain(self, args, state, control, **keywords)
 
     Checkpoints.on_step_begin = begin  # type: ignore[method-assign]
     return ["train", "r.yaml", "--output", "run"]
@@ -110,19 +110,19 @@ def inside(part: str, count: int) -> None:
 def judged(samples: Samples, count: int) -> dict[str, Any]:
     """Return what the samples come to, by the rule above."""
     after = np.array([sample for sample in samples if sample[0] > count / 4])
-    found: dict[str, Any] = {"looks": len(after)}
+    result: dict[str, Any] = {"looks": len(after)}
     for number, kind in enumerate(KINDS, start=1):
         values = after[:, number]
-        found[kind] = {"first": values[0], "last": values[-1], "most": values.max()}
+        result[kind] = {"first": values[0], "last": values[-1], "most": values.max()}
         if kind.endswith("MB"):
             rise = np.polyfit(after[:, 0], values, 1)[0] * count
-            found[kind] |= {"rise": round(rise, 3), "flat": bool(rise < MOST)}
+            result[kind] |= {"rise": round(rise, 3), "flat": bool(rise < MOST)}
         else:
-            found[kind]["flat"] = bool((values == values[0]).all())
-    return found
+            result[kind]["flat"] = bool((values == values[0]).all())
+    return result
 
 
-def draw(found: dict[str, Any], count: int, file: Path) -> None:
+def draw(results: dict[str, Any], count: int, file: Path) -> None:
     """Draw the samples of both parts."""
     from san_llm.look.plots import _new, _style, as_png
 
@@ -130,7 +130,7 @@ def draw(found: dict[str, Any], count: int, file: Path) -> None:
         figure = _new(9, 5.5, f"{count:,} steps, and {count:,} answers: what the process holds")
         panels = figure.subplots(2, 2, sharex=True)
         for column, (part, named) in enumerate((("train", "steps"), ("eval", "rows"))):
-            samples = np.array(found[part]["samples"])
+            samples = np.array(results[part]["samples"])
             memory, counts = panels[:, column]
             for number, kind in enumerate(KINDS, start=1):
                 panel = memory if kind.endswith("MB") else counts
@@ -155,16 +155,16 @@ def main() -> None:
     if options.part:
         inside(options.part, options.count)
         return
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for part in PARTS:
         command = [__file__, "--part", part, "--count", str(options.count)]
         samples: Any = alone(command, part, threads=1)["samples"]
-        found[part] = {**judged(samples, options.count), "samples": samples}
-        shown = {key: value for key, value in found[part].items() if key != "samples"}
+        results[part] = {**judged(samples, options.count), "samples": samples}
+        shown = {key: value for key, value in results[part].items() if key != "samples"}
         print(part, json.dumps(shown, indent=2))
-    write_results(options, ("count",), columns=["count", *KINDS], **found)
+    write_results(options, ("count",), columns=["count", *KINDS], **results)
     if options.picture:
-        draw(found, options.count, options.picture)
+        draw(results, options.count, options.picture)
 
 
 if __name__ == "__main__":

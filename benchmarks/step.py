@@ -66,8 +66,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     base = Base(model=str(options.model), dtype=options.dtype, quantization="4bit")
-    how = {"quantization_config": quantization_config(base)} if options.bits4 else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **how)
+    keywords = {"quantization_config": quantization_config(base)} if options.bits4 else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **keywords)
     keep_4bit_layout(model)
     model.requires_grad_(False)
     if options.method == "frozen":
@@ -102,17 +102,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every method in turn, ``rounds`` times; return a row a method."""
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    by_method: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     for turn in range(options.rounds):
         for method in options.methods:
             command = [__file__, "--child", "--method", method]
             command += ["--model", options.model, "--dtype", options.dtype]
             command += ["--shape", options.shape, "--steps", str(options.steps)]
             command += ["--checkpointing"] * options.checkpointing + ["--bits4"] * options.bits4
-            found[method].append(alone(command, method, options.threads))
-            print(f"round {turn + 1}: {method} {found[method][-1]}", file=sys.stderr)
+            by_method[method].append(alone(command, method, options.threads))
+            print(f"round {turn + 1}: {method} {by_method[method][-1]}", file=sys.stderr)
     rows = []
-    for method, runs in found.items():
+    for method, runs in by_method.items():
         walls = [run["wall"] for run in runs]
         rows.append(
             {
@@ -145,8 +145,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for key in ("cpu_seconds", "peak_gb"):
             for name in ("frozen", "lora"):
-                other = by_name.get(name)
-                cells.append(f"{row[key] / other[key]:.2f}" if other else "-")
+                peer = by_name.get(name)
+                cells.append(f"{row[key] / peer[key]:.2f}" if peer else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -151,16 +151,16 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options)))
         return
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    by_method: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     for _ in range(options.rounds):
         for method in options.methods:
             command = [__file__, "--child", "--method", method]
             for key in ("model", "dtype", "rows", "batch"):
                 command += [f"--{key}", str(getattr(options, key))]
-            found[method].append(alone(command, method, options.threads))
-            print(f"{method} {found[method][-1]}", file=sys.stderr)
+            by_method[method].append(alone(command, method, options.threads))
+            print(f"{method} {by_method[method][-1]}", file=sys.stderr)
     rows = []
-    for method, runs in found.items():
+    for method, runs in by_method.items():
         seconds = [run["seconds"] for run in runs]
         rows.append(
             {

@@ -118,13 +118,13 @@ def main() -> None:
         "The questions are the first rows of each task of the pocket set: a demonstration, "
         "not a benchmark.\n"
     )
-    made = {
+    results = {
         "adapter": RUN / "adapter",
         "merged model": merged,
         "every answer": RUN / "eval" / "after" / "rows.jsonl",
         "training log": RUN / "log.jsonl",
     }
-    for what, path in made.items():
+    for what, path in results.items():
         console.print(f"[bold]{what:13}[/] {path}")
     console.print(f"[bold]{'time':13}[/] {(time.monotonic() - began) / 60:.1f} minutes")
 

@@ -109,7 +109,7 @@ def offer(rng: random.Random, right: Fact, pool: list[Fact], column: int, count:
         # A wrong key must not share the asked value, nor a wrong value the asked key; a third field
         # of family.yaml says what is too alike.
         shared = any(map(eq, fact.fields, right.fields))
-        taken = fact.fields[column] in [other.fields[column] for other in offered]
+        taken = fact.fields[column] in [choice.fields[column] for choice in offered]
         if not shared and not taken:
             offered.append(fact)
         if len(offered) == count:
@@ -131,7 +131,7 @@ def people(rng: random.Random, task: str) -> Iterator[dict[str, str]]:
         yield {}
 
 
-def asked(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
+def fields(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
     """Questions for a field of a fact, with that of other facts as wrong choices."""
     for section, pool in facts[file].items():
         ways: dict[str, Any] = {}
@@ -247,10 +247,10 @@ def classes(rng: random.Random, file: str, facts: Facts) -> Iterator[Draft]:
 
 # What makes rows of which file; the order is part of what the seed decides.
 MAKERS = (
-    ("social", asked), ("routine", asked), ("goal", goals), ("twin", twins), ("question", written),
-    ("question", questions), ("family", asked), ("term", asked), ("effect", asked),
-    ("sort", sorts), ("class", classes), ("need", asked), ("experiment", written),
-    ("chain", written), ("number", written),
+    ("social", fields), ("routine", fields), ("goal", goals), ("twin", twins),
+    ("question", written), ("question", questions), ("family", fields), ("term", fields),
+    ("effect", fields), ("sort", sorts), ("class", classes), ("need", fields),
+    ("experiment", written), ("chain", written), ("number", written),
 )  # fmt: skip
 
 
@@ -290,29 +290,29 @@ def task_rows(side: str, task: str, drafts: list[Draft]) -> Rows:
 
 def make_rows() -> dict[str, dict[str, Rows]]:
     """Return side -> task -> rows; no fact of a test row may be behind a training row, too."""
-    made: dict[str, dict[str, Rows]] = {}
+    sides: dict[str, dict[str, Rows]] = {}
     for side, facts in split().items():
         drafts: dict[str, list[Draft]] = {task: [] for task in LEADS}
         for file, maker in MAKERS:
             for draft in maker(random.Random(f"{SEED}:{side}:{file}"), file, facts):
                 drafts[draft.task].append(draft)
-        made[side] = {task: task_rows(side, task, drafts[task]) for task in drafts}
+        sides[side] = {task: task_rows(side, task, drafts[task]) for task in drafts}
     train, test = (
         {fact.id for rows in tasks.values() for _, draft in rows for fact in draft.facts}
-        for tasks in made.values()
+        for tasks in sides.values()
     )
     if shared := sorted(train & test):
         raise ValueError(f"facts on both sides: {', '.join(shared[:5])}")
-    return made
+    return sides
 
 
 def make_files() -> dict[str, str]:
     """Return the text of every file, by its path inside the pocket folder."""
-    made = make_rows()
-    train = [row for rows in made["train"].values() for row, _ in rows]
+    sides = make_rows()
+    train = [row for rows in sides["train"].values() for row, _ in rows]
     random.Random(f"{SEED}:mix").shuffle(train)
     files = {"train.json": train}
-    files |= {f"{task}/test.json": [row for row, _ in rows] for task, rows in made["test"].items()}
+    files |= {f"{task}/test.json": [row for row, _ in rows] for task, rows in sides["test"].items()}
     return {name: "[\n" + ",\n".join(map(json.dumps, files[name])) + "\n]\n" for name in files}
 
 

@@ -24,7 +24,7 @@ TAKES = {int: "N", float: "X", Path: "PATH"}
 
 def commands_page() -> str:
     """Return every command with its arguments, options and examples, as Markdown."""
-    parts = [
+    blocks = [
         MADE,
         "# Commands",
         "Every command also takes `--help`. Results go to stdout, progress to stderr; exit codes "
@@ -32,15 +32,15 @@ def commands_page() -> str:
     ]
     for words, command in _walk(("san-llm",), typer.main.get_command(app)):
         if words[1:]:
-            parts += [f"{'#' * len(words)} {' '.join(words[1:])}", _cell(command.help)]
-        parts += _parameters(words, command)
+            blocks += [f"{'#' * len(words)} {' '.join(words[1:])}", _cell(command.help)]
+        blocks += _parameters(words, command)
         examples = [
             line.strip() for line in (command.epilog or "").splitlines() if "san-llm " in line
         ]
         if examples:
             # These are examples of help pages, for many a setting: text, not a session.
-            parts.append("\n".join(["```text", *examples, "```"]))
-    return "\n\n".join(parts) + "\n"
+            blocks.append("\n".join(["```text", *examples, "```"]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -89,7 +89,7 @@ def recipe_page() -> str:
     """Return every key of a recipe with its kind, default and meaning, as Markdown."""
     schema = recipe_schema()
     kinds = schema["$defs"]
-    parts = [
+    blocks = [
         MADE,
         "# Recipe fields",
         "A recipe is a YAML file with the sections below; `name` is the file's stem unless the "
@@ -98,14 +98,14 @@ def recipe_page() -> str:
         "[Recipes](recipes.md) shows how they are used.",
     ]
     for section in ("base", "data", "training", "evaluation"):
-        parts += _section(f"## {section}", section, kinds[section.capitalize()])
-    parts += [
+        blocks += _section(f"## {section}", section, kinds[section.capitalize()])
+    blocks += [
         "## method",
         "`method.name` chooses one of four; each has keys of its own.",
     ]
     for name in ("san", "lora", "dora", "ia3"):
-        parts += _section(f"### {name}", "method", kinds[f"{name.capitalize()}Method"])
-    return "\n\n".join(parts) + "\n"
+        blocks += _section(f"### {name}", "method", kinds[f"{name.capitalize()}Method"])
+    return "\n\n".join(blocks) + "\n"
 
 
 def _section(title: str, section: str, about: dict[str, Any]) -> list[str]:
@@ -120,7 +120,7 @@ def _section(title: str, section: str, about: dict[str, Any]) -> list[str]:
 
 def _kind(field: dict[str, Any]) -> str:
     if "anyOf" in field:
-        kinds = [_kind(one) for one in field["anyOf"] if one.get("type") != "null"]
+        kinds = [_kind(option) for option in field["anyOf"] if option.get("type") != "null"]
         return " or ".join(kinds)
     if "const" in field:
         return f"`{field['const']}`"

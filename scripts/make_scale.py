@@ -55,7 +55,7 @@ def setting_of(base: str, method: Method | None, engine: str, checkpointing: boo
 
 def scale_page() -> str:
     """Return the page, as Markdown."""
-    parts = [
+    blocks = [
         MADE,
         "# Large models, computed",
         f"""What a training step takes on each device, as `san-llm plan` tells it: bf16, {ROWS}
@@ -64,8 +64,8 @@ was measured. The same terms give a CPU's step, and those were held against meas
 (`benchmarks/plan.py`). `san-llm plan RECIPE --devices N --sharded` tells yours.""",
     ]
     for base, name in BASES.items():
-        parts += [f"## {base}", _about(base, name), _memory(base)]
-    parts += [
+        blocks += [f"## {base}", _about(base, name), _memory(base)]
+    blocks += [
         "## Where it goes",
         "SAN's step, in GB on each device.",
         _parts(),
@@ -91,7 +91,7 @@ step. {_ratio()}""",
 - **Cache**: none; a model that trains keeps no keys and values of earlier tokens.
 - **Not counted**: what a GPU's allocator cannot use of what it holds.""",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(blocks) + "\n"
 
 
 def _about(base: str, name: str) -> str:
@@ -102,8 +102,8 @@ def _about(base: str, name: str) -> str:
         for title, method in METHODS.items()
         if method is not None
     }
-    told = ", ".join(f"{title} trains {count:,}" for title, count in trained.items())
-    return f"{name}: {numbers:,} numbers; {told}. Memory in GB on each device:"
+    counts = ", ".join(f"{title} trains {count:,}" for title, count in trained.items())
+    return f"{name}: {numbers:,} numbers; {counts}. Memory in GB on each device:"
 
 
 def _memory(base: str) -> str:
@@ -111,9 +111,9 @@ def _memory(base: str) -> str:
     for title, method in METHODS.items():
         for checkpointing in (False, True):
             cells = [
-                "" if method is None and "4 bits" in engine else f"{found.total / 1e9:,.1f}"
+                "" if method is None and "4 bits" in engine else f"{estimate.total / 1e9:,.1f}"
                 for engine in ENGINES
-                for found in [memory(setting_of(base, method, engine, checkpointing))]
+                for estimate in [memory(setting_of(base, method, engine, checkpointing))]
             ]
             rows.append([f"{title}, checkpointing" if checkpointing else title, *cells])
     return _table(["", *ENGINES], rows)
@@ -124,9 +124,9 @@ def _parts() -> str:
     rows = []
     for base in BASES:
         for engine in ENGINES:
-            found = memory(setting_of(base, METHODS["SAN"], engine, checkpointing=False))
-            rest = found.adapter + found.gradients + found.optimizer
-            values = [*(getattr(found, name) for name in names), rest, found.total]
+            estimate = memory(setting_of(base, METHODS["SAN"], engine, checkpointing=False))
+            rest = estimate.adapter + estimate.gradients + estimate.optimizer
+            values = [*(getattr(estimate, name) for name in names), rest, estimate.total]
             rows.append([base, engine, *(f"{value / 1e9:,.2f}" for value in values)])
     return _table(["", "", *names, "adapter, gradients, optimizer", "all"], rows, left=2)
 
