@@ -40,7 +40,7 @@ class Family:
 
     Attributes:
         projections: What a block computes, in the order of the model: LLaMA's seven.
-        links: Its propagation table.
+        links: The propagation table.
         norms: Which Linears read the output of which RMSNorm of a block.
         norm_offset: A norm multiplies by ``norm_offset + weight``.
         fused: Linears that compute several of the seven projections, in the order of their rows.

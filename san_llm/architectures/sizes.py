@@ -17,8 +17,8 @@ class Shape:
     Attributes:
         hidden: Features of the residual stream.
         inner: Features inside an MLP.
-        blocks: How many.
-        heads: Of queries.
+        blocks: How many blocks.
+        heads: How many query heads.
         q: Features of all query heads.
         kv: Features of all key heads.
         vocabulary: Rows of the embedding.

@@ -59,11 +59,11 @@ def answers(
     batch_size: int | None,
     answer: Callable[[int, str], str | None] | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
-    """Answer every prompt, the longest first.
+    """Give the answers to prompts as they are done, the longest prompt first.
 
     Args:
         model: A causal LM, in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: The tokens of each prompt.
         batch_size: Prompts at once; None: chosen by memory, and halved when it runs out. With 1
             each prompt is computed alone, whatever the others are.
@@ -136,7 +136,7 @@ def _stock(
     ends: list[int],
     padding: int,
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Answer prompts of a model that cannot be packed by transformers' own search.
+    """Give the answers of a model that cannot be packed, by transformers' own search.
 
     The beams of a prompt share its keys and values, which are computed once.
     """

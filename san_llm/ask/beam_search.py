@@ -146,7 +146,7 @@ class BeamSearch:
         prompts: Sequence[tuple[int, list[int]]],
         at_once: int,
     ) -> Iterator[list[tuple[int, list[int]]]]:
-        """Search for the continuation of every prompt.
+        """Give the continuation of every prompt as it is found.
 
         Args:
             model: One that can be packed.

@@ -62,11 +62,11 @@ def score_choices(
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[ChoiceQuestion],
 ) -> Iterator[list[ChoiceScore]]:
-    """Score every choice of every question.
+    """Give the scores of every question's choices.
 
     Args:
         model: A causal LM, in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         questions: What is asked.
 
     Yields:
@@ -135,7 +135,7 @@ def _check_lengths(
 def _plain(
     model: PreTrainedModel, encoded: Sequence[Encoded]
 ) -> Iterator[list[tuple[float, bool]]]:
-    """Score with a forward for each choice, where a model cannot be packed."""
+    """Give the scores by a forward for each choice, where a model cannot be packed."""
     for prompt, choices in encoded:
         scores = []
         for choice in choices:
@@ -153,7 +153,7 @@ def _score(logprobs: Tensor, likely: Tensor, rows: Tensor, choice: list[int]) ->
         logprobs: (n, vocabulary).
         likely: The most likely token of each row, (n,).
         rows: Which row predicts each of the choice's tokens.
-        choice: Its tokens.
+        choice: The choice's tokens.
     """
     rows, tokens = rows.to(logprobs.device), torch.tensor(choice, device=logprobs.device)
     return logprobs[rows, tokens].sum().item(), bool((likely[rows] == tokens).all())
@@ -162,7 +162,7 @@ def _score(logprobs: Tensor, likely: Tensor, rows: Tensor, choice: list[int]) ->
 def _packed(
     model: PreTrainedModel, encoded: Sequence[Encoded]
 ) -> Iterator[list[tuple[float, bool]]]:
-    """Score with many questions in a forward."""
+    """Give the scores with many questions in a forward."""
     prefix = shared_prefix(model, [prompt for prompt, _ in encoded])
     waiting = deque(Tree(prompt[prefix.length :], choices) for prompt, choices in encoded)
     while waiting:
@@ -192,9 +192,9 @@ class Tree:
     A choice's last token is predicted, but nothing comes after it, so that it is not there.
 
     Attributes:
-        tokens: Of all nodes, parents first.
-        depths: Of each node, from 0: the positions.
-        parents: Of each node that is a choice's.
+        tokens: The tokens of all nodes, parents first.
+        depths: Each node's depth, from 0: the positions.
+        parents: The parent of each node that is a choice's.
         wanted: The nodes that predict a token of a choice.
         paths: For each choice where in ``wanted`` its tokens are predicted, and its tokens.
     """

@@ -129,9 +129,9 @@ def packed_forward(
 
     Args:
         model: Inside :func:`packing`.
-        tokens: Of all sequences, one after another.
-        positions: Of each token in its own sequence.
-        wanted: Which tokens.
+        tokens: The tokens of all sequences, one after another.
+        positions: The position of each token in its own sequence.
+        wanted: The numbers of the tokens that are asked for.
         past: What each token attends to.
     """
     device = model.device
@@ -170,7 +170,7 @@ def _last_mlp_of(model: PreTrainedModel, wanted: Tensor, tokens: int) -> Iterato
 
 
 def shared_prefix(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Prefix:
-    """Compute what several sequences begin with, so that of each at least one token is left."""
+    """Return what several sequences begin with, computed; at least one token of each is left."""
     prefix = Prefix()
     if len(sequences) < 2:
         return prefix

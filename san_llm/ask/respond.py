@@ -198,7 +198,7 @@ def respond(
 
     Args:
         model: Base, adapted or merged, in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         tokens: The prompt's tokens.
         sampling: How the next token is chosen; never past the model's context.
         on_text: Called with each piece of new text.

@@ -37,7 +37,7 @@ def voices(subject: Subject, compare: bool) -> list[str]:
 def show(
     voices: list[str], ask: Callable[[str, Callable[[str], None]], Answer], quiet: bool = False
 ) -> list[Answer]:
-    """Ask each voice, showing one answer as it comes, or two side by side."""
+    """Return each voice's answer, shown as it comes, or two side by side."""
     if quiet:
         return [ask(voice, lambda piece: None) for voice in voices]
     if len(voices) == 1:

@@ -54,7 +54,7 @@ class Built:
 
 
 def build_commonsense(source: str, output: Path, overwrite: bool) -> Built:
-    """Write the protocol's data, whole or not at all.
+    """Write the protocol's data, whole or not at all; return what was written.
 
     Args:
         source: ``hub``, or a folder with the raw data sets.

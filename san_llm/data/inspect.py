@@ -66,8 +66,8 @@ class Inspection:
         histogram: Rows with ``from`` to ``to`` tokens.
         cut: Lost the end of their response to the cutoff, or its end token alone.
         dropped: Have a prompt that leaves no room for a response.
-        cut_at: Where the first of these stand.
-        dropped_at: Where the first of these stand.
+        cut_at: Where the first rows that were cut stand.
+        dropped_at: Where the first rows that were dropped stand.
         tokens: Tokens that are trained on, of rows that are kept.
         supervised: Tokens that are learned.
         duplicates: Rows that are the same as one before.
@@ -137,7 +137,9 @@ class _Tests:
 
 
 def inspect_recipe(recipe: Recipe) -> Inspection:
-    """Look at a recipe's training rows; test rows that are not here are left out with a warning.
+    """Return what there is in a recipe's training rows.
+
+    Test rows that are not here are left out with a warning.
 
     Raises:
         InputError: for a row that is wrong, or a tokenizer that cannot serve.
@@ -169,16 +171,16 @@ def inspect(
     encoding: Encoding,
     about: dict[str, Any],
 ) -> Inspection:
-    """Look at rows as :func:`san_llm.data.tokenized.encode_rows` would encode them.
+    """Return what there is in rows, encoded as ``data.tokenized`` would encode them.
 
     Args:
         rows: Read once.
         tests: Test rows of each task, which should not be among them.
-        encoding: As there.
+        encoding: How they become tokens.
         about: What the result says of itself.
 
     Raises:
-        InputError: as there, for the first row that is wrong.
+        InputError: as from ``data.tokenized``, for the first row that is wrong.
     """
     check_tokenizer(encoding.tokenizer, encoding.style)
     looked_up = _Tests()

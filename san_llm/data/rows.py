@@ -174,7 +174,7 @@ def _list(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _decoded(path: Path, raw: bytes, line: int, offset: int) -> str:
-    """Decode bytes that begin at a line and an offset of a file."""
+    """Return bytes that begin at a line and an offset of a file as text."""
     try:
         return raw.decode("utf-8-sig" if not offset else "utf-8")
     except UnicodeDecodeError as error:

@@ -99,7 +99,7 @@ def _key(rows: Sequence[Row], encoding: Encoding) -> str:
 
 
 def _write_encoded(folder: Path, labelled: Iterator[Labelled], key: str) -> dict[str, int]:
-    """Write the rows that are not dropped, and what became of all."""
+    """Write the rows that are not dropped; return and write what became of all."""
     import datasets
     import numpy as np
     import pyarrow as pa

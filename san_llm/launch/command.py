@@ -32,7 +32,7 @@ def accelerate_command(
 
     Args:
         arguments: The arguments of each process.
-        processes: How many, on this machine.
+        processes: How many processes, on this machine.
         config: Accelerate's own YAML file instead, as ``accelerate config`` writes it.
 
     Raises:

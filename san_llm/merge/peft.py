@@ -17,12 +17,12 @@ from san_llm.progress import bar
 def merge_in_memory(
     found: FoundBase, adapter: Path, folder: Path, dtype: str, shard_size: int
 ) -> dict[str, str]:
-    """Merge by PEFT in fp32, round once, and save weights and config.
+    """Merge by PEFT in fp32, round once, save weights and config; return the checksums.
 
     Args:
         found: The base; its quantization is ignored.
         adapter: An adapter of a method that PEFT merges.
-        folder: Where to save.
+        folder: The folder to save in.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         shard_size: Bytes that one file may hold.
 

@@ -36,8 +36,8 @@ def merge_quantized(
         way: ``dequantize`` or ``keep``.
         found: The base, with its quantization.
         adapter: The adapter; to keep 4 bits a SAN adapter of the scale carrier.
-        folder: Where to save.
-        dtype: Of what is not in 4 bits.
+        folder: The folder to save in.
+        dtype: The dtype of what is not in 4 bits.
         shard_size: Bytes that one file may hold.
 
     Returns:

@@ -59,9 +59,9 @@ class MergeTask:
         request: What was asked.
         adapter: The adapter.
         found: The base to merge into, with the quantization that is merged over, if any.
-        dtype: Of the merged weights.
+        dtype: The dtype of the merged weights.
         trained: The base as it was in training, where that was quantized and this one is not.
-        trained_over: In which bits it was then, or None.
+        trained_over: In which bits the base was in training, or None.
     """
 
     request: MergeRequest
@@ -142,7 +142,7 @@ def check_values(
 
 
 def check_request(request: MergeRequest) -> MergeTask:
-    """Look a request's adapter and base up, and refuse what cannot be merged.
+    """Return a request with its adapter and base looked up; refuse what cannot be merged.
 
     Raises:
         InputError: when the adapter or base cannot be read, or do not go together as asked.

@@ -36,7 +36,7 @@ COMPANIONS = (
 
 
 def merge(request: MergeRequest) -> MergeResult:
-    """Merge an adapter into its base and save a stock model.
+    """Merge an adapter into its base, save a stock model, and return what came of it.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.

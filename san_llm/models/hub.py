@@ -17,7 +17,7 @@ def check_push(name: str, option: str = "--push", signed_in: bool = True) -> Non
 
     Args:
         name: The hub id.
-        option: Where it was named.
+        option: The option it was named with.
         signed_in: Whether somebody must be signed in.
 
     Raises:
@@ -54,7 +54,7 @@ class Upload:
 
 
 def upload(folder: Path | None, name: str, private: bool, dry_run: bool) -> Upload:
-    """Upload an adapter or a merged model, with its card.
+    """Upload an adapter or a merged model, with its card; return what was sent.
 
     Args:
         folder: The folder to send, or the run's whose adapter is meant; None: the last run's.

@@ -29,7 +29,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_config(found: FoundBase) -> Any:
-    """Load a base's config as transformers reads it, and refuse what cannot be trained over.
+    """Return a base's config as transformers reads it; refuse what cannot be trained over.
 
     Raises:
         InputError: for a family that SAN's propagation table does not know, quantized weights
@@ -76,7 +76,7 @@ def _check_weights(folder: Path, config: Any, quantized: bool) -> None:
 
 
 def load_tokenizer(found: FoundBase) -> PreTrainedTokenizerFast:
-    """Load a base's tokenizer.
+    """Return a base's tokenizer.
 
     Raises:
         InputError: when there is none that can be used.
@@ -104,7 +104,7 @@ def device() -> torch.device:
 def load_base(
     found: FoundBase, dtype: torch.dtype | None = None, sharded: bool = False
 ) -> PreTrainedModel:
-    """Load the frozen base model onto this process's device.
+    """Return the frozen base model, on this process's device.
 
     Args:
         found: The base.
@@ -163,7 +163,7 @@ def load_base(
 
 
 def load_model(found: FoundBase, adapter: Path | None) -> PreTrainedModel:
-    """Load what is asked, a base with its adapter or a model alone, in eval mode.
+    """Return what is asked, a base with its adapter or a model alone, in eval mode.
 
     Raises:
         InputError: when a part cannot be loaded.

@@ -152,8 +152,8 @@ def narrow(wide: Numbers, dtype: str, out: Numbers, odd: Numbers) -> Numbers:
 
     Args:
         wide: The numbers; they are changed.
-        dtype: Which dtype.
-        out: Where the rounded ones go.
+        dtype: The stored dtype.
+        out: Where the rounded numbers go.
         odd: Room to work in, as many uint32.
     """
     if dtype != "BF16":

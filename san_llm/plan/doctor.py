@@ -63,7 +63,7 @@ class Finding:
 
 
 def diagnose() -> Iterator[Finding]:
-    """Look at everything, the quick checks first, and give each finding as it is known."""
+    """Give each finding as it is known, of everything there is, the quick checks first."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
         "packages": _packages,

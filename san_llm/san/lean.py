@@ -142,7 +142,7 @@ class RotaryFold:
         return None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and rotate queries and keys (batch, heads, tokens, head_dim)."""
+        """Return queries and keys, scaled and rotated (batch, heads, tokens, head_dim)."""
         adapter = self.adapter()
         assert adapter is not None
         q, k = (
@@ -257,7 +257,7 @@ def _same_rotary(rotary: Any) -> bool:
 
 
 def _take_over(module: Any, forward: Any, fold: Any) -> bool:
-    """Let a fold compute a module's forward, unless somebody else's patch stands there."""
+    """Let a fold compute a module's forward; return False where another patch stands there."""
     if "forward" in vars(module) and not hasattr(module, "san_fold"):
         return False
     module.san_fold = fold

@@ -30,14 +30,14 @@ class Options:
         target_modules: Names of the modules to adapt; or one regular expression over full names;
             None for all projections of the model.
         carrier: What holds the neuron scale: ``scale``, ``lora`` or ``dora``.
-        mode: Where it acts: ``both``, ``neuron`` or ``synapse``.
+        mode: Where the scale acts: ``both``, ``neuron`` or ``synapse``.
         shift: Whether a neuron shift is trained, too.
         links: The kinds of propagation that are switched on.
         adapt_embedding: Whether the embedding's features get a scale, too.
         modules_to_save: Names of modules that are trained and saved whole.
-        rank: Of the low-rank carriers.
-        alpha: Their numerator: ``c = alpha / rank``.
-        dropout: On the input of their low-rank path.
+        rank: The rank of the low-rank carriers.
+        alpha: The numerator of their factor: ``c = alpha / rank``.
+        dropout: The dropout on the input of their low-rank path.
         form: ``lean`` lets neighbours take over scaling where they can, see ``san.lean``; or
             ``plain``.
 

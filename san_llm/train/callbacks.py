@@ -139,7 +139,7 @@ class BadBatches:
         self._in_a_row = 0
 
     def is_bad(self, state: TrainerState, loss: float, norm: float, rate: float) -> bool:
-        """Judge the batch of the step being made; the numbers are the same in all processes.
+        """Whether to skip the batch of the step being made, by numbers that all processes share.
 
         Raises:
             SanError: when it is bad, and not to be skipped.
