@@ -25,11 +25,10 @@ from san_llm.models.weights import (
     SIZES,
     Numbers,
     Stored,
-    narrow,
+    converted,
     raw_numbers,
     read_into,
     stored_bytes,
-    widen,
 )
 
 PIECE = 2**20  # bytes that a thread reads and works out at once
@@ -212,8 +211,7 @@ def _merge(output: Output, opened: Any, first: int, last: int, data: Numbers) ->
         else:
             room = _room("raw", (stored_bytes(source, start, stop),), np.uint8)
             raw = raw_numbers(read_into(opened, source, start, stop, room), source, stop - start)
-            widen(raw, source.dtype, rows)
+            converted(raw, rows)
         if output.merge is not None:
             rows = output.merge(rows, start, stop)
-        odd = _room("odd", rows.shape, np.uint32)
-        narrow(rows, output.dtype, rounded[start - first : stop - first], odd)
+        converted(rows, rounded[start - first : stop - first])

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from san_llm.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# The numbers of weights that are not quantized; bf16 is read as the upper half of an fp32.
+# The numbers of weights that are not quantized.
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 # Bytes of the other kinds of numbers that a file may hold, of which only the place is read.
 OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
@@ -136,44 +137,18 @@ def read_weights(folder: Path) -> list[Stored]:
     raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it{hint}")
 
 
-def widen(raw: Numbers, dtype: str, out: Numbers) -> Numbers:
-    """Return stored numbers in fp32 (``out``): uint16 patterns of bf16, float16 or float32."""
-    if dtype == "BF16":
-        bits = out.view(np.uint32)
-        bits[...] = raw
-        bits <<= 16
-    else:
-        out[...] = raw
+def converted(numbers: Numbers, out: Numbers) -> Numbers:
+    """Return numbers in the dtype of ``out``, rounded to nearest even where it has fewer places."""
+    with np.errstate(over="ignore", invalid="ignore"):  # to infinity, and a NaN to a NaN
+        np.copyto(out, numbers, casting="unsafe")
     return out
 
 
-def narrow(wide: Numbers, dtype: str, out: Numbers, odd: Numbers) -> Numbers:
-    """Return fp32 numbers rounded once, to nearest even, to a stored dtype.
-
-    Args:
-        wide: The numbers; they are changed.
-        dtype: The stored dtype.
-        out: Where the rounded numbers go.
-        odd: Room to work in, as many uint32.
-    """
-    if dtype != "BF16":
-        with np.errstate(over="ignore"):  # to infinity, as every conversion does
-            out[...] = wide
-        return out
-    nan = np.isnan(wide) if wide.size and np.isnan(wide.max()) else None
-    bits = wide.view(np.uint32)
-    np.right_shift(bits, 16, out=odd)
-    odd &= 1
-    odd += 0x7FFF
-    bits += odd
-    bits >>= 16
-    np.copyto(out, bits, casting="unsafe")
-    if nan is not None:
-        out[nan] = 0x7FC0
-    return out
-
-
-RAW: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+RAW: dict[str, Any] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+}
 
 
 def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Numbers:
@@ -188,7 +163,7 @@ def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Number
             file, tensor, first, last, np.empty(stored_bytes(tensor, first, last), np.uint8)
         )
     raw = raw_numbers(data, tensor, last - first)
-    return widen(raw, tensor.dtype, np.empty(raw.shape, np.float32))
+    return converted(raw, np.empty(raw.shape, np.float32))
 
 
 def stored_bytes(tensor: Stored, first: int, last: int) -> int:
@@ -209,7 +184,7 @@ def read_into(file: Any, tensor: Stored, first: int, last: int, data: Numbers) -
 
 
 def raw_numbers(data: Numbers, tensor: Stored, rows: int) -> Numbers:
-    """Return bytes as rows of what numpy has for the tensor's dtype; see :func:`widen`."""
+    """Return bytes as rows of numbers in the tensor's dtype."""
     if tensor.dtype not in SIZES:
         raise InputError(
             f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; only "

@@ -16,24 +16,18 @@ from safetensors.torch import load_file, save_file
 
 from san_llm.errors import InputError
 from san_llm.merge.write import Output, write_weights
-from san_llm.models.weights import INDEX, read_header, read_rows, read_weights
-from san_llm.models.weights import narrow as narrow_into
-from san_llm.models.weights import widen as widen_into
+from san_llm.models.weights import INDEX, RAW, converted, read_header, read_rows, read_weights
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SPECIAL = [0.0, -0.0, 1.0, 65504.0, 65520.0, 3.4e38, 1e-45, -1e-40, np.inf, -np.inf, np.nan]
 
 
-STORED = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}
-
-
-def widen(patterns: np.ndarray, dtype: str) -> np.ndarray:
-    return widen_into(patterns, dtype, np.empty(patterns.shape, np.float32))
+def widen(stored: np.ndarray) -> np.ndarray:
+    return converted(stored, np.empty(stored.shape, np.float32))
 
 
 def narrow(wide: np.ndarray, dtype: str) -> np.ndarray:
-    out, odd = np.empty(wide.shape, STORED[dtype]), np.empty(wide.shape, np.uint32)
-    return narrow_into(wide.copy(), dtype, out, odd)
+    return converted(wide, np.empty(wide.shape, RAW[dtype]))
 
 
 def stored_as(values: np.ndarray, dtype: str) -> torch.Tensor:
@@ -42,7 +36,9 @@ def stored_as(values: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.uint16).numpy().view(RAW["BF16"])
 
 
 @settings(deadline=None, max_examples=200)
@@ -54,17 +50,17 @@ def test_numbers_are_rounded_as_torch_rounds_them(dtype, numbers):
     values = np.array(numbers, dtype=np.float32)
     expected = stored_as(values, dtype)
     found = narrow(values, dtype)
-    assert np.array_equal(widen(found, dtype), expected.float().numpy(), equal_nan=True)
-    assert np.array_equal(widen(raw(expected), dtype), expected.float().numpy(), equal_nan=True)
+    assert np.array_equal(widen(found), expected.float().numpy(), equal_nan=True)
+    assert np.array_equal(widen(raw(expected)), expected.float().numpy(), equal_nan=True)
 
 
 def test_every_bf16_number_survives_the_way_through_fp32():
     patterns = np.arange(2**16, dtype=np.uint16)
-    numbers = widen(patterns, "BF16")
-    back = narrow(numbers, "BF16")
+    numbers = widen(patterns.view(RAW["BF16"]))
+    back = narrow(numbers, "BF16").view(np.uint16)
     finite = ~np.isnan(numbers)
     assert np.array_equal(back[finite], patterns[finite])
-    assert np.isnan(widen(back[~finite], "BF16")).all()
+    assert np.isnan(widen(back[~finite].view(RAW["BF16"]))).all()
 
 
 def some_file(path: Path, dtype: str = "BF16") -> dict[str, torch.Tensor]:
