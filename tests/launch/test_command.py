@@ -447,7 +447,7 @@ def test_a_worker_asks_itself_to_stop_when_its_launcher_is_gone(here: Path) -> N
     (here / "worker.py").write_text(
         "import pathlib, signal, threading\n"
         "from torch.distributed import HashStore\n"
-        "from san_llm import heartbeat\n"
+        "from san_llm.launch import heartbeat\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('asked to stop'))\n"
         "heartbeat.EVERY = 0.1\n"
         "pathlib.Path('ready').touch()\n"
