@@ -135,7 +135,7 @@ def test_a_checkpoint_that_does_not_load_is_one_line(pair):
 
 
 def stock(folder, *options, **environment):
-    script = Path(san_llm.__file__).with_name("stock_logits.py")
+    script = Path(san_llm.merge.run.__file__).with_name("stock_logits.py")
     Path("prompts.json").write_text("[[5, 6, 7]]")
     return subprocess.run(
         [sys.executable, "-P", *options, script, folder, "prompts.json", "logits.safetensors"],
