@@ -1,6 +1,6 @@
 """Write ``docs/scale.md``: memory and traffic of large bases, by the estimator of `san-llm plan`.
 
-``tests/test_plan.py`` holds the page to what the estimator says.
+``tests/plan/test_run.py`` holds the page to what the estimator says.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ PAGES = [
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
 # What cannot run here: the test that runs the same thing in small, or what it would need.
-WORKERS = "tests/test_launch.py::test_two_processes_give_the_weights_of_one"
-LAUNCHERS = "tests/test_launch.py::test_a_launcher_of_the_users_own_trains_as_one"
-ENGINES = "tests/test_engines.py::test_an_engine_gives_the_weights_of_one_process"
+WORKERS = "tests/launch/test_command.py::test_two_processes_give_the_weights_of_one"
+LAUNCHERS = "tests/launch/test_command.py::test_a_launcher_of_the_users_own_trains_as_one"
+ENGINES = "tests/launch/test_engine.py::test_an_engine_gives_the_weights_of_one_process"
 NOT_HERE = {
     "python -m pip install pip-audit": "asks a package index",
     'pip install "transformers[serving]"': "asks a package index",

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A training on two nodes of eight GPUs that goes on by itself after a preemption:
 #     sbatch examples/slurm/train.sh mine.yaml runs/mine [CONFIG.yaml]
-# CONFIG.yaml has the lines of recipes/accelerate/two_nodes.yaml.
+# CONFIG.yaml has the lines that `san-llm recipes copy accelerate/two_nodes` brings.
 # The folder is on a disk that all nodes see. See docs/distributed.md.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
