@@ -16,7 +16,7 @@ import yaml
 
 from san_llm.errors import InputError
 from san_llm.recipe.schema import Recipe
-from san_llm.recipe.shipped import shipped_configs
+from san_llm.recipe.shipped import config_name, shipped_configs
 
 Engine = Literal["DDP", "FSDP2", "DeepSpeed"]
 
@@ -43,7 +43,7 @@ def find_config(text: Path | None) -> Path | None:
     """Return the config file that is meant: one that is there, or a shipped one by its name."""
     if text is None or text.exists():
         return text
-    return shipped_configs().get(str(text), text)
+    return shipped_configs().get(config_name(str(text)), text)
 
 
 def read_config(config: Path) -> dict[str, Any]:

@@ -33,6 +33,11 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted((SHIPPED / "accelerate").glob("*.yaml"))}
 
 
+def config_name(text: str) -> str:
+    """Return the bare name of a shipped config: of ``accelerate/fsdp2`` and ``fsdp2.yaml``, too."""
+    return text.removeprefix("accelerate/").removesuffix(".yaml")
+
+
 def find_shipped(name: str) -> Path:
     """Return the file of a recipe, see :func:`find_recipe`, or of a config for Accelerate.
 
@@ -40,7 +45,7 @@ def find_shipped(name: str) -> Path:
         InputError: naming the nearest shipped file.
     """
     configs = shipped_configs()
-    stem = name.removeprefix("accelerate/").removesuffix(".yaml")
+    stem = config_name(name)
     if stem in configs and not Path(name).exists():
         return configs[stem]
     try:

@@ -1,8 +1,8 @@
-"""Which Linear feeds which: SAN's propagation map, as one table and plain Python.
+"""Which Linear feeds which: SAN's propagation graph of a model, in plain Python.
 
 The synapse scale of a Linear (the posterior) is the neuron scale of another one (the anterior).
-``LINKS`` is that map for a LLaMA block, and ``FAMILIES`` says for each ``model_type`` where it is
-wired otherwise; everything else here looks names up in them.
+``architectures.decoders`` has that map as data, for a LLaMA block and for each ``model_type`` that is
+wired otherwise; here it becomes the graph of one model.
 """
 
 from __future__ import annotations
