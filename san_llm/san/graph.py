@@ -1,7 +1,7 @@
 """Which Linear feeds which: SAN's propagation graph of a model, in plain Python.
 
 The synapse scale of a Linear (the posterior) is the neuron scale of another one (the anterior).
-``architectures.decoders`` has that map as data, for a LLaMA block and for each ``model_type`` that is
+``architectures.decoders`` has that map as data, for a LLaMA block and each family that is
 wired otherwise; here it becomes the graph of one model.
 """
 
