@@ -14,8 +14,9 @@ from typing import Any
 
 from san_llm.errors import InputError
 from san_llm.evaluate.score import Judged, mean_of, standard_error
-from san_llm.evaluate.store import MANIFEST, Stored, read_evaluation
+from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.protocol.published import QUOTED, Quoted
+from san_llm.runs.record import MANIFEST
 
 RESAMPLES = 9999
 LEVEL = 0.95
@@ -112,17 +113,17 @@ def evaluation_folder(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file() and not (path / "recipe.yaml").is_file():
         return path
-    found = sorted(found.parent for found in path.glob(f"eval/*/{MANIFEST}"))
-    of_adapter = [folder for folder in found if folder.name.endswith("-adapter")]
-    for only in (found, of_adapter):
+    folders = sorted(file.parent for file in path.glob(f"eval/*/{MANIFEST}"))
+    of_adapter = [folder for folder in folders if folder.name.endswith("-adapter")]
+    for only in (folders, of_adapter):
         if len(only) == 1:
             return only[0]
-    if found:
-        raise InputError(f"{path}: has {len(found)} evaluations: name one, such as {found[-1]}")
+    if folders:
+        raise InputError(f"{path}: has {len(folders)} evaluations: name one, such as {folders[-1]}")
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
-    how = f" --adapter {path}" if (path / "recipe.yaml").is_file() else ""
-    raise InputError(f"{path}: no finished evaluation in it; `san-llm eval{how}` makes one")
+    options = f" --adapter {path}" if (path / "recipe.yaml").is_file() else ""
+    raise InputError(f"{path}: no finished evaluation in it; `san-llm eval{options}` makes one")
 
 
 def compare(
@@ -162,44 +163,54 @@ def compare(
 
 
 def _check_same(first: Stored, other: Stored, across: bool) -> None:
-    """Refuse a pair that did not answer the same rows in the same way."""
+    """Refuse a pair that was not asked the same question, and say where the two differ."""
+    asked, question = first.manifest.question, other.manifest.question
     pair = f"{first.folder} and {other.folder}"
-    for what in () if across else ("protocol", "prompt"):
-        one, two = first.results[what], other.results[what]
-        if one != two:
+    for what, own, others in (
+        ("protocol", asked.protocol, question.protocol),
+        ("prompt", asked.prompt, question.prompt),
+    ):
+        if own != others and not across:
             raise InputError(
-                f"{pair}: not the same {what}: {one} and {two}; --across compares them still"
+                f"{pair}: not the same {what}: {own} and {others}; --across compares them still"
             )
-    tasks = [list(dict.fromkeys(row.task for row in stored.rows)) for stored in (first, other)]
-    if set(tasks[0]) != set(tasks[1]):
-        raise InputError(
-            f"{pair}: not the same tasks: {', '.join(tasks[0])}; {', '.join(tasks[1])}"
-        )
-    one, two = first.manifest["identity"]["data"], other.manifest["identity"]["data"]
-    for task in tasks[0]:
-        for key, what in (("sha256", "another test file"), ("rows", "another number of rows")):
-            if one[task][key] != two[task][key]:
-                counts = f" ({one[task]['rows']:,} and {two[task]['rows']:,})" * (key == "rows")
-                raise InputError(f"{pair}: not the same rows: {task} has {what}{counts}")
+    if asked.rows == question.rows:
+        return
+    data, other_data = first.manifest.identity.data, other.manifest.identity.data
+    if data.keys() != other_data.keys():
+        raise InputError(f"{pair}: not the same tasks: {', '.join(data)}; {', '.join(other_data)}")
+    for task, rows in data.items():
+        if rows.sha256 != other_data[task].sha256:
+            raise InputError(f"{pair}: not the same rows: {task} has another test file")
+        if rows.rows != other_data[task].rows:
+            counts = f"({rows.rows:,} and {other_data[task].rows:,})"
+            raise InputError(
+                f"{pair}: not the same rows: {task} has another number of rows {counts}"
+            )
 
 
 def _notes(first: Stored, other: Stored) -> list[str]:
     """Return what the two differ in that may change an answer, besides model and adapter."""
-    one, two = first.manifest["identity"], other.manifest["identity"]
+    own, others = first.manifest.identity, other.manifest.identity
     notes = []
-    for part in ("protocol", "load", "versions"):
-        names = one[part] | two[part]
-        for name in names:
-            values = one[part].get(name, "absent"), two[part].get(name, "absent")
-            if values[0] != values[1] and name not in ("name", "prompt"):  # the legend says these
-                notes.append(f"{name} {values[1]}, not {values[0]}")
+    for values, other_values in (
+        (own.protocol.written, others.protocol.written),
+        (own.load.written, others.load.written),
+        (own.versions, others.versions),
+    ):
+        for name in values | other_values:
+            pair = values.get(name, "absent"), other_values.get(name, "absent")
+            if pair[0] != pair[1] and name not in ("name", "prompt"):  # the legend says these
+                notes.append(f"{name} {pair[1]}, not {pair[0]}")
+    shared = own.model_fields_set & others.model_fields_set
     for key in ("batch_size", "processes"):  # there where they can change a last bit
-        if key in one and key in two and one[key] != two[key]:
-            theirs, own = ("chosen by memory" if e[key] is None else e[key] for e in (two, one))
-            notes.append(f"{key.replace('_', ' ')} {theirs}, not {own}")
-    if one["device"] != two["device"]:
-        notes.append(f"on {two['device']}, not {one['device']}")
-    if one["code"] != two["code"]:
+        pair = getattr(own, key), getattr(others, key)
+        if key in shared and pair[0] != pair[1]:
+            words = ["chosen by memory" if count is None else count for count in pair]
+            notes.append(f"{key.replace('_', ' ')} {words[1]}, not {words[0]}")
+    if own.device != others.device:
+        notes.append(f"on {others.device}, not {own.device}")
+    if own.code != others.code:
         notes.append("measured by another state of san-llm's code")
     return notes
 
@@ -214,9 +225,9 @@ def _run(first: Stored, other: Stored, metric: str) -> Run:
     same = other is first
     return Run(
         name=str(other.folder),
-        about=str(other.results["title"]),
-        protocol=str(other.results["protocol"]),
-        prompt=str(other.results["prompt"]),
+        about=other.results.title,
+        protocol=other.results.protocol,
+        prompt=other.results.prompt,
         accuracies=accuracies,
         unparseable=sum(row.parsed is None for row in other.rows),
         differences=() if same else _differences(_right(first.rows, metric), right),

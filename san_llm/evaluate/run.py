@@ -110,7 +110,7 @@ def _keep(
         answered_before=answered_before,
     )
     with whole_folder(output, task.overwrite) as temporary:
-        results = result.to_json() | {"sha256": task.questions.sha256}
+        results = result.results.model_copy(update={"sha256": task.questions.sha256})
         digest = write_evaluation(temporary, judged, results, about)
     progress.finish(output, digest)
     return result

@@ -3,12 +3,9 @@
 While it runs, rows are appended to files in the cache, in a folder named by the evaluation's key,
 which is the hash of all that its answers depend on. So whatever stops it, the same evaluation goes
 on there, and any other does not see them. A finished one is the user's folder, which appears whole:
-
-    rows.jsonl     one line a row: the exact prompt, output, answers and scores
-    results.json   accuracies
-    manifest.json  the key and what it is made of, versions, and the sha256 of rows.jsonl
-
-The cache then only remembers where that folder is.
+``rows.jsonl``, one line a row, with the exact prompt, output, answers and scores; and the results
+and the manifest, with the sha256 of the rows, that ``runs.record`` writes. The cache then only
+remembers where that folder is.
 """
 
 from __future__ import annotations
@@ -24,15 +21,21 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
-from san_llm.errors import InputError, first_mistake
+from san_llm.errors import InputError
 from san_llm.evaluate.score import Judged
-from san_llm.files import cache_folder, key_of, sha256_of, write_json
+from san_llm.files import cache_folder, key_of, read_json, sha256_of, write_json
 from san_llm.progress import say
-from san_llm.runs.record import _Manifest, _Results
+from san_llm.runs.record import (
+    EvaluationManifest,
+    EvaluationResults,
+    read_evaluation_manifest,
+    read_results,
+    write_evaluation_manifest,
+    write_results,
+)
 
-ROWS, RESULTS, MANIFEST = "rows.jsonl", "results.json", "manifest.json"
+ROWS = "rows.jsonl"
 _FINISHED, _IDENTITY = "finished.json", "identity.json"
 
 
@@ -43,25 +46,32 @@ class Stored:
     Attributes:
         folder: Where it is.
         rows: All rows, in the order of tasks and files.
-        results: What ``results.json`` says.
-        manifest: What ``manifest.json`` says.
+        results: What it came to.
+        manifest: What it is made of.
     """
 
     folder: Path
     rows: tuple[Judged, ...]
-    results: Mapping[str, Any]
-    manifest: Mapping[str, Any]
+    results: EvaluationResults
+    manifest: EvaluationManifest
 
 
 def write_evaluation(
-    folder: Path, rows: Sequence[Judged], results: Mapping[str, Any], facts: Mapping[str, Any]
+    folder: Path, rows: Sequence[Judged], results: EvaluationResults, facts: Mapping[str, Any]
 ) -> str:
-    """Write an evaluation's three files and return the sha256 of its rows."""
+    """Write an evaluation's three files and return the sha256 of its rows.
+
+    Args:
+        folder: The folder to write into; it exists.
+        rows: All rows, in the order of tasks and files.
+        results: What they come to.
+        facts: What the manifest says besides.
+    """
     with (folder / ROWS).open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
     digest = sha256_of(folder / ROWS)
-    write_json(folder / RESULTS, results)
-    write_json(folder / MANIFEST, {**facts, "rows": len(rows), "rows_sha256": digest})
+    write_results(folder, results)
+    write_evaluation_manifest(folder, {**facts, "rows": len(rows), "rows_sha256": digest})
     return digest
 
 
@@ -71,18 +81,13 @@ def read_evaluation(folder: Path) -> Stored:
     Raises:
         InputError: when the folder holds none, or its rows are not those that were written.
     """
-    manifest, results = _read_object(folder / MANIFEST), _read_object(folder / RESULTS)
-    for model, name, values in ((_Manifest, MANIFEST, manifest), (_Results, RESULTS, results)):
-        try:
-            model.model_validate(values)
-        except ValidationError as error:
-            raise InputError(f"{folder / name}: {first_mistake(error)}") from None
+    manifest, results = read_evaluation_manifest(folder), read_results(folder)
     path = folder / ROWS
     try:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if sha256_of(path) != manifest.get("rows_sha256"):
+    if sha256_of(path) != manifest.rows_sha256:
         raise InputError(f"{path}: not the rows that were written: its sha256 is another")
     try:
         # Not splitlines(): a text may hold other line ends than the one between rows.
@@ -91,20 +96,6 @@ def read_evaluation(folder: Path) -> Stored:
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: not rows of an evaluation") from None
     return Stored(folder, rows, results, manifest)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"{path.parent}: not a finished evaluation: no {path.name} in it"
-        ) from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object")
-    return value
 
 
 class Progress:
@@ -133,12 +124,13 @@ class Progress:
     def finished(self) -> Stored | None:
         """Return the finished evaluation of this key, if it is still what it was."""
         try:
-            note = _read_object(self.folder / _FINISHED)
+            note = read_json(self.folder / _FINISHED)
             stored = read_evaluation(Path(note["folder"]))
         except (InputError, KeyError, TypeError, ValueError):
             return None
-        same = stored.manifest.get("key") == self.folder.name
-        return stored if same and stored.manifest["rows_sha256"] == note["rows_sha256"] else None
+        manifest = stored.manifest
+        same = manifest.key == self.folder.name
+        return stored if same and manifest.rows_sha256 == note.get("rows_sha256") else None
 
     def finish(self, folder: Path, rows_sha256: str) -> None:
         """Remember where the finished evaluation is, and forget the rows here."""

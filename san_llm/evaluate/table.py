@@ -12,6 +12,7 @@ from rich.table import Table
 from san_llm.evaluate.questions import Settings
 from san_llm.evaluate.score import Judged, TaskScore, average, average_norm
 from san_llm.evaluate.store import ROWS
+from san_llm.runs.record import Accuracy, EvaluationResults, TaskAccuracy, UnparseableExample
 from san_llm.shown import percent
 
 EXAMPLES = 3  # outputs without an answer that are shown
@@ -25,7 +26,7 @@ class EvalResult:
     Attributes:
         scores: One a task.
         settings: How rows were asked.
-        output: The folder with ``rows.jsonl``, ``results.json`` and ``manifest.json``.
+        output: The evaluation's folder.
         about: What was evaluated: model, adapter, data, limit.
         unparseable: The rows without an answer.
         notes: What a reader of the scores should know.
@@ -34,7 +35,7 @@ class EvalResult:
     scores: tuple[TaskScore, ...]
     settings: Settings
     output: str
-    about: Mapping[str, object]
+    about: Mapping[str, Any]
     unparseable: tuple[Judged, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -43,29 +44,34 @@ class EvalResult:
         """The file with every row."""
         return f"{self.output}/{ROWS}"
 
+    @property
+    def results(self) -> EvaluationResults:
+        """What is written down of it."""
+        mean, error = average(self.scores)
+        mean_norm, error_norm = average_norm(self.scores) or (None, None)
+        return EvaluationResults(
+            **self.about,
+            protocol=self.settings.protocol,
+            prompt=self.settings.prompt,
+            strict=self.settings.strict,
+            output=self.output,
+            tasks=tuple(TaskAccuracy(**asdict(score)) for score in self.scores),
+            average=Accuracy(
+                accuracy=mean,
+                standard_error=error,
+                accuracy_norm=mean_norm,
+                standard_error_norm=error_norm,
+            ),
+            unparseable_examples=tuple(
+                UnparseableExample(task=row.task, row=row.row, output=row.output)
+                for row in self.unparseable[:EXAMPLES]
+            ),
+            notes=self.notes,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; accuracies are fractions of 1."""
-        mean, error = average(self.scores)
-        norm = average_norm(self.scores)
-        return {
-            **self.about,
-            "protocol": self.settings.protocol,
-            "prompt": self.settings.prompt,
-            "strict": self.settings.strict,
-            "output": self.output,
-            "tasks": [asdict(score) for score in self.scores],
-            "average": {
-                "accuracy": mean,
-                "standard_error": error,
-                "accuracy_norm": norm[0] if norm else None,
-                "standard_error_norm": norm[1] if norm else None,
-            },
-            "unparseable_examples": [
-                {"task": row.task, "row": row.row, "output": row.output}
-                for row in self.unparseable[:EXAMPLES]
-            ],
-            "notes": list(self.notes),
-        }
+        return self.results.written
 
 
 def table(result: EvalResult) -> Table:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import LEVEL, Change, Comparison, compare
@@ -19,6 +19,7 @@ from san_llm.evaluate.compare_tables import Grid, p_value, points
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing
+from san_llm.runs.record import ADAPTER_WEIGHTS, Accuracy, Question
 from san_llm.shown import with_error
 
 CHANGED = 10  # answers that are shown
@@ -34,16 +35,19 @@ class Evaluated:
     Attributes:
         stored: Its rows, results and manifest.
         of: What was evaluated.
-        made: When, as ISO 8601.
         question: What was asked, and how: equal where two can be compared.
         command: What repeats it, of the last run.
     """
 
     stored: Stored
     of: Of
-    made: str
-    question: tuple[Any, ...]
+    question: Question
     command: str
+
+    @property
+    def made(self) -> str:
+        """When, as ISO 8601."""
+        return self.stored.manifest.made
 
 
 @dataclass(frozen=True)
@@ -84,36 +88,31 @@ class Judgement:
 
 def read_evaluations(facts: Facts) -> tuple[list[Evaluated], list[Missing]]:
     """Return a run's evaluations, the oldest first, and what is wrong with those left out."""
-    found, wrong = [], []
+    whole, wrong = [], []
     for folder in sorted(path for path in facts.folder.glob("eval/*") if path.is_dir()):
         try:
-            found.append(_evaluated(read_evaluation(folder), facts))
+            whole.append(_evaluated(read_evaluation(folder), facts))
         except InputError as error:
             wrong.append(Missing(f"An evaluation is left out: {error}."))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             wrong.append(Missing(f"An evaluation is left out: {folder}: not one of san-llm's."))
-    return sorted(found, key=lambda one: one.made), wrong
+    return sorted(whole, key=lambda evaluated: evaluated.made), wrong
 
 
 def _evaluated(stored: Stored, facts: Facts) -> Evaluated:
-    results, identity = stored.results, stored.manifest["identity"]
-    _check(stored.rows, {task: found["rows"] for task, found in identity["data"].items()})
+    results, manifest = stored.results, stored.manifest
+    if not (results.model and results.data and manifest.made):
+        raise ValueError("does not say of what it is")
+    _check(stored.rows, {task: asked.rows for task, asked in manifest.identity.data.items()})
     of: Of = "another model"
-    if results["adapter"]:
+    if results.adapter:
         known = facts.manifest.sha256.adapter
-        if known in (None, identity["adapter"]["adapter_model.safetensors"]):
+        if known in (None, (manifest.identity.adapter or {})[ADAPTER_WEIGHTS]):
             of = "adapter"
-    elif results["model"] == facts.recipe.base.model:
+    elif results.model == facts.recipe.base.model:
         of = "base"
-    how = identity["protocol"]
-    asked = tuple((task, *sorted(rows.items())) for task, rows in sorted(identity["data"].items()))
-    return Evaluated(
-        stored,
-        of,
-        str(stored.manifest["made"]),
-        (how["name"], how["prompt"], asked),
-        shlex.join(["san-llm", "eval", *_options(stored, facts)]),
-    )
+    command = shlex.join(["san-llm", "eval", *_options(stored, facts)])
+    return Evaluated(stored, of, manifest.question, command)
 
 
 def _check(rows: Iterable[Judged], counts: Mapping[str, int]) -> None:
@@ -127,28 +126,29 @@ def _check(rows: Iterable[Judged], counts: Mapping[str, int]) -> None:
 
 def _options(stored: Stored, facts: Facts) -> list[str]:
     """Return the options of ``san-llm eval`` that differ from what the recipe says anyway."""
-    results, identity = stored.results, stored.manifest["identity"]
-    recipe, how = facts.recipe, identity["protocol"]
-    defaults = recipe.evaluation
-    tasks = ",".join(identity["data"])
+    results, manifest = stored.results, stored.manifest
+    identity, recipe = manifest.identity, facts.recipe
+    asking, defaults = identity.protocol, recipe.evaluation
+    tasks = ",".join(identity.data)
     pairs = [
-        ("--protocol", how["name"], "generate"),
+        ("--protocol", asking.name, "generate"),
         ("--tasks", tasks, ",".join(defaults.tasks)),
-        ("--data", results["data"], defaults.data),
-        ("--prompt", how["prompt"], defaults.prompt or recipe.data.prompt),
-        ("--limit", results["limit"], defaults.limit),
-        ("--dtype", identity["load"]["dtype"], recipe.base.dtype),
-        ("--batch-size", stored.manifest["batch_size"], None),
-        ("--processes", stored.manifest["processes"], 1),
+        ("--data", results.data, defaults.data),
+        ("--prompt", asking.prompt, defaults.prompt or recipe.data.prompt),
+        ("--limit", results.limit, defaults.limit),
+        ("--dtype", identity.load.dtype, recipe.base.dtype),
+        ("--batch-size", manifest.batch_size, None),
+        ("--processes", manifest.processes, 1),
     ]
-    found = [
+    options = [
         word
         for option, value, default in pairs
         if value != default and value is not None
         for word in (option, str(value))
     ]
-    flags = [f"--{name.replace('_', '-')}" for name in ("strict", "answers_only") if how.get(name)]
-    return [*([] if results["adapter"] else ["--base-only"]), *found, *flags]
+    flags = [("--strict", asking.strict), ("--answers-only", asking.answers_only)]
+    options += [flag for flag, given in flags if given]
+    return [*([] if results.adapter else ["--base-only"]), *options]
 
 
 def judge(own: Iterable[Evaluated], others: Iterable[Evaluated] = ()) -> list[Judgement]:
@@ -224,21 +224,18 @@ def table(judgement: Judgement) -> list[Grid]:
     """Return accuracies in percent with standard errors, beside the base's if it was asked."""
     if not judgement.comparisons:
         results = judgement.adapter.stored.results
-        scores = [*((task["task"], task) for task in results["tasks"])]
-        total = {
-            key: sum(int(task[key]) for task in results["tasks"]) for key in ("n", "unparseable")
-        }
-        scores.append(("average", results["average"] | total))
-        rows = tuple(
-            (
-                *(str(name), f"{score['n']:,}"),
-                *(with_error(score["accuracy"], score["standard_error"]),),
-                f"{score['unparseable']:,}",
-            )
-            for name, score in scores
+        asked = sum(task.n for task in results.tasks)
+        lost = sum(task.unparseable for task in results.tasks)
+        rows = (
+            *(_line(task.task, task, task.n, task.unparseable) for task in results.tasks),
+            _line("average", results.average, asked, lost),
         )
         return [Grid("Accuracy, percent", ("task", "rows", "adapted", "no answer"), rows)]
     return [_beside(comparison) for comparison in judgement.comparisons]
+
+
+def _line(name: str, score: Accuracy, asked: int, lost: int) -> tuple[str, ...]:
+    return name, f"{asked:,}", with_error(score.accuracy, score.standard_error), f"{lost:,}"
 
 
 def _beside(comparison: Comparison) -> Grid:
@@ -266,16 +263,16 @@ def _beside(comparison: Comparison) -> Grid:
 def overview(evaluated: Iterable[Evaluated]) -> Grid:
     """Return every evaluation in a line."""
     rows = []
-    for one in evaluated:
-        results: Mapping[str, Any] = one.stored.results
-        average = results["average"]
-        lost = sum(row.parsed is None for row in one.stored.rows)
+    for evaluation in evaluated:
+        stored, question = evaluation.stored, evaluation.question
+        average = stored.results.average
+        lost = sum(row.parsed is None for row in stored.rows)
         rows.append(
             (
-                *(one.stored.folder.name, one.of, Path(str(results["data"])).name),
-                *(str(one.question[0]), str(one.question[1]), f"{len(one.stored.rows):,}"),
-                *(with_error(average["accuracy"], average["standard_error"]), f"{lost:,}"),
-                one.made,
+                *(stored.folder.name, evaluation.of, Path(stored.results.data).name),
+                *(question.protocol, question.prompt, f"{len(stored.rows):,}"),
+                *(with_error(average.accuracy, average.standard_error), f"{lost:,}"),
+                evaluation.made,
             )
         )
     header = (

@@ -6,18 +6,15 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from san_llm.errors import InputError, SanError, first_mistake
-from san_llm.files import read_json
+from san_llm.errors import SanError
 from san_llm.look.diff import DiffResult, diff
 from san_llm.models.cards import trained_on
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.folder import read_log, recipe_of
 from san_llm.runs.listing import Run, look_at
-from san_llm.runs.record import Manifest, Metrics
+from san_llm.runs.record import Metrics, RunManifest, read_metrics, read_run_manifest
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,6 @@ class Missing:
     command: str = ""
 
 
-_Kind = TypeVar("_Kind", bound=BaseModel)
-
-
 @dataclass(frozen=True)
 class Facts:
     """One run.
@@ -44,8 +38,7 @@ class Facts:
         folder: Its.
         run: Its status, steps, best loss and size.
         recipe: As it ran.
-        manifest: Versions, device, hashes.
-        written: All of the manifest, as it stands; empty before the training's start.
+        manifest: Versions, device, hashes; nothing before the training's start.
         metrics: What training came to; None before its end.
         log: Its entries, a step or a held-out loss each.
         scales: What happened to the neuron scales; None where there are none to be read.
@@ -55,8 +48,7 @@ class Facts:
     folder: Path
     run: Run
     recipe: Recipe
-    manifest: Manifest
-    written: Mapping[str, Any]
+    manifest: RunManifest
     metrics: Metrics | None
     log: tuple[Mapping[str, Any], ...]
     scales: DiffResult | None
@@ -84,9 +76,7 @@ def read_facts(folder: Path) -> Facts:
     """
     recipe = recipe_of(folder)
     run = look_at(folder)
-    written, came_to = (_object(folder / name) for name in ("manifest.json", "metrics.json"))
-    manifest = _as(Manifest, written, folder / "manifest.json")
-    metrics = _as(Metrics, came_to, folder / "metrics.json") if came_to else None
+    manifest, metrics = read_run_manifest(folder), read_metrics(folder)
     missing = []
     log = tuple(read_log(folder))
     if run.status == "running":
@@ -106,15 +96,4 @@ def read_facts(folder: Path) -> Facts:
             scales = diff(folder)
         except SanError as error:
             missing.append(Missing(f"Its neuron scales cannot be shown: {error}."))
-    return Facts(folder, run, recipe, manifest, written, metrics, log, scales, tuple(missing))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _as(kind: type[_Kind], values: Mapping[str, Any], path: Path) -> _Kind:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_mistake(error)}") from None
+    return Facts(folder, run, recipe, manifest, metrics, log, scales, tuple(missing))

@@ -24,11 +24,15 @@ from san_llm.models.scales import neuron_scales
 from san_llm.models.weights import Numbers
 from san_llm.recipe.schema import Base
 from san_llm.runs.folder import adapter_of, read_log, recipe_of
+from san_llm.runs.record import (
+    Accuracy,
+    EvaluationResults,
+    evaluations_of,
+    read_made,
+    read_results,
+)
 from san_llm.san.formulas import carried
 from san_llm.san.graph import Node, propagation_graph
-
-# What two evaluations must have in common for their scores to stand side by side.
-SAME = ("model", "data", "limit", "protocol", "prompt", "strict")
 
 
 @dataclass(frozen=True)
@@ -244,59 +248,58 @@ def block_maps(
 
 
 def _scores(run: Path, left_out: list[str]) -> Scores | None:
-    found = []
-    for file in sorted(run.glob("eval/*/results.json")):
+    evaluated = []
+    for folder in evaluations_of(run):
         try:
-            made = str(read_json(file.with_name("manifest.json")).get("made"))
-            found.append((made, read_json(file)))
+            evaluated.append((read_made(folder), read_results(folder)))
         except InputError as error:
             left_out.append(f"scores: {error}")
-    found.sort(key=lambda pair: pair[0])
-    after = next((one for _, one in reversed(found) if one.get("adapter")), None)
+    evaluated.sort(key=lambda pair: pair[0])
+    after = next((results for _, results in reversed(evaluated) if results.adapter), None)
     if after is None:
         left_out.append(f"scores: not evaluated yet: `san-llm eval --adapter {run / 'adapter'}`")
         return None
-    same = [one for _, one in found if not one.get("adapter") and _comparable(one, after)]
+    same = [
+        results
+        for _, results in evaluated
+        if not results.adapter and _measured(results) == _measured(after)
+    ]
     before = same[-1] if same else None
     if before is None:
         left_out.append("scores of the base: not evaluated so: `san-llm eval --base-only`")
-    try:
-        return _side_by_side(before, after)
-    except (KeyError, TypeError, ValueError):
-        left_out.append(f"scores: not the results of an evaluation: {after.get('output')}")
-        return None
+    return _side_by_side(before, after)
 
 
-def _comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    def rows(results: Mapping[str, Any]) -> list[Any]:
-        return [(task.get("task"), task.get("n")) for task in results.get("tasks", ())]
+def _measured(results: EvaluationResults) -> tuple[object, ...]:
+    """Return what two evaluations must have in common for their scores to stand side by side.
 
-    return all(one.get(key) == other.get(key) for key in SAME) and rows(one) == rows(other)
+    It is another rule than their ``Question``. The model must be the same, which is the adapter's
+    own base, and so must ``strict``, as no note beside a drawing says what else differs. And the
+    data go by their name and count: no row is compared with another, so that the results alone
+    tell enough, whatever the manifest says.
+    """
+    asked = (results.data, results.limit, results.protocol, results.prompt, results.strict)
+    return (results.model, *asked, *((task.task, task.n) for task in results.tasks))
 
 
-def _side_by_side(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Scores:
-    def pair(entry: Mapping[str, Any]) -> tuple[float, float | None]:
-        error = entry["standard_error"]
-        return float(entry["accuracy"]), None if error is None else float(error)
+def _side_by_side(before: EvaluationResults | None, after: EvaluationResults) -> Scores:
+    def pair(score: Accuracy) -> tuple[float, float | None]:
+        return score.accuracy, score.standard_error
 
-    def lost(results: Mapping[str, Any]) -> int:
-        return sum(int(task["unparseable"]) for task in results["tasks"])
+    def lost(results: EvaluationResults) -> int:
+        return sum(task.unparseable for task in results.tasks)
 
     tasks = [
-        Score(
-            str(task["task"]),
-            None if before is None else pair(before["tasks"][number]),
-            pair(task),
-        )
-        for number, task in enumerate(after["tasks"])
+        Score(task.task, None if before is None else pair(before.tasks[number]), pair(task))
+        for number, task in enumerate(after.tasks)
     ]
     if len(tasks) > 1:
-        old = None if before is None else pair(before["average"])
-        tasks.append(Score("average", old, pair(after["average"])))
+        old = None if before is None else pair(before.average)
+        tasks.append(Score("average", old, pair(after.average)))
     return Scores(
         tuple(tasks),
-        sum(int(task["n"]) for task in after["tasks"]),
-        str(after["data"]),
-        str(after["protocol"]),
+        sum(task.n for task in after.tasks),
+        after.data,
+        after.protocol,
         (None if before is None else lost(before), lost(after)),
     )

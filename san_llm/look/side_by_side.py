@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.filesize import decimal
 
@@ -15,6 +14,7 @@ from san_llm.look.evaluations import Evaluated, metrics_of
 from san_llm.look.facts import Missing
 from san_llm.look.story import Part
 from san_llm.recipe.schema import leaves
+from san_llm.runs.record import Question
 from san_llm.shown import duration, shown
 
 
@@ -91,21 +91,22 @@ def _recipes(parts: Sequence[Part]) -> Grid | None:
 
 
 def _compared(parts: Sequence[Part]) -> Iterator[Compared]:
-    asked: dict[tuple[Any, ...], list[tuple[str, Evaluated]]] = {}
+    asked: dict[Question, list[tuple[str, Evaluated]]] = {}
     for part in parts:
         for judgement in part.judgements:
-            one = judgement.adapter
-            asked.setdefault(one.question, []).append((part.label, one))
-    for (protocol, prompt, _), group in asked.items():
+            evaluated = judgement.adapter
+            asked.setdefault(evaluated.question, []).append((part.label, evaluated))
+    for question, group in asked.items():
         if len(group) < 2:
             continue
-        folders = [one.stored.folder for _, one in group]
+        folders = [evaluated.stored.folder for _, evaluated in group]
         first = group[0][1].stored
-        found = [compare(folders, metric) for metric in metrics_of(first)]
+        comparisons = [compare(folders, metric) for metric in metrics_of(first)]
         names = [name for name, _ in group]
-        data = Path(str(first.results["data"])).name
+        data = Path(first.results.data).name
         yield Compared(
-            f"{len(first.rows):,} rows of {data}, protocol {protocol}, prompts {prompt}:",
-            tuple(grid for one in found for grid in grids(one, names)),
-            found[0].notes,
+            f"{len(first.rows):,} rows of {data}, protocol {question.protocol}, "
+            f"prompts {question.prompt}:",
+            tuple(grid for comparison in comparisons for grid in grids(comparison, names)),
+            comparisons[0].notes,
         )

@@ -20,6 +20,7 @@ from san_llm.look.numbers import numbers_of
 from san_llm.look.plots import as_svg, check_matplotlib, figures
 from san_llm.look.repeat import Step, steps
 from san_llm.recipe.schema import leaves
+from san_llm.runs.record import MANIFEST
 from san_llm.shown import duration, percent, shown, with_error
 
 LOSSES = 12  # rows of the table beside the curves
@@ -142,19 +143,19 @@ def _came_to(facts: Facts) -> str:
 def _scored(judgement: Judgement) -> str:
     results = judgement.adapter.stored.results
     count = len(judgement.adapter.stored.rows)
-    tasks = len(results["tasks"])
-    asked = f"over {tasks} tasks" if tasks > 1 else f"on {results['tasks'][0]['task']}"
-    asked += f" ({count:,} rows of {Path(str(results['data'])).name})"
+    tasks = len(results.tasks)
+    asked = f"over {tasks} tasks" if tasks > 1 else f"on {results.tasks[0].task}"
+    asked += f" ({count:,} rows of {Path(results.data).name})"
     if not judgement.comparisons:
-        average = results["average"]
-        return f"Accuracy {asked}: {_percent(average['accuracy'], average['standard_error'])}."
+        average = results.average
+        return f"Accuracy {asked}: {_percent(average.accuracy, average.standard_error)}."
     base, adapted = judgement.comparisons[0].runs
-    found = adapted.differences[-1]
-    interval = f"{LEVEL:.0%} interval {points(found.low)} to {points(found.high)}"
+    change = adapted.differences[-1]
+    interval = f"{LEVEL:.0%} interval {points(change.low)} to {points(change.high)}"
     return (
         f"Accuracy {asked}: {_percent(*base.accuracies['average'])} before, "
-        f"{_percent(*adapted.accuracies['average'])} after; {points(found.difference)} points "
-        f"({interval}; McNemar's p over all rows {p_value(found.p)})."
+        f"{_percent(*adapted.accuracies['average'])} after; {points(change.difference)} points "
+        f"({interval}; McNemar's p over all rows {p_value(change.p)})."
     )
 
 
@@ -186,8 +187,8 @@ def _number(entry: Mapping[str, Any], key: str, how: str) -> str:
 
 
 def _manifest(facts: Facts) -> Grid | None:
-    rows = tuple((key, shown(value)) for key, value in leaves(dict(facts.written)).items())
-    return Grid("manifest.json", ("key", "value"), rows) if rows else None
+    rows = tuple((key, shown(value)) for key, value in leaves(facts.manifest.written).items())
+    return Grid(MANIFEST, ("key", "value"), rows) if rows else None
 
 
 def _costs(facts: Facts) -> Grid:

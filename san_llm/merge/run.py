@@ -24,10 +24,15 @@ from san_llm.merge.stream import Merged
 from san_llm.merge.write import write_weights
 from san_llm.models.cards import model_card
 from san_llm.models.hub import push
-from san_llm.models.subject import MERGE_MANIFEST
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
-from san_llm.runs.record import MergeResult, VerifyResult, manifest
+from san_llm.runs.record import (
+    MergeManifest,
+    MergeResult,
+    VerifyResult,
+    manifest,
+    write_merge_manifest,
+)
 
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -62,7 +67,8 @@ def merge(request: MergeRequest) -> MergeResult:
             result = replace(result, gguf=str(output / file.name))
             sums[file.name] = sha256_of(file)
         write_text(folder / "README.md", model_card(result, recipe, task.adapter.method))
-        facts = manifest(
+        facts = MergeManifest(
+            **manifest(),
             base=task.found.base.model,
             prompt=recipe.data.prompt if recipe else None,
             sha256={
@@ -71,7 +77,7 @@ def merge(request: MergeRequest) -> MergeResult:
                 **sums,
             },
         )
-        write_json(folder / MERGE_MANIFEST, facts)
+        write_merge_manifest(folder, facts)
         if request.verified:
             result = replace(result, verified=_verified(task, folder))
     if request.push_to is not None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from san_llm import __version__
 from san_llm.errors import InputError, first_line
-from san_llm.files import read_json, sha256_of, write_text
+from san_llm.files import sha256_of, write_text
 from san_llm.models.download import model_folder
 from san_llm.protocol.prompts import PromptStyle, evaluation_prompt
 from san_llm.recipe.read import to_yaml
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.folder import recipe_of
-from san_llm.runs.record import MergeResult
+from san_llm.runs.record import METRICS, Accuracy, EvaluationResults, MergeResult, read_metrics
 from san_llm.shown import with_error
 
 CARD = "README.md"
@@ -32,10 +32,15 @@ def write_card(run: Path, folder: Path) -> None:
     Args:
         run: The run, with its recipe and metrics.
         folder: The adapter's folder, which may not have its name yet.
+
+    Raises:
+        InputError: when the folder is not a run, or has no metrics yet.
     """
     from huggingface_hub import ModelCardData
 
-    recipe, metrics = recipe_of(run), read_json(run / "metrics.json")
+    recipe, metrics = recipe_of(run), read_metrics(run)
+    if metrics is None:
+        raise InputError(f"{run}: no {METRICS} in it, so its training has not come to its end")
     method, base = recipe.method.name, recipe.base.model
     named = f"  # san-llm download {base}" if model_folder(base) else ""
     load = [
@@ -55,7 +60,7 @@ def write_card(run: Path, folder: Path) -> None:
         tags=[method, "san-llm"],
         model_name=recipe.name,
     )
-    loss = metrics["held_out_loss"]
+    loss = metrics.held_out_loss
     lines = [
         "---",
         head.to_yaml().rstrip(),
@@ -64,8 +69,8 @@ def write_card(run: Path, folder: Path) -> None:
         f"# {recipe.name}",
         "",
         f"A {method} adapter over `{recipe.base.model}`, trained by san-llm {__version__}: "
-        f"{metrics['trained_numbers']:,} numbers, {metrics['steps']:,} steps, "
-        f"{metrics['rows']:,} rows of {trained_on(recipe)}.",
+        f"{metrics.trained_numbers:,} numbers, {metrics.steps:,} steps, "
+        f"{metrics.rows:,} rows of {trained_on(recipe)}.",
         *([] if loss is None else ["", f"Loss on held-out rows: {loss:.4f} a token."]),
         "",
         _BEGIN,
@@ -80,7 +85,7 @@ def write_card(run: Path, folder: Path) -> None:
     write_text(folder / CARD, "\n".join(lines) + "\n")
 
 
-def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
+def add_scores(adapter: Path, name: str, results: EvaluationResults) -> None:
     """Put an evaluation's scores into an adapter's card, in place of earlier ones.
 
     One that was made without a card gets none.
@@ -88,7 +93,7 @@ def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
     Args:
         adapter: The adapter's folder.
         name: What the model is called where the card does not say it.
-        results: What is in the evaluation's ``results.json``.
+        results: What the evaluation came to.
 
     Raises:
         InputError: when the card's head is not what the hub reads.
@@ -104,25 +109,24 @@ def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         first = first_line(error)
         raise InputError(f"{path}: cannot be read as a model card: {first}") from None
-    data = Path(results["data"]).name  # where it lies is nothing to a reader
-    about = f"{data} rows, protocol {results['protocol']}, prompts {results['prompt']}"
+    data = Path(results.data).name  # where it lies is nothing to a reader
+    about = f"{data} rows, protocol {results.protocol}, prompts {results.prompt}"
     head: Any = card.data
     head.model_name = head.model_name or name
     head.eval_results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=task["task"],
-            dataset_name=f"{task['task']} ({data})",
+            dataset_type=task.task,
+            dataset_name=f"{task.task} ({data})",
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=f"accuracy ({results['protocol']})",
-            metric_value=round(task["accuracy"], 4),
+            metric_name=f"accuracy ({results.protocol})",
+            metric_value=round(task.accuracy, 4),
         )
-        for task in results["tasks"]
+        for task in results.tasks
     ]
-    rows = [_row(task["task"], task) for task in results["tasks"]]
-    total = sum(task["n"] for task in results["tasks"])
-    rows.append(_row("**average**", results["average"] | {"n": total}))
+    rows = [_row(task.task, task, task.n) for task in results.tasks]
+    rows.append(_row("**average**", results.average, sum(task.n for task in results.tasks)))
     top = [
         f"Accuracy in percent ({about}):",
         "",
@@ -134,9 +138,8 @@ def add_scores(adapter: Path, name: str, results: dict[str, Any]) -> None:
     write_text(path, marked.sub(lambda _: text, str(card), count=1))
 
 
-def _row(name: str, score: dict[str, Any]) -> str:
-    shown = with_error(score["accuracy"], score["standard_error"])
-    return f"| {name} | {shown} | {score['n']:,} |"
+def _row(name: str, score: Accuracy, rows: int) -> str:
+    return f"| {name} | {with_error(score.accuracy, score.standard_error)} | {rows:,} |"
 
 
 def hub_id(base: str) -> str | None:

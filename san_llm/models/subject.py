@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from san_llm.errors import InputError, check_one_of
-from san_llm.files import read_json
 from san_llm.models.adapter import named_base
 from san_llm.progress import say
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 from san_llm.recipe.schema import DTYPES, Base, Recipe
 from san_llm.runs.folder import adapter_of, last_run, recipe_of, run_of
-from san_llm.runs.record import ADAPTER_CONFIG
-
-MERGE_MANIFEST = "merge_manifest.json"  # in a merged model's folder
+from san_llm.runs.record import ADAPTER_CONFIG, read_merge_manifest
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,8 @@ class Subject:
         """The prompt style it was trained in, as its run or its merge says, or None."""
         if self.recipe is not None:
             return self.recipe.data.prompt
-        merged = Path(self.base.model) / MERGE_MANIFEST
-        if self.adapter is not None or not merged.is_file():
-            return None
-        style = read_json(merged).get("prompt")
-        return None if style is None else prompt_style(str(style))
+        merge = read_merge_manifest(Path(self.base.model)) if self.adapter is None else None
+        return None if merge is None or merge.prompt is None else prompt_style(merge.prompt)
 
     def __str__(self) -> str:
         """Return ``base`` or ``base + adapter``."""

@@ -22,12 +22,12 @@ from san_llm.errors import InputError
 from san_llm.files import refuse_files, write_text
 from san_llm.recipe.read import load_recipe, to_yaml
 from san_llm.recipe.schema import Recipe
-from san_llm.runs.record import ADAPTER_CONFIG
+from san_llm.runs.record import ADAPTER_CONFIG, MANIFEST, METRICS
 
 RUNS = Path("runs")
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
-    *("recipe.yaml", "manifest.json", "log.jsonl", "metrics.json", "lock", "report.html"),
+    *("recipe.yaml", MANIFEST, "log.jsonl", METRICS, "lock", "report.html"),
     *("adapter", "checkpoints", "eval", "merged", "plots", "tensorboard", "wandb"),
 )
 

@@ -7,12 +7,12 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from san_llm.errors import InputError, SanError, did_you_mean
-from san_llm.files import read_json
 from san_llm.runs.folder import RUNS, default_run, is_finished, not_ours, read_log, recipe_of
 from san_llm.runs.lock import refuse_busy, seems_busy
+from san_llm.runs.record import evaluations_of, read_results
 
 Status = Literal["running", "finished", "stopped", "damaged"]
 
@@ -135,7 +135,7 @@ def look_at(path: Path) -> Run:
             status = "running"
         elif is_finished(path):
             status = "finished"
-        scores = _scores(path / "eval", base)
+        scores = _scores(path, base)
         steps, loss = _progress(path)
     except InputError:
         status, scores, steps, loss = "damaged", (), 0, None
@@ -163,19 +163,16 @@ def _progress(run: Path) -> tuple[int, float | None]:
     return steps, best
 
 
-def _scores(folder: Path, base: str) -> tuple[Score, ...]:
+def _scores(run: Path, base: str) -> tuple[Score, ...]:
     scores = []
-    for file in sorted(folder.glob("*/results.json")):
-        results = read_json(file)
-        average: Any = results.get("average")
-        try:
-            accuracy, error = float(average["accuracy"]), average["standard_error"]
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{file}: not the results of an evaluation") from None
-        alone = "base" if results.get("model") == base else "another model"
-        of = "adapter" if results.get("adapter") else alone
-        protocol = str(results.get("protocol"))
-        scores.append(Score(str(file.parent), of, protocol, accuracy, error))
+    for folder in evaluations_of(run):
+        results = read_results(folder)
+        alone = "base" if results.model == base else "another model"
+        of = "adapter" if results.adapter else alone
+        average = results.average
+        scores.append(
+            Score(str(folder), of, results.protocol, average.accuracy, average.standard_error)
+        )
     return tuple(scores)
 
 

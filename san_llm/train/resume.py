@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from san_llm.errors import InputError
-from san_llm.files import folder_sha256, write_json
+from san_llm.files import folder_sha256
 from san_llm.launch.engine import Engine
 from san_llm.launch.processes import world_size
 from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
-from san_llm.runs.record import MANIFEST, manifest
+from san_llm.runs.record import (
+    Hashes,
+    RunManifest,
+    manifest,
+    read_run_manifest,
+    write_run_manifest,
+)
 from san_llm.train.checkpoint import last_checkpoint
 from san_llm.train.checkpoint_check import check_content
 from san_llm.train.prepare import Prepared
 
 
-def facts_of(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+def facts_of(recipe: Recipe, prepared: Prepared) -> RunManifest:
     """Return what a run's manifest says: versions, seed, device, the sha256 of base and rows."""
     engine, device = prepared.engine, prepared.arguments.device
     say(
         f"{recipe.method.name}: {prepared.trained_numbers:,} trained numbers on "
         f"{recipe.base.model} ({device}, {_processes(engine)})"
     )
-    return manifest(
+    return RunManifest(
+        **manifest(),
         recipe=recipe.name,
         seed=recipe.training.seed,
         device=str(device),
         processes=world_size(),
         engine=engine if world_size() > 1 else None,
-        sha256={"base": folder_sha256(prepared.found.folder), "data": prepared.data.sha256},
+        sha256=Hashes(base=folder_sha256(prepared.found.folder), data=prepared.data.sha256),
     )
 
 
-def resume_point(run: Path, prepared: Prepared, facts: dict[str, Any]) -> Path | None:
+def resume_point(run: Path, prepared: Prepared, facts: RunManifest) -> Path | None:
     """Return the checkpoint to go on from, or None for a run that begins, and write its manifest.
 
     Raises:
@@ -49,30 +54,31 @@ def resume_point(run: Path, prepared: Prepared, facts: dict[str, Any]) -> Path |
                 f"{run}/checkpoints: none is whole, so there is nothing to go on from; "
                 "--output with --overwrite begins again"
             )
-        write_json(run / MANIFEST, facts)  # a resumed run's is written when it ends
+        write_run_manifest(run, facts)  # a resumed run's is written when it ends
         return None
     check_content(checkpoint, prepared.model, prepared.engine)
-    refuse_other_data(run, facts["sha256"])
+    refuse_other_data(run, facts.sha256)
     say(f"going on from {checkpoint}")
     return checkpoint
 
 
-def refuse_other_data(run: Path, now: dict[str, Any]) -> None:
+def refuse_other_data(run: Path, now: Hashes) -> None:
     """Refuse to go on with other rows or another base than a run began with.
 
     Raises:
         InputError: naming the file that has changed.
     """
     try:
-        before = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        data = {file: (before["data"].get(file), hashed) for file, hashed in now["data"].items()}
-        names = before["base"].keys() | now["base"].keys()
-        base = {
-            f"the base's {name}": (before["base"].get(name), now["base"].get(name))
-            for name in sorted(names)
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        before = read_run_manifest(run).sha256
+    except InputError:
         return  # no manifest that could tell
+    if not {"base", "data"} <= before.model_fields_set:
+        return  # nor can this one
+    data = {file: (before.data.get(file), hashed) for file, hashed in now.data.items()}
+    base = {
+        f"the base's {name}": (before.base.get(name), now.base.get(name))
+        for name in sorted(before.base.keys() | now.base.keys())
+    }
     for name, (was, now_is) in (base | data).items():
         if was != now_is:
             raise InputError(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from san_llm.data.tokenized import Rows
 from san_llm.errors import SanError, of_the_disk, unexpected
-from san_llm.files import sha256_of, whole_folder, write_json
+from san_llm.files import sha256_of, whole_folder
 from san_llm.launch.heartbeat import peers_watched
 from san_llm.launch.notes import tell_stopped
 from san_llm.launch.processes import agree, is_first, rank, told_once, world_size
@@ -22,7 +21,13 @@ from san_llm.models.locate import FoundBase
 from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.lock import sole_writer
-from san_llm.runs.record import ADAPTER_WEIGHTS, MANIFEST, METRICS, TrainResult
+from san_llm.runs.record import (
+    ADAPTER_WEIGHTS,
+    RunManifest,
+    TrainResult,
+    write_metrics,
+    write_run_manifest,
+)
 from san_llm.train.batches import batch_names
 from san_llm.train.callbacks import BadBatches, Checkpoints, Log
 from san_llm.train.checkpoint import step_of
@@ -52,10 +57,10 @@ def train(recipe: Recipe, run: Path, found: FoundBase | None = None) -> TrainRes
     try:
         with told_once(in_one_line), sole_writer(run) if is_first() else nullcontext():
             prepared = prepare(recipe, run, found)
-            facts = facts_of(recipe, prepared) if is_first() else {}
-            resume = agree(resume_point(run, prepared, facts) if is_first() else None)
+            facts = facts_of(recipe, prepared) if is_first() else None
+            resume = agree(None if facts is None else resume_point(run, prepared, facts))
             result = fit(recipe, run, prepared, resume)
-            if result.finished and is_first():
+            if result.finished and facts is not None:
                 keep(run, prepared, result, facts)
             return result
     except Exception as error:
@@ -114,13 +119,12 @@ def fit(recipe: Recipe, run: Path, prepared: Prepared, resume: Path | None) -> T
     return _result(run, prepared, trainer.state, stop, resumed_at, seconds)
 
 
-def keep(run: Path, prepared: Prepared, result: TrainResult, facts: dict[str, Any]) -> None:
+def keep(run: Path, prepared: Prepared, result: TrainResult, facts: RunManifest) -> None:
     """Write what a finished run leaves behind, its adapter last: a run that has one is finished."""
     with whole_folder(run / "adapter", overwrite=True) as folder:
         save_adapter(prepared.model, folder)
-        facts["sha256"]["adapter"] = sha256_of(folder / ADAPTER_WEIGHTS)
-        write_json(run / MANIFEST, facts)
-        write_json(run / METRICS, asdict(result))
+        write_run_manifest(run, facts.with_adapter(sha256_of(folder / ADAPTER_WEIGHTS)))
+        write_metrics(run, result)
         write_card(run, folder)  # instead of PEFT's, which is a form to be filled in
     for path in (run / "checkpoints").glob(".checkpoint-*"):  # what kills left
         shutil.rmtree(path)

@@ -175,7 +175,7 @@ def test_two_processes_answer_as_one(cli, command, here, tiny_base):
     stored = [read_evaluation(here / name) for name in ("one", "two", "three", "four")]
     assert stored[0].rows == stored[1].rows
     assert [row.parsed for row in stored[2].rows] == [row.parsed for row in stored[3].rows]
-    assert [found.manifest["processes"] for found in stored] == [1, 2, 2, 2]
+    assert [evaluation.manifest.processes for evaluation in stored] == [1, 2, 2, 2]
 
 
 @pytest.mark.slow

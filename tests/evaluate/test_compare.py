@@ -48,7 +48,7 @@ def save(folder, rights, settings=None, rows=None, **identity):
         "code": "abc",
     } | identity
     folder.mkdir(parents=True)
-    write_evaluation(folder, judged, result.to_json(), {"identity": facts, "key": "k"})
+    write_evaluation(folder, judged, result.results, {"identity": facts, "key": "k"})
     return folder
 
 

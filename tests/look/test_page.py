@@ -141,7 +141,7 @@ def save(folder, texts, adapter, **changes):
     }
     facts = {"made": "2026", "identity": identity, "batch_size": 3, "processes": 2}
     folder.mkdir(parents=True)
-    write_evaluation(folder, judged, result.to_json(), facts | changes)
+    write_evaluation(folder, judged, result.results, facts | changes)
     return folder
 
 
@@ -177,10 +177,10 @@ def test_it_says_what_the_files_say(run):
     for value in (*manifest["versions"].values(), *manifest["sha256"]["data"].values()):
         assert value in text
     for of in ("base", "adapter"):
-        average = read_evaluation(run / "eval" / of).results["average"]
+        average = read_evaluation(run / "eval" / of).results.average
         for value, error in (
-            (average["accuracy"], average["standard_error"]),
-            (average["accuracy_norm"], average["standard_error_norm"]),
+            (average.accuracy, average.standard_error),
+            (average.accuracy_norm, average.standard_error_norm),
         ):
             assert f"{100 * value:.1f} ± {100 * error:.1f}" in text
     assert "95% interval" in text

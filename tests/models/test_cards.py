@@ -19,6 +19,7 @@ from san_llm.models.cards import add_scores, asking_section, hub_id, write_card
 from san_llm.protocol.prompts import STYLES
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run
+from san_llm.runs.record import Accuracy, EvaluationResults, Metrics, TaskAccuracy
 
 
 @pytest.fixture
@@ -28,21 +29,22 @@ def run(here):
     chosen = load_recipe(recipe, ["base.model=owner/llama"])
     folder = new_run(chosen, here / "runs" / "mine", False)
     metrics = {"trained_numbers": 1234, "steps": 40, "rows": 512, "held_out_loss": 1.23456}
+    metrics = dict.fromkeys(Metrics.model_fields, 0) | metrics
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "adapter").mkdir()
     return folder
 
 
-RESULTS = {
-    "data": "pocket",
-    "protocol": "generate",
-    "prompt": "alpaca",
-    "tasks": [
-        {"task": "boolq", "n": 16, "accuracy": 0.5625, "standard_error": 0.128},
-        {"task": "piqa", "n": 1, "accuracy": 1.0, "standard_error": None},
-    ],
-    "average": {"accuracy": 0.78125, "standard_error": 0.064},
-}
+RESULTS = EvaluationResults(
+    data="pocket",
+    protocol="generate",
+    prompt="alpaca",
+    tasks=(
+        TaskAccuracy(task="boolq", n=16, unparseable=0, accuracy=0.5625, standard_error=0.128),
+        TaskAccuracy(task="piqa", n=1, unparseable=0, accuracy=1.0, standard_error=None),
+    ),
+    average=Accuracy(accuracy=0.78125, standard_error=0.064),
+)
 
 
 def test_the_head_is_what_the_hub_asks_for(run):
@@ -72,8 +74,8 @@ def test_scores_go_into_the_index_and_the_text_and_later_ones_replace_them(run):
     adapter = run / "adapter"
     write_card(run, adapter)
     add_scores(adapter, "mine", RESULTS)
-    worse = json.loads(json.dumps(RESULTS).replace("0.5625", "0.25"))
-    add_scores(adapter, "mine", worse)
+    worse = json.loads(json.dumps(RESULTS.written).replace("0.5625", "0.25"))
+    add_scores(adapter, "mine", EvaluationResults(**worse))
     card = ModelCard.load(adapter / "README.md")
     assert card.data.model_name == "mine"
     found = {one.dataset_name: one for one in card.data.eval_results}
