@@ -36,7 +36,7 @@ class Difference:
         high: The upper end.
         gained: Rows that only the other has right.
         lost: Rows that only the first has right.
-        p: Of McNemar's exact test, two-sided; over all: on all rows together.
+        p: The p-value of McNemar's exact test, two-sided; over all: on all rows together.
     """
 
     task: str
@@ -50,7 +50,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """A row that two runs answered differently."""
+    """A row that two runs answered differently.
+
+    Attributes:
+        task: The task.
+        row: The row's number in the task's file, from 0.
+        answer: The right answer.
+        first: The first run's answer, or None.
+        other: The other run's.
+    """
 
     task: str
     row: int
@@ -64,15 +72,15 @@ class Run:
     """One evaluation's accuracies.
 
     Attributes:
-        name: Its folder.
+        name: The evaluation's folder.
         about: What was evaluated.
-        protocol: By which protocol.
+        protocol: The protocol by which rows were asked.
         prompt: The prompt style.
         accuracies: ``(accuracy, standard error)`` by task, and ``average``.
         unparseable: Rows without an answer.
-        differences: From the first run, by task and over all; of the first: none.
-        changes: Rows whose answer is another than the first run's.
-        notes: What else than the model differs from the first run.
+        differences: The differences from the first run, by task and over all; of the first: none.
+        changes: Rows whose answer is not the first run's.
+        notes: What differs from the first run, besides the model.
     """
 
     name: str
@@ -115,9 +123,9 @@ def evaluation_folder(path: Path) -> Path:
         return path
     folders = sorted(file.parent for file in path.glob(f"eval/*/{MANIFEST}"))
     of_adapter = [folder for folder in folders if folder.name.endswith("-adapter")]
-    for only in (folders, of_adapter):
-        if len(only) == 1:
-            return only[0]
+    for candidates in (folders, of_adapter):
+        if len(candidates) == 1:
+            return candidates[0]
     if folders:
         raise InputError(f"{path}: has {len(folders)} evaluations: name one, such as {folders[-1]}")
     if not path.is_dir():
@@ -129,7 +137,7 @@ def evaluation_folder(path: Path) -> Path:
 def compare(
     paths: Sequence[Path], metric: str = "acc", across: bool = False, quote: bool = False
 ) -> Comparison:
-    """Compare evaluations with the first of them.
+    """Return a comparison of evaluations with the first of them.
 
     Args:
         paths: Folders of evaluations, or of runs that have one each; two at least.
@@ -144,15 +152,15 @@ def compare(
         raise InputError("two evaluations at least are needed for a comparison")
     stored = [read_evaluation(evaluation_folder(path)) for path in paths]
     first = stored[0]
-    for other in stored:
-        if metric == "acc_norm" and not other.rows[0].choices:
-            raise InputError(f"{other.folder}: protocol generate has no acc_norm")
-        if other is not first:
-            _check_same(first, other, across)
+    for evaluation in stored:
+        if metric == "acc_norm" and not evaluation.rows[0].choices:
+            raise InputError(f"{evaluation.folder}: protocol generate has no acc_norm")
+        if evaluation is not first:
+            _check_same(first, evaluation, across)
     rows: dict[str, int] = {}
     for row in first.rows:
         rows[row.task] = rows.get(row.task, 0) + 1
-    runs = tuple(_run(first, other, metric) for other in stored)
+    runs = tuple(_run(first, evaluation, metric) for evaluation in stored)
     return Comparison(
         metric=metric,
         rows=rows,
@@ -164,17 +172,18 @@ def compare(
 
 def _check_same(first: Stored, other: Stored, across: bool) -> None:
     """Refuse a pair that was not asked the same question, and say where the two differ."""
-    asked, question = first.manifest.question, other.manifest.question
+    question, other_question = first.manifest.question, other.manifest.question
     pair = f"{first.folder} and {other.folder}"
-    for what, own, others in (
-        ("protocol", asked.protocol, question.protocol),
-        ("prompt", asked.prompt, question.prompt),
+    for name, value, other_value in (
+        ("protocol", question.protocol, other_question.protocol),
+        ("prompt", question.prompt, other_question.prompt),
     ):
-        if own != others and not across:
+        if value != other_value and not across:
             raise InputError(
-                f"{pair}: not the same {what}: {own} and {others}; --across compares them still"
+                f"{pair}: not the same {name}: {value} and {other_value}; "
+                "--across compares them still"
             )
-    if asked.rows == question.rows:
+    if question.rows == other_question.rows:
         return
     data, other_data = first.manifest.identity.data, other.manifest.identity.data
     if data.keys() != other_data.keys():
@@ -191,90 +200,94 @@ def _check_same(first: Stored, other: Stored, across: bool) -> None:
 
 def _notes(first: Stored, other: Stored) -> list[str]:
     """Return what the two differ in that may change an answer, besides model and adapter."""
-    own, others = first.manifest.identity, other.manifest.identity
+    identity, other_identity = first.manifest.identity, other.manifest.identity
     notes = []
     for values, other_values in (
-        (own.protocol.written, others.protocol.written),
-        (own.load.written, others.load.written),
-        (own.versions, others.versions),
+        (identity.protocol.written, other_identity.protocol.written),
+        (identity.load.written, other_identity.load.written),
+        (identity.versions, other_identity.versions),
     ):
         for name in values | other_values:
             pair = values.get(name, "absent"), other_values.get(name, "absent")
             if pair[0] != pair[1] and name not in ("name", "prompt"):  # the legend says these
                 notes.append(f"{name} {pair[1]}, not {pair[0]}")
-    shared = own.model_fields_set & others.model_fields_set
+    shared = identity.model_fields_set & other_identity.model_fields_set
     for key in ("batch_size", "processes"):  # there where they can change a last bit
-        pair = getattr(own, key), getattr(others, key)
+        pair = getattr(identity, key), getattr(other_identity, key)
         if key in shared and pair[0] != pair[1]:
             words = ["chosen by memory" if count is None else count for count in pair]
             notes.append(f"{key.replace('_', ' ')} {words[1]}, not {words[0]}")
-    if own.device != others.device:
-        notes.append(f"on {others.device}, not {own.device}")
-    if own.code != others.code:
+    if identity.device != other_identity.device:
+        notes.append(f"on {other_identity.device}, not {identity.device}")
+    if identity.code != other_identity.code:
         notes.append("measured by another state of san-llm's code")
     return notes
 
 
-def _run(first: Stored, other: Stored, metric: str) -> Run:
-    right = _right(other.rows, metric)
+def _run(first: Stored, evaluation: Stored, metric: str) -> Run:
+    """Return an evaluation's accuracies, and its differences from the first if it is another."""
+    corrects = _corrects(evaluation.rows, metric)
     accuracies: dict[str, tuple[float, float | None]] = {}
-    for task, rights in right.items():
-        accuracy = sum(rights) / len(rights)
-        accuracies[task] = accuracy, standard_error(accuracy, len(rights))
+    for task, of_task in corrects.items():
+        accuracy = sum(of_task) / len(of_task)
+        accuracies[task] = accuracy, standard_error(accuracy, len(of_task))
     accuracies["average"] = mean_of(list(accuracies.values()))
-    same = other is first
+    same = evaluation is first
     return Run(
-        name=str(other.folder),
-        about=other.results.title,
-        protocol=other.results.protocol,
-        prompt=other.results.prompt,
+        name=str(evaluation.folder),
+        about=evaluation.results.title,
+        protocol=evaluation.results.protocol,
+        prompt=evaluation.results.prompt,
         accuracies=accuracies,
-        unparseable=sum(row.parsed is None for row in other.rows),
-        differences=() if same else _differences(_right(first.rows, metric), right),
-        changes=() if same else _changes(first.rows, other.rows, metric),
-        notes=() if same else tuple(_notes(first, other)),
+        unparseable=sum(row.parsed is None for row in evaluation.rows),
+        differences=() if same else _differences(_corrects(first.rows, metric), corrects),
+        changes=() if same else _changes(first.rows, evaluation.rows, metric),
+        notes=() if same else tuple(_notes(first, evaluation)),
     )
 
 
-def _right(rows: Sequence[Judged], metric: str) -> dict[str, list[bool]]:
-    found: dict[str, list[bool]] = {}
+def _corrects(rows: Sequence[Judged], metric: str) -> dict[str, list[bool]]:
+    """Return whether each row of each task was answered right, in the order of the task's file."""
+    corrects: dict[str, list[bool]] = {}
     for row in sorted(rows, key=lambda row: row.row):
-        right = row.correct if metric == "acc" else bool(row.correct_norm)
-        found.setdefault(row.task, []).append(right)
-    return found
+        correct = row.correct if metric == "acc" else bool(row.correct_norm)
+        corrects.setdefault(row.task, []).append(correct)
+    return corrects
 
 
-def _said(row: Judged, metric: str) -> str | None:
+def _answer(row: Judged, metric: str) -> str | None:
     return row.parsed if metric == "acc" else row.parsed_norm
 
 
 def _changes(first: Sequence[Judged], other: Sequence[Judged], metric: str) -> tuple[Change, ...]:
-    theirs = {(row.task, row.row): row for row in other}
-    pairs = [(row, theirs[row.task, row.row]) for row in first]
-    return tuple(
-        Change(one.task, one.row, one.answer, _said(one, metric), _said(two, metric))
-        for one, two in pairs
-        if _said(one, metric) != _said(two, metric)
-    )
+    other_rows = {(row.task, row.row): row for row in other}
+    changes = []
+    for row in first:
+        answer, other_answer = (
+            _answer(judged, metric) for judged in (row, other_rows[row.task, row.row])
+        )
+        if answer != other_answer:
+            changes.append(Change(row.task, row.row, row.answer, answer, other_answer))
+    return tuple(changes)
 
 
 def _differences(
     first: dict[str, list[bool]], other: dict[str, list[bool]]
 ) -> tuple[Difference, ...]:
-    found = [_difference(task, {task: first[task]}, {task: other[task]}) for task in first]
-    return (*found, _difference("average", first, other))
+    by_task = (_difference(task, {task: first[task]}, {task: other[task]}) for task in first)
+    return (*by_task, _difference("average", first, other))
 
 
 def _difference(
     name: str, first: dict[str, list[bool]], other: dict[str, list[bool]]
 ) -> Difference:
-    """Compare the rows of some tasks, each task with the same weight."""
+    """Return how the answers to some tasks differ, each task with the same weight."""
     import numpy as np
     from scipy.stats import binomtest, bootstrap
 
     pairs = [
-        np.array(other[task], dtype=np.int8) - np.array(rights, dtype=np.int8)
-        for task, rights in first.items()
+        np.array(other[task], dtype=np.int8) - np.array(corrects, dtype=np.int8)
+        for task, corrects in first.items()
     ]
     gained = sum(int((pair > 0).sum()) for pair in pairs)
     lost = sum(int((pair < 0).sum()) for pair in pairs)

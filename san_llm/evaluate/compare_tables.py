@@ -48,8 +48,8 @@ def grids(comparison: Comparison, names: Sequence[str] = ()) -> list[Grid]:
     """Return the accuracies in percent with standard errors, each run's differences, and quotes.
 
     Args:
-        comparison: Of the runs.
-        names: Short names of theirs; default: their labels.
+        comparison: The comparison.
+        names: Short names of the runs; default: their labels.
     """
     runs = comparison.runs
     names = names or [label(number) for number in range(len(runs))]
@@ -60,27 +60,27 @@ def grids(comparison: Comparison, names: Sequence[str] = ()) -> list[Grid]:
         rows.append((task, *(f"{percent(mean)} ± {percent(error)}" for mean, error in cells)))
     rows.append(("no answer", *(str(run.unparseable) for run in runs)))
     header = ("task", *names)
-    found = [Grid(f"{comparison.metric}, percent", header, tuple(rows))]
+    tables = [Grid(f"{comparison.metric}, percent", header, tuple(rows))]
     for name, run in zip(names, runs, strict=True):
         if run.differences:
             interval = f"{LEVEL:.0%} interval"
             header = ("task", "difference", interval, f"only {name}", f"only {first}", "p")
             title = f"{name} - {first}, points"
-            found.append(Grid(title, header, tuple(map(_difference, run.differences))))
+            tables.append(Grid(title, header, tuple(map(_difference, run.differences))))
     if comparison.quoted:
         quotes = ((f"{q.name} (quoted)", f"{q.average:.1f}") for q in comparison.quoted)
-        found.append(Grid("published, percent", ("model", "average"), tuple(quotes)))
-    return found
+        tables.append(Grid("published, percent", ("model", "average"), tuple(quotes)))
+    return tables
 
 
-def _difference(found: Difference) -> tuple[str, ...]:
+def _difference(difference: Difference) -> tuple[str, ...]:
     return (
-        found.task,
-        points(found.difference),
-        f"{points(found.low)} to {points(found.high)}",
-        str(found.gained),
-        str(found.lost),
-        p_value(found.p),
+        difference.task,
+        points(difference.difference),
+        f"{points(difference.low)} to {points(difference.high)}",
+        str(difference.gained),
+        str(difference.lost),
+        p_value(difference.p),
     )
 
 
@@ -102,8 +102,8 @@ def remarks(comparison: Comparison) -> list[str]:
         count, name = len(run.changes), label(number)
         lines.append(f"{name} answers {count:,} of {total:,} rows otherwise than A")
         for change in run.changes[:SHOWN]:
-            said = f"A {change.first or 'no answer'}, {name} {change.other or 'no answer'}"
-            lines.append(f"  {change.task} row {change.row}: {said}; right is {change.answer}")
+            answers = f"A {change.first or 'no answer'}, {name} {change.other or 'no answer'}"
+            lines.append(f"  {change.task} row {change.row}: {answers}; right is {change.answer}")
         if count > SHOWN:
             lines.append(f"  and {count - SHOWN:,} more; --json has them all")
     lines += [f"note: {note}" for note in comparison.notes]

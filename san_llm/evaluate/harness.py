@@ -44,12 +44,12 @@ def score_with_lm_eval(
     right: Sequence[int],
     batch_size: int,
 ) -> list[list[ChoiceScore]]:
-    """Score every choice of every question, as ``score_choices`` does, through ``lm_eval``.
+    """Return the scores of every question's choices, as ``score_choices`` does, by ``lm_eval``.
 
     Args:
         model: A causal LM, in eval mode.
-        tokenizer: Its tokenizer.
-        questions: What is asked.
+        tokenizer: The model's tokenizer.
+        questions: The questions, each with its choices.
         right: The number of each question's right choice.
         batch_size: Texts at once.
 
@@ -77,7 +77,7 @@ def score_with_lm_eval(
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     with _quiet(), _alone():
-        found: Any = simple_evaluate(
+        evaluated: Any = simple_evaluate(
             model=HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -89,7 +89,7 @@ def score_with_lm_eval(
             bootstrap_iters=0,
         )
     scores: list[list[ChoiceScore]] = [[] for _ in questions]
-    for sample in found["samples"][TASK]:
+    for sample in evaluated["samples"][TASK]:
         number = sample["doc_id"]
         scores[number] = [
             ChoiceScore(logprob, greedy, len(text))
@@ -114,7 +114,7 @@ def _logprob_norm(score: ChoiceScore) -> float:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Hide the other processes: each gives it rows of its own, and wants all of its results."""
+    """Hide the other processes from ``lm_eval``: each has its own rows, and needs their scores."""
     local_rank = os.environ.pop("LOCAL_RANK", None)
     try:
         yield
@@ -125,7 +125,7 @@ def _alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep its bars and notices, and those of what it starts, out of ours."""
+    """Keep the bars and notices of ``lm_eval``, and of what it starts, out of ours."""
     if debugging():
         yield
         return

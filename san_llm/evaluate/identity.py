@@ -21,8 +21,8 @@ FORMAT = 1  # part of the key: raise it when the same inputs give other rows
 def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
     """Return all that the answers depend on, by content: what makes it the same evaluation.
 
-    Who shares a batch is among it where an answer's last bits may depend on that: not with
-    ``strict``, nor in texts generated in fp32.
+    The batch size and the processes are part of it where an answer's last bits may depend on which
+    rows share a batch: not with ``strict``, nor in texts generated in fp32.
     """
     subject, questions, settings = task.subject, task.questions, task.settings
     base, fresh = subject.base, task.fresh
@@ -32,11 +32,15 @@ def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
     shared: dict[str, Any] = {} if exact else {"batch_size": settings.batch_size}
     if not exact and settings.protocol != "loglik":
         shared["processes"] = world_size()
-    how: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
+    protocol: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
     if generated:
-        how |= {"beams": BEAMS, "new_tokens": NEW_TOKENS, "answers_only": settings.answers_only}
+        protocol |= {
+            "beams": BEAMS,
+            "new_tokens": NEW_TOKENS,
+            "answers_only": settings.answers_only,
+        }
     else:
-        how["choices"] = ANSWER_TEXT
+        protocol["choices"] = ANSWER_TEXT
     return {
         "format": FORMAT,
         "model": folder_sha256(found.folder, fresh),
@@ -48,7 +52,7 @@ def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
                 questions.rows.items(), questions.sha256.values(), strict=True
             )
         },
-        "protocol": how | {"strict": settings.strict},
+        "protocol": protocol | {"strict": settings.strict},
         **shared,
         "device": _device(),
         "versions": versions() | ({"lm_eval": version("lm_eval")} if by_lm_eval else {}),

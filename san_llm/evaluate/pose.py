@@ -1,4 +1,4 @@
-"""Questions posed to a model, and what it said judged: units of work that are kept as they come."""
+"""Questions posed to a model, and its answers judged: units of work that are kept as they come."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Item:
     """One row as it is asked.
 
     Attributes:
-        task: Its task.
-        number: Its number in the task's file, from 0.
+        task: The row's task.
+        number: The row's number in the task's file, from 0.
         row: The row.
-        prompt: The exact text.
+        prompt: The exact text that the model is given.
         tokens: The prompt's tokens.
         answers: By likelihood: the answers that are compared.
     """
@@ -69,12 +69,12 @@ def pose(
     tokenizer: PreTrainedTokenizerFast,
     context: int | None,
 ) -> list[Item]:
-    """Write every row's prompt, and check that it can be answered.
+    """Return every row with its prompt, checked to leave room for an answer.
 
     Args:
         questions: The rows.
         settings: How to ask.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         context: Tokens that the model can hold; None: any number.
 
     Raises:
@@ -134,17 +134,17 @@ def judged_answers(
     settings: Settings,
     todo: Sequence[Sequence[int]],
 ) -> Iterator[dict[int, Judged]]:
-    """Answer items with a loaded model, and judge what it said.
+    """Give a loaded model's answers to items, judged, as they come.
 
     Args:
         model: Base, adapted or merged, in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         items: All items.
-        settings: How.
-        todo: Units of item numbers.
+        settings: How to ask.
+        todo: Units of item numbers that are to be answered.
 
     Yields:
-        Answered rows by item number, as they come.
+        Judged rows by item number.
     """
     with _strictly(settings.strict):
         if settings.protocol == "generate":
@@ -152,11 +152,11 @@ def judged_answers(
             yield from _generated(model, tokenizer, items, settings, numbers)
             return
         for unit in todo:
-            asked = [items[number] for number in unit]
-            scored = _scores(model, tokenizer, asked, settings)
+            in_unit = [items[number] for number in unit]
+            scored = _scores(model, tokenizer, in_unit, settings)
             yield {
                 number: _judge(item, scores)
-                for number, item, scores in zip(unit, asked, scored, strict=True)
+                for number, item, scores in zip(unit, in_unit, scored, strict=True)
             }
 
 
@@ -186,13 +186,13 @@ def _generated(
 def _scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    asked: Sequence[Item],
+    items: Sequence[Item],
     settings: Settings,
 ) -> Iterable[list[ChoiceScore]]:
-    questions = [item.question for item in asked]
+    questions = [item.question for item in items]
     if settings.protocol == "loglik":
         return score_choices(model, tokenizer, questions)
-    right = [item.answers.index(item.row.answer) for item in asked]
+    right = [item.answers.index(item.row.answer) for item in items]
     at_once = 1 if settings.strict else settings.batch_size or SCORED_AT_ONCE
     return score_with_lm_eval(model, tokenizer, questions, right, at_once)
 
@@ -207,7 +207,7 @@ def _judge(item: Item, scores: Sequence[ChoiceScore]) -> Judged:
 
 @contextmanager
 def _strictly(strict: bool) -> Iterator[None]:
-    """Leave nothing to what else runs: one CPU thread, and no shortened sums on a GPU."""
+    """Compute the same whatever else runs: one CPU thread, and no shortened sums on a GPU."""
     if not strict:
         yield
         return

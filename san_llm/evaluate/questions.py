@@ -21,7 +21,7 @@ class Questions:
 
     Attributes:
         rows: The rows of each task.
-        sha256: Of each file.
+        sha256: The sha256 of each test file, by its path.
         notes: What a reader of the scores should know of the rows.
     """
 
@@ -31,7 +31,7 @@ class Questions:
 
 
 def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Questions:
-    """Read the test rows of each task; :func:`read_task` says what is refused.
+    """Return the test rows of each task; ``data.rows.read_task`` says what is refused.
 
     Raises:
         InputError: also when a file has nearly all rows of the published test set, but not all.
@@ -40,15 +40,15 @@ def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Quest
     rows = {task: read_task(file, task, limit) for task, file in files.items()}
     notes = []
     for task, file in files.items():
-        found, published = len(rows[task]), task.test_rows
-        if data == "pocket" or limit is not None or found == published:
+        count, published = len(rows[task]), task.test_rows
+        if data == "pocket" or limit is not None or count == published:
             continue
-        if NEARLY * published <= found:
+        if NEARLY * published <= count:
             raise InputError(
-                f"{file}: {found:,} rows, but the published test set has {published:,}: a part of "
-                f"it is missing or too much; --limit {found} takes them as they are"
+                f"{file}: {count:,} rows, but the published test set has {published:,}: a part of "
+                f"it is missing or too much; --limit {count} takes them as they are"
             )
-        notes.append(f"{task.name}: {found:,} rows, not the {published:,} of the published set")
+        notes.append(f"{task.name}: {count:,} rows, not the {published:,} of the published set")
     return Questions(rows, {str(file): sha256_of(file) for file in files.values()}, tuple(notes))
 
 

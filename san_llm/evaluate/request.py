@@ -32,10 +32,10 @@ class EvalRequest:
         prompt: The prompt style.
         limit: Only the first rows of each task.
         batch_size: Rows at once.
-        dtype: Instead of the base's.
+        dtype: The dtype to load weights in, instead of the base's.
         strict: Compute each row alone.
         answers_only: Generate no further than an answer is certain.
-        processes: On this machine.
+        processes: How many processes, on this machine.
         fresh: Answer every row, whatever was stored.
         output: The folder to make.
         overwrite: Replace what is there.
@@ -66,8 +66,8 @@ class EvalTask:
 
     Attributes:
         subject: What is evaluated.
-        questions: What is asked.
-        settings: How.
+        questions: The rows that are asked.
+        settings: How they are asked.
         about: What the record calls the model and the data.
         output: The folder; it appears when all rows are in it. Only the first process writes it.
         overwrite: Replace what is there.
@@ -84,7 +84,7 @@ class EvalTask:
 
 
 def check_request(request: EvalRequest) -> EvalTask:
-    """Look up what a request names, and read its questions.
+    """Return the evaluation that a request asks for, with what it names looked up and read.
 
     Raises:
         InputError: when an option, the adapter or a row cannot be right.

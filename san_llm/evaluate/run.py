@@ -64,8 +64,8 @@ def evaluate(task: EvalTask) -> EvalResult | None:
             new: dict[int, Judged] = {}
             if mine:
                 model = load_model(found, task.subject.adapter)
-                part = stack.enter_context(closing(Progress(folder).part()))
-                new = _answer(model, tokenizer, items, task.settings, mine, part)
+                file = stack.enter_context(closing(Progress(folder).part()))
+                new = _answer(model, tokenizer, items, task.settings, mine, file)
             rows |= dict(gather(list(new.items())))
         if progress is None:
             return None
@@ -78,14 +78,14 @@ def _answer(
     items: Sequence[Item],
     settings: Settings,
     mine: Sequence[Sequence[int]],
-    part: Part,
+    file: Part,
 ) -> dict[int, Judged]:
-    """Answer this process's units, each kept as soon as it is judged."""
+    """Return the answers to this process's units, each kept as soon as it is judged."""
     new: dict[int, Judged] = {}
     total = sum(len(unit) for unit in mine)
     with bar("Evaluating", total, "rows", quiet=not is_first()) as shown:
         for judged in judged_answers(model, tokenizer, items, settings, mine):
-            part.append(judged)
+            file.append(judged)
             new |= judged
             shown.advance(len(judged), f"{sum(row.correct for row in new.values())} right")
     return new
@@ -99,7 +99,7 @@ def _keep(
     judged: Sequence[Judged],
     answered_before: int,
 ) -> EvalResult:
-    """Write the evaluation's folder, and remember where it is."""
+    """Write the evaluation's folder, remember where it is, and return what it came to."""
     result = _result(task, output, judged)
     about = manifest(
         **task.about,
@@ -117,7 +117,7 @@ def _keep(
 
 
 def _stored(progress: Progress, count: int, fresh: bool) -> tuple[dict[int, Judged], bool]:
-    """Return the rows that were answered before, and whether that is all of a finished one."""
+    """Return the rows that were answered before, and whether they are all of a finished one."""
     if fresh:
         progress.forget()
         return {}, False
@@ -139,7 +139,9 @@ def _result(task: EvalTask, output: Path, judged: Sequence[Judged]) -> EvalResul
     for row in judged:
         by_task.setdefault(row.task, []).append(row)
     return EvalResult(
-        scores=tuple(score(name, by_task[name.name]) for name in task.questions.rows),
+        scores=tuple(
+            score(asked_task, by_task[asked_task.name]) for asked_task in task.questions.rows
+        ),
         settings=task.settings,
         output=str(output),
         about=task.about,

@@ -21,9 +21,9 @@ class Choice:
     Attributes:
         answer: The answer: ``solution2``.
         text: The text that was scored.
-        logprob: The sum of its tokens' log-probabilities.
-        greedy: Whether each of its tokens was the most likely one.
-        length: Its characters, by which ``acc_norm`` divides.
+        logprob: The sum of the text's tokens' log-probabilities.
+        greedy: Whether each of these tokens was the most likely.
+        length: The number of the text's characters, by which ``acc_norm`` divides.
     """
 
     answer: str
@@ -39,14 +39,14 @@ class Judged:
 
     Attributes:
         task: The task's name.
-        row: Its number in the task's file, from 0.
+        row: The row's number in the task's file, from 0.
         prompt: What the model was given.
-        output: What it went on with; by likelihood: the most likely choice's text.
+        output: What the model went on with; by likelihood: the most likely choice's text.
         parsed: The first answer in the output, or None.
-        answer: The right one.
-        correct: Whether they are the same.
+        answer: The right answer.
+        correct: Whether ``parsed`` is ``answer``.
         parsed_norm: By likelihood: the answer of the choice that is most likely a character.
-        correct_norm: Whether that one is right.
+        correct_norm: Whether ``parsed_norm`` is ``answer``.
         choices: By likelihood: every choice.
     """
 
@@ -62,7 +62,7 @@ class Judged:
     choices: tuple[Choice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values, without what only a likelihood has where there is none."""
+        """Return the row as plain values; only one judged by likelihood has what that gives."""
         values = asdict(self)
         if not self.choices:
             for name in ("parsed_norm", "correct_norm", "choices"):
@@ -81,14 +81,15 @@ class TaskScore:
     """A task's result.
 
     Attributes:
-        task: Its name.
+        task: The task's name.
         n: Rows answered.
         correct: Rows answered right.
         unparseable: Rows without any answer in the output; they count as wrong.
         accuracy: ``correct / n``.
-        standard_error: Of the accuracy, ``sqrt(p (1 - p) / (n - 1))``; None for one row.
+        standard_error: The standard error of ``accuracy``, ``sqrt(p (1 - p) / (n - 1))``; None for
+            one row.
         accuracy_norm: By likelihood: ``acc_norm``.
-        standard_error_norm: Its standard error.
+        standard_error_norm: The standard error of ``accuracy_norm``.
     """
 
     task: str
@@ -117,14 +118,14 @@ def offered(task: Task, instruction: str, answer: str) -> tuple[str, ...]:
     All of the task's where it names none, or where the right one is not among them.
     """
     named = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
-    found = (
+    answers = (
         tuple(word for word in named.group(1).split("/") if word in task.answers) if named else ()
     )
-    return found if answer in found else task.answers
+    return answers if answer in answers else task.answers
 
 
 def judge_text(task: Task, row: int, prompt: str, output: str, answer: str) -> Judged:
-    """Judge a generated text."""
+    """Return a row, judged by a generated text."""
     parsed = parse_answer(task, output)
     return Judged(task.name, row, prompt, output, parsed, answer, parsed == answer)
 
@@ -132,7 +133,7 @@ def judge_text(task: Task, row: int, prompt: str, output: str, answer: str) -> J
 def judge_choices(
     task: Task, row: int, prompt: str, choices: Sequence[Choice], answer: str
 ) -> Judged:
-    """Judge by likelihood, as lm-evaluation-harness does: of equals the first is taken."""
+    """Return a row, judged by likelihood, as lm-evaluation-harness does: the first of equals."""
     best = max(choices, key=lambda choice: choice.logprob)
     best_norm = max(choices, key=lambda choice: choice.logprob / choice.length)
     return Judged(
@@ -177,7 +178,7 @@ def average(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
 
 
 def average_norm(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
-    """Return the same of ``acc_norm``; None where it was not measured."""
+    """Return the mean ``acc_norm`` and its standard error; None where it was not measured."""
     pairs = [
         (score.accuracy_norm, score.standard_error_norm)
         for score in scores

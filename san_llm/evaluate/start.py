@@ -33,7 +33,7 @@ class Ended:
 
 
 def start(request: EvalRequest) -> Ended:
-    """Evaluate as asked, in this process or in several that are launched for it.
+    """Evaluate, in this process or in several that are launched for it; return how it ended.
 
     Raises:
         InputError: when something that was asked for cannot be right.

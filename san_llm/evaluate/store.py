@@ -76,7 +76,7 @@ def write_evaluation(
 
 
 def read_evaluation(folder: Path) -> Stored:
-    """Read a finished evaluation.
+    """Return a finished evaluation, read from its folder.
 
     Raises:
         InputError: when the folder holds none, or its rows are not those that were written.
@@ -106,16 +106,16 @@ class Progress:
         self.folder = folder
 
     def rows(self) -> dict[int, Judged]:
-        """Return what was answered. A line that a kill has cut short is not counted."""
-        found: dict[int, Judged] = {}
+        """Return the answered rows. A line that a kill has cut short is not counted."""
+        rows: dict[int, Judged] = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
                 try:
                     index, row = json.loads(line)
-                    found[int(index)] = Judged.from_json(row)
+                    rows[int(index)] = Judged.from_json(row)
                 except (ValueError, TypeError):
                     break
-        return found
+        return rows
 
     def part(self) -> Part:
         """Return a new file for rows, of this process alone."""
@@ -146,7 +146,7 @@ class Progress:
 
 
 class Part:
-    """A file that rows are appended to; made with the first."""
+    """A file that rows are appended to; it appears with the first of them."""
 
     def __init__(self, path: Path) -> None:
         """Write to ``path``."""

@@ -16,7 +16,7 @@ from san_llm.runs.record import Accuracy, EvaluationResults, TaskAccuracy, Unpar
 from san_llm.shown import percent
 
 EXAMPLES = 3  # outputs without an answer that are shown
-SHOWN = 70  # characters of one
+SHOWN = 70  # characters of such an output
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class EvalResult:
     """What an evaluation came to.
 
     Attributes:
-        scores: One a task.
-        settings: How rows were asked.
+        scores: The score of each task.
+        settings: How the rows were asked.
         output: The evaluation's folder.
         about: What was evaluated: model, adapter, data, limit.
         unparseable: The rows without an answer.
@@ -46,7 +46,7 @@ class EvalResult:
 
     @property
     def results(self) -> EvaluationResults:
-        """What is written down of it."""
+        """What is written down of the evaluation."""
         mean, error = average(self.scores)
         mean_norm, error_norm = average_norm(self.scores) or (None, None)
         return EvaluationResults(

@@ -37,10 +37,10 @@ class Change:
 
     Attributes:
         module: The projection: ``up_proj``.
-        block: Its block; None for all blocks, or where there is none.
+        block: The module's block; None for all blocks, or where there is none.
         channels: How many channels.
-        potentiated: Share of them with gamma > 1.
-        depressed: Share of them with gamma < 1.
+        potentiated: Share of the channels with gamma > 1.
+        depressed: Share of the channels with gamma < 1.
         mean_change: Mean of ``|gamma - 1|``.
         largest: The channels that moved furthest, each with its gamma.
     """
@@ -61,10 +61,10 @@ class DiffResult:
     Attributes:
         adapter: The adapter's folder.
         base: The base that it names, or that was given.
-        carrier: What holds its scales.
-        mode: Where they act.
+        carrier: What holds the adapter's scales.
+        mode: Where the scales act.
         total: All channels together; its largest are not named.
-        modules: Each projection, over all blocks; nor are theirs.
+        modules: Each projection, over all blocks; its largest are not named, either.
         blocks: Each module of each block, in the model's order.
     """
 

@@ -24,7 +24,7 @@ from san_llm.shown import with_error
 
 CHANGED = 10  # answers that are shown
 VERDICTS = ("now wrong", "now right", "still wrong")
-_One = TypeVar("_One")
+_Value = TypeVar("_Value")
 Of = Literal["base", "adapter", "another model"]
 
 
@@ -33,10 +33,10 @@ class Evaluated:
     """A finished evaluation in a run's folder.
 
     Attributes:
-        stored: Its rows, results and manifest.
+        stored: The evaluation's rows, results and manifest.
         of: What was evaluated.
         question: What was asked, and how: equal where two can be compared.
-        command: What repeats it, of the last run.
+        command: The command that repeats it, over the last run.
     """
 
     stored: Stored
@@ -46,13 +46,25 @@ class Evaluated:
 
     @property
     def made(self) -> str:
-        """When, as ISO 8601."""
+        """When the evaluation was made, as ISO 8601."""
         return self.stored.manifest.made
 
 
 @dataclass(frozen=True)
 class ChangedAnswer:
-    """A row that the adapted model answers otherwise than the base."""
+    """A row that the adapted model answers otherwise than the base.
+
+    Attributes:
+        task: The task's name.
+        row: The row's number in the task's file, from 0.
+        question: What the row asks.
+        right: The right answer.
+        base: The base's answer, or None.
+        base_output: What the base said.
+        adapted: The adapted model's answer, or None.
+        adapted_output: What the adapted model said.
+        verdict: Whether the change is for the better: one of ``VERDICTS``.
+    """
 
     task: str
     row: int
@@ -70,12 +82,12 @@ class Judgement:
     """The adapter's last evaluation by some questions, beside the base's.
 
     Attributes:
-        adapter: The evaluation.
+        adapter: The adapter's evaluation.
         base: The base's, or None.
-        comparisons: Of both, by each metric; empty without the base's.
-        changes: How many rows are answered otherwise.
-        verdicts: How many of them for the better, and how many for the worse.
-        changed: Some of them.
+        comparisons: The comparison of both by each metric; empty without the base's.
+        changes: How many rows the adapter answers otherwise.
+        verdicts: How many of these rows have each verdict, in words.
+        changed: Some of these rows.
     """
 
     adapter: Evaluated
@@ -103,7 +115,7 @@ def _evaluated(stored: Stored, facts: Facts) -> Evaluated:
     results, manifest = stored.results, stored.manifest
     if not (results.model and results.data and manifest.made):
         raise ValueError("does not say of what it is")
-    _check(stored.rows, {task: asked.rows for task, asked in manifest.identity.data.items()})
+    _check(stored.rows, {task: data.rows for task, data in manifest.identity.data.items()})
     of: Of = "another model"
     if results.adapter:
         known = facts.manifest.sha256.adapter
@@ -116,7 +128,7 @@ def _evaluated(stored: Stored, facts: Facts) -> Evaluated:
 
 
 def _check(rows: Iterable[Judged], counts: Mapping[str, int]) -> None:
-    """Raise ValueError for what is not one row for each question; it may be another's file."""
+    """Raise ValueError where rows are not one for each question: the file may be another's."""
     texts = ("task", "prompt", "output", "answer")
     if sorted((row.task, row.row) for row in rows) != [
         (task, row) for task in sorted(counts) for row in range(counts[task])
@@ -155,17 +167,19 @@ def judge(own: Iterable[Evaluated], others: Iterable[Evaluated] = ()) -> list[Ju
     """Return the last evaluation of the adapter by each set of questions, beside the base's.
 
     Args:
-        own: The run's.
+        own: The run's evaluations.
         others: Those of other runs over the same base, whose base may have been asked the same.
     """
     own = list(own)
-    last = {one.question: one for one in own if one.of == "adapter"}
-    bases = {one.question: one for one in [*others, *own] if one.of == "base"}
-    return [_judgement(one, bases.get(question)) for question, one in last.items()]
+    adapters = {evaluated.question: evaluated for evaluated in own if evaluated.of == "adapter"}
+    bases = {
+        evaluated.question: evaluated for evaluated in [*others, *own] if evaluated.of == "base"
+    }
+    return [_judgement(adapter, bases.get(question)) for question, adapter in adapters.items()]
 
 
 def metrics_of(stored: Stored) -> tuple[str, ...]:
-    """Return what an evaluation measured."""
+    """Return the metrics that an evaluation measured."""
     return ("acc", "acc_norm") if stored.rows[0].choices else ("acc",)
 
 
@@ -174,10 +188,12 @@ def _judgement(adapter: Evaluated, base: Evaluated | None) -> Judgement:
         return Judgement(adapter, None, (), 0, "", ())
     paths = [base.stored.folder, adapter.stored.folder]
     comparisons = tuple(compare(paths, metric) for metric in metrics_of(adapter.stored))
-    changes = sorted(comparisons[0].runs[1].changes, key=lambda one: VERDICTS.index(_verdict(one)))
+    changes = sorted(
+        comparisons[0].runs[1].changes, key=lambda change: VERDICTS.index(_verdict(change))
+    )
     counts = Counter(map(_verdict, changes))
     before, after = (
-        {(row.task, row.row): row for row in one.stored.rows} for one in (base, adapter)
+        {(row.task, row.row): row for row in evaluated.stored.rows} for evaluated in (base, adapter)
     )
     return Judgement(
         adapter,
@@ -186,8 +202,10 @@ def _judgement(adapter: Evaluated, base: Evaluated | None) -> Judgement:
         len(changes),
         ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS),
         tuple(
-            _changed(before[one.task, one.row], after[one.task, one.row], _verdict(one))
-            for one in evenly(changes, CHANGED)
+            _changed(
+                before[change.task, change.row], after[change.task, change.row], _verdict(change)
+            )
+            for change in evenly(changes, CHANGED)
         ),
     )
 
@@ -199,7 +217,7 @@ def _verdict(change: Change) -> str:
     return "now wrong" if change.first == change.answer else "still wrong"
 
 
-def evenly(values: Sequence[_One], count: int) -> list[_One]:
+def evenly(values: Sequence[_Value], count: int) -> list[_Value]:
     """Return at most so many values, from the first to the last at even distances."""
     if len(values) <= count:
         return list(values)
@@ -216,26 +234,26 @@ def _changed(before: Judged, after: Judged, verdict: str) -> ChangedAnswer:
 
 def _question(prompt: str) -> str:
     """Return what a prompt asks, without the words of its style; the whole where it has none."""
-    found = re.search(r"### Instruction:\n(.*?)\s*### Response:", prompt, re.DOTALL)
-    return re.sub(r"(?m)^ +| +$", "", found.group(1) if found else prompt).strip()
+    instruction = re.search(r"### Instruction:\n(.*?)\s*### Response:", prompt, re.DOTALL)
+    return re.sub(r"(?m)^ +| +$", "", instruction.group(1) if instruction else prompt).strip()
 
 
 def table(judgement: Judgement) -> list[Grid]:
-    """Return accuracies in percent with standard errors, beside the base's if it was asked."""
+    """Return accuracies in percent with standard errors, beside the base's where it has any."""
     if not judgement.comparisons:
         results = judgement.adapter.stored.results
-        asked = sum(task.n for task in results.tasks)
+        count = sum(task.n for task in results.tasks)
         lost = sum(task.unparseable for task in results.tasks)
         rows = (
             *(_line(task.task, task, task.n, task.unparseable) for task in results.tasks),
-            _line("average", results.average, asked, lost),
+            _line("average", results.average, count, lost),
         )
         return [Grid("Accuracy, percent", ("task", "rows", "adapted", "no answer"), rows)]
     return [_beside(comparison) for comparison in judgement.comparisons]
 
 
-def _line(name: str, score: Accuracy, asked: int, lost: int) -> tuple[str, ...]:
-    return name, f"{asked:,}", with_error(score.accuracy, score.standard_error), f"{lost:,}"
+def _line(name: str, score: Accuracy, count: int, lost: int) -> tuple[str, ...]:
+    return name, f"{count:,}", with_error(score.accuracy, score.standard_error), f"{lost:,}"
 
 
 def _beside(comparison: Comparison) -> Grid:
@@ -246,14 +264,14 @@ def _beside(comparison: Comparison) -> Grid:
     )
     rows = [
         (
-            found.task,
-            f"{comparison.rows.get(found.task, sum(comparison.rows.values())):,}",
-            *(with_error(*run.accuracies[found.task]) for run in (base, adapted)),
-            points(found.difference),
-            f"{points(found.low)} to {points(found.high)}",
-            *(f"{found.gained:,}", f"{found.lost:,}", p_value(found.p)),
+            change.task,
+            f"{comparison.rows.get(change.task, sum(comparison.rows.values())):,}",
+            *(with_error(*run.accuracies[change.task]) for run in (base, adapted)),
+            points(change.difference),
+            f"{points(change.low)} to {points(change.high)}",
+            *(f"{change.gained:,}", f"{change.lost:,}", p_value(change.p)),
         )
-        for found in adapted.differences
+        for change in adapted.differences
     ]
     rows.append(("no answer", "", str(base.unparseable), str(adapted.unparseable), *[""] * 5))
     name = "Accuracy" if comparison.metric == "acc" else "Accuracy by likelihood a character"
@@ -261,7 +279,7 @@ def _beside(comparison: Comparison) -> Grid:
 
 
 def overview(evaluated: Iterable[Evaluated]) -> Grid:
-    """Return every evaluation in a line."""
+    """Return a table with a line for every evaluation."""
     rows = []
     for evaluation in evaluated:
         stored, question = evaluation.stored, evaluation.question

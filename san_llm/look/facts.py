@@ -22,7 +22,7 @@ class Missing:
     """What a run does not have.
 
     Attributes:
-        what: In a sentence.
+        what: What is missing, in a sentence.
         command: What would make it; empty where nothing would.
     """
 
@@ -35,12 +35,12 @@ class Facts:
     """One run.
 
     Attributes:
-        folder: Its.
-        run: Its status, steps, best loss and size.
-        recipe: As it ran.
+        folder: The run's folder.
+        run: The run's status, steps, best loss and size.
+        recipe: The recipe as it ran.
         manifest: Versions, device, hashes; nothing before the training's start.
         metrics: What training came to; None before its end.
-        log: Its entries, a step or a held-out loss each.
+        log: The entries of the run's log, a step or a held-out loss each.
         scales: What happened to the neuron scales; None where there are none to be read.
         missing: What is not there.
     """
@@ -56,7 +56,7 @@ class Facts:
 
     @property
     def method(self) -> str:
-        """The method and what kind of it."""
+        """The method, and of SAN its carrier and mode."""
         method = self.recipe.method
         if method.name == "san":
             return f"SAN ({method.carrier} carrier, mode {method.mode})"

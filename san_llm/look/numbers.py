@@ -62,7 +62,7 @@ class SynapseScale:
 
 @dataclass(frozen=True)
 class Score:
-    """One task's accuracy, or their average, as fractions of 1.
+    """One task's accuracy, or the tasks' average, as fractions of 1.
 
     Attributes:
         task: The task, or ``average``.
@@ -83,7 +83,7 @@ class Scores:
         tasks: The tasks, and their average last if there are several.
         rows: Rows of all tasks.
         data: The data's name.
-        protocol: By which protocol.
+        protocol: The protocol by which rows were asked.
         no_answer: Outputs without an answer: of the base, or None, and with the adapter.
     """
 
@@ -100,12 +100,12 @@ class RunNumbers:
 
     Attributes:
         title: The run's recipe, method and base, for a caption.
-        train_loss: Of each step, a token.
-        held_out_loss: Whenever it was taken.
-        learning_rate: Of each step.
+        train_loss: The training loss of each step, per token.
+        held_out_loss: The held-out loss, per token, whenever it was taken.
+        learning_rate: The learning rate of each step.
         gammas: Every neuron scale (d_out,), by module, in the model's order.
         synapse: The effective scale of one weight matrix.
-        scores: The last evaluation's.
+        scores: The scores of the adapter's last evaluation.
         left_out: What is not there, and why: a line each.
     """
 
@@ -123,7 +123,7 @@ def numbers_of(run: Path, weight: str | None = None) -> RunNumbers:
     """Return what a run, finished or not, has to be drawn.
 
     Args:
-        run: Its folder.
+        run: The run's folder.
         weight: The matrix whose synapse scale is wanted: ``3.down_proj``; default: the one with a
             link that changed most.
 
@@ -166,10 +166,10 @@ def _curve(log: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
     for entry in log:
         with suppress(ValueError, KeyError, TypeError):
             points.append((entry["step"], float(entry[key])))
-    found = [point for point in points if np.isfinite(point[1])]
-    if not found:
+    finite = [point for point in points if np.isfinite(point[1])]
+    if not finite:
         return None
-    steps, values = zip(*found, strict=True)
+    steps, values = zip(*finite, strict=True)
     return Curve(np.array(steps), np.array(values))
 
 
@@ -273,13 +273,13 @@ def _scores(run: Path, left_out: list[str]) -> Scores | None:
 def _measured(results: EvaluationResults) -> tuple[object, ...]:
     """Return what two evaluations must have in common for their scores to stand side by side.
 
-    It is another rule than their ``Question``. The model must be the same, which is the adapter's
-    own base, and so must ``strict``, as no note beside a drawing says what else differs. And the
-    data go by their name and count: no row is compared with another, so that the results alone
-    tell enough, whatever the manifest says.
+    This rule is not that of their ``Question``. The model must be the same, which is the adapter's
+    own base, and so must ``strict``, as no note beside a drawing says what else differs. The data
+    go by name and number of rows: no row is compared with another, so that the results are enough,
+    whatever the manifest says.
     """
-    asked = (results.data, results.limit, results.protocol, results.prompt, results.strict)
-    return (results.model, *asked, *((task.task, task.n) for task in results.tasks))
+    asking = (results.data, results.limit, results.protocol, results.prompt, results.strict)
+    return (results.model, *asking, *((task.task, task.n) for task in results.tasks))
 
 
 def _side_by_side(before: EvaluationResults | None, after: EvaluationResults) -> Scores:

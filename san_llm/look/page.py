@@ -37,7 +37,7 @@ def default_output(runs: Sequence[Path]) -> Path:
 
 
 def refuse_page(output: Path, overwrite: bool) -> None:
-    """Refuse to write where something is.
+    """Refuse to write where something stands.
 
     Raises:
         InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
@@ -56,7 +56,7 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
     """Write the page of one run, or of several side by side, and return what it says of each.
 
     Args:
-        runs: Their folders.
+        runs: The runs' folders.
         output: The file, which appears whole.
         overwrite: Replace what is there.
 
@@ -64,17 +64,17 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
         InputError: when a folder is not a run or is damaged, or ``output`` is in the way.
     """
     refuse_page(output, overwrite)
-    facts = [read_facts(run) for run in runs]
-    read = [read_evaluations(one) for one in facts]
+    all_facts = [read_facts(run) for run in runs]
+    evaluations = [read_evaluations(facts) for facts in all_facts]
     parts = []
-    for number, (one, (own, wrong)) in enumerate(zip(facts, read, strict=True)):
+    for number, (facts, (own, wrong)) in enumerate(zip(all_facts, evaluations, strict=True)):
         others = [
             evaluated
-            for other, (found, _) in zip(facts, read, strict=True)
-            if other is not one and other.recipe.base == one.recipe.base
-            for evaluated in found
+            for other_facts, (of_other, _) in zip(all_facts, evaluations, strict=True)
+            if other_facts is not facts and other_facts.recipe.base == facts.recipe.base
+            for evaluated in of_other
         ]
-        parts.append(tell(number, one, own, others, wrong))
+        parts.append(tell(number, facts, own, others, wrong))
     text = (
         _environment()
         .get_template("page.html")

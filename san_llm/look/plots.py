@@ -59,7 +59,7 @@ def draw(run: Path, weight: str | None = None) -> dict[str, Figure]:
     """Return the drawings that a run has the data for, by name.
 
     Args:
-        run: Its folder.
+        run: The run's folder.
         weight: See :func:`san_llm.look.numbers.numbers_of`.
 
     Raises:
@@ -105,7 +105,7 @@ def check_matplotlib() -> None:
         InputError: saying how to get it.
     """
     try:
-        import matplotlib.figure  # noqa: F401  # found, or not
+        import matplotlib.figure  # noqa: F401  # whether it is there
     except ImportError:
         raise InputError(
             "drawings need matplotlib: `pip install 'san-llm[plots]'` gets it"
@@ -227,7 +227,7 @@ def _plain_ticks() -> Any:
 
 
 def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
-    """Draw what the paper does of LTP and LTD: a cell for each module of each block."""
+    """Return the paper's picture of LTP and LTD: a cell for each module of each block."""
     modules, blocks, maps = block_maps(
         gammas,
         lambda g: 100 * (g > 1 + STILL).mean(),
@@ -235,7 +235,7 @@ def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
         lambda g: np.abs(g - 1).mean(),
         lambda g: g.mean(),
     )
-    more, less, far, mean = (found.T for found in maps)  # (blocks, modules): drawn upwards
+    more, less, far, mean = (grid.T for grid in maps)  # (blocks, modules): drawn upwards
     every = np.concatenate(list(gammas.values()))
     title = f"{_percent((every > 1 + STILL).mean())} of the channels potentiated, "
     title += f"{_percent((every < 1 - STILL).mean())} depressed; "
@@ -328,9 +328,9 @@ def _distribution(gammas: Mapping[str, Numbers]) -> Figure:
             (0.02, "LTD", (values < 1 - STILL).mean()),
             (0.98, "LTP", (values > 1 + STILL).mean()),
         ):
-            told = f"{name}\n{_percent(share)}"
+            text = f"{name}\n{_percent(share)}"
             end = "left" if x < 0.5 else "right"
-            panel.text(x, 0.98, told, transform=panel.transAxes, ha=end, va="top", size=10)
+            panel.text(x, 0.98, text, transform=panel.transAxes, ha=end, va="top", size=10)
         panel.locator_params(axis="y", nbins=3)
         panel.locator_params(axis="x", nbins=3)
         panel.tick_params(labelbottom=True)
@@ -342,7 +342,7 @@ def _distribution(gammas: Mapping[str, Numbers]) -> Figure:
 
 
 def _synapse(scale: SynapseScale) -> Figure:
-    """Draw the factor of each weight, rows and columns sorted, with the two vectors beside it."""
+    """Return a map of each weight's factor, rows and columns sorted, beside the two vectors."""
     rows, columns = _thinned(scale.gamma), _thinned(scale.s)
     factors = scale.gamma[:, None] * _thinned(scale.s)  # one side thinned is precise enough
     up = float((factors > 1 + STILL).mean())
@@ -370,10 +370,10 @@ def _synapse(scale: SynapseScale) -> Figure:
         (shown[0, 0], 0.03, 0.96, "left", "top"),
         (shown[-1, -1], 0.97, 0.04, "right", "bottom"),
     ):
-        told = "strengthened" if corner > 1 else "weakened"
+        word = "strengthened" if corner > 1 else "weakened"
         look: dict[str, Any] = {"ha": end, "va": bottom, "color": "white", "weight": "bold"}
         if abs(corner - 1) > 0.7 * np.abs(shown - 1).max():  # dark enough to be written on
-            panel.text(x, y, told, transform=panel.transAxes, **look)
+            panel.text(x, y, word, transform=panel.transAxes, **look)
     left.plot(rows, along[::-1], color=INK, lw=1.4)
     left.axvline(1, color=SOFT, lw=0.8, ls=":")
     left.set_xlabel(f"{GAMMA} of {short_label(name)}")
@@ -412,14 +412,14 @@ def _scores(scores: Scores) -> Figure:
     if last.before is not None:
         before = [task.before for task in tasks if task.before is not None]
         sides.insert(0, ("base", before, "o", "white", INK, -0.12))
-    for (name, found, marker, fill, ink, shift), lost in zip(
+    for (name, accuracies, marker, fill, ink, shift), lost in zip(
         sides, scores.no_answer[-len(sides) :], strict=True
     ):
         label = f"{name}: no answer in {lost} of {scores.rows} outputs"
         axis.errorbar(
-            [100 * value for value, _ in found],
+            [100 * value for value, _ in accuracies],
             places - shift,
-            xerr=[100 * (error or 0) for _, error in found],
+            xerr=[100 * (error or 0) for _, error in accuracies],
             label=label if scores.protocol == "generate" else name,
             fmt=marker,
             ms=7,

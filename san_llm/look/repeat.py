@@ -25,7 +25,7 @@ class Step:
 def steps(facts: Facts, evaluated: Iterable[Evaluated]) -> list[Step]:
     """Return what makes a run and its evaluations again, in ``runs/again``."""
     recipe, manifest = facts.recipe, facts.manifest
-    found = []
+    all_steps = []
     versions = manifest.versions
     # The part behind a "+" names a build for one kind of device: no index has it under that name.
     pins = [
@@ -35,14 +35,14 @@ def steps(facts: Facts, evaluated: Iterable[Evaluated]) -> list[Step]:
     ]
     if pins:
         about = f"With san-llm {versions.get('san-llm')} and Python {versions.get('python')}:"
-        found.append(Step(about, shlex.join(["pip", "install", *pins])))
+        all_steps.append(Step(about, shlex.join(["pip", "install", *pins])))
     base = recipe.base.model
     if base.lower() in PINNED:
-        found.append(Step("The base:", shlex.join(["san-llm", "download", base])))
+        all_steps.append(Step("The base:", shlex.join(["san-llm", "download", base])))
     if recipe.data.train != "pocket":
         for file, digest in manifest.sha256.data.items():
-            told = shlex.quote(f"{digest}  {file}")
-            found.append(Step("The same data:", f"echo {told} | sha256sum --check"))
+            line = shlex.quote(f"{digest}  {file}")
+            all_steps.append(Step("The same data:", f"echo {line} | sha256sum --check"))
     train = ["san-llm", "train", "recipe.yaml", "--output", AGAIN]
     about = "Training, with the recipe above saved as recipe.yaml:"
     if manifest.processes > 1:
@@ -54,7 +54,11 @@ def steps(facts: Facts, evaluated: Iterable[Evaluated]) -> list[Step]:
         about = (
             "Training, with the recipe above as recipe.yaml, and the DeepSpeed config it ran with:"
         )
-    found.append(Step(about, shlex.join(train)))
-    asked = {one.command: one.of for one in evaluated if one.of != "another model"}
-    found += [Step(f"Evaluation of the {of}:", command) for command, of in asked.items()]
-    return [*found, Step("This page:", shlex.join(["san-llm", "report", AGAIN]))]
+    all_steps.append(Step(about, shlex.join(train)))
+    commands = {
+        evaluation.command: evaluation.of
+        for evaluation in evaluated
+        if evaluation.of != "another model"
+    }
+    all_steps += [Step(f"Evaluation of the {of}:", command) for command, of in commands.items()]
+    return [*all_steps, Step("This page:", shlex.join(["san-llm", "report", AGAIN]))]

@@ -23,9 +23,9 @@ class Compared:
     """Evaluations of several runs' adapters on the same rows, with the first of them.
 
     Attributes:
-        about: What was asked.
-        grids: Accuracies, and each one's differences from the first.
-        notes: What else than the model differs.
+        about: What was asked, in words.
+        grids: Accuracies, and each run's differences from the first.
+        notes: What differs, besides the model.
     """
 
     about: str
@@ -41,7 +41,7 @@ class SideBySide:
         overview: A line for each run.
         recipes: The keys that differ; None where none does.
         compared: Their adapters' evaluations, by what was asked.
-        missing: Why some are not compared.
+        missing: Why nothing is compared, where nothing is.
     """
 
     overview: Grid
@@ -53,12 +53,12 @@ class SideBySide:
 def side_by_side(parts: Sequence[Part]) -> SideBySide:
     """Return what runs have in common, and what not."""
     compared = tuple(_compared(parts))
-    told = "No two of the runs were evaluated on the same rows in the same way."
+    reason = "No two of the runs were evaluated on the same rows in the same way."
     return SideBySide(
         Grid("The runs", _HEADER, tuple(map(_line, parts))),
         _recipes(parts),
         compared,
-        () if compared else (Missing(told),),
+        () if compared else (Missing(reason),),
     )
 
 
@@ -80,23 +80,23 @@ def _line(part: Part) -> tuple[str, ...]:
 
 
 def _recipes(parts: Sequence[Part]) -> Grid | None:
-    found = [leaves(part.facts.recipe.model_dump(mode="json")) for part in parts]
+    recipes = [leaves(part.facts.recipe.model_dump(mode="json")) for part in parts]
     rows = tuple(
-        (key, *(shown(one[key]) if key in one else "-" for one in found))
-        for key in dict.fromkeys(key for one in found for key in one)
-        if any(one.get(key) != found[0].get(key) for one in found)
+        (key, *(shown(recipe[key]) if key in recipe else "-" for recipe in recipes))
+        for key in dict.fromkeys(key for recipe in recipes for key in recipe)
+        if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)
     )
     header = ("key", *(part.label for part in parts))
     return Grid("Where the recipes differ", header, rows) if rows else None
 
 
 def _compared(parts: Sequence[Part]) -> Iterator[Compared]:
-    asked: dict[Question, list[tuple[str, Evaluated]]] = {}
+    by_question: dict[Question, list[tuple[str, Evaluated]]] = {}
     for part in parts:
         for judgement in part.judgements:
             evaluated = judgement.adapter
-            asked.setdefault(evaluated.question, []).append((part.label, evaluated))
-    for question, group in asked.items():
+            by_question.setdefault(evaluated.question, []).append((part.label, evaluated))
+    for question, group in by_question.items():
         if len(group) < 2:
             continue
         folders = [evaluated.stored.folder for _, evaluated in group]

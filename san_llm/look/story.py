@@ -32,16 +32,16 @@ class Part:
 
     Attributes:
         label: ``A``, ``B``, ... where there are several.
-        facts: From its files.
+        facts: What the run's files tell.
         story: What was done, in three sentences.
-        drawings: By name; those that its data allow.
-        losses: Some of them, a token; None where nothing was logged.
+        drawings: The drawings that the run's data allow, by name.
+        losses: Losses of some steps, per token; None where nothing was logged.
         costs: Time and memory.
         scales: What happened to the neuron scales, by module; None where they are not known.
-        evaluations: Every one, in a table; None where there is none.
-        judgements: Those of the adapter, beside the base's.
-        manifest: All of it, by dotted keys; None where training has not begun.
-        repeat: What makes all of it again.
+        evaluations: Every evaluation, in a table; None where there is none.
+        judgements: The adapter's evaluations, beside the base's.
+        manifest: The whole manifest, by dotted keys; None where training has not begun.
+        repeat: The steps that make the run, its evaluations and the page again.
         missing: What is not there.
     """
 
@@ -69,9 +69,9 @@ def tell(
     """Return what the page says of a run.
 
     Args:
-        number: Its place among the runs, from 0.
-        facts: From its files.
-        own: Its evaluations.
+        number: The run's place among the runs, from 0.
+        facts: What the run's files tell.
+        own: The run's evaluations.
         others: Those of other runs over the same base.
         wrong: What is wrong with evaluations that are left out.
     """
@@ -80,7 +80,7 @@ def tell(
     return Part(
         label=label(number),
         facts=facts,
-        story=(_done(facts), _came_to(facts), *(_scored(one) for one in judgements[-1:])),
+        story=(_done(facts), _came_to(facts), *map(_scored, judgements[-1:])),
         drawings=drawn,
         losses=_losses(facts),
         costs=_costs(facts),
@@ -96,18 +96,18 @@ def tell(
 def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
     adapter = facts.folder / "adapter"
     if not judgements and facts.run.status == "finished":
-        told = "Its adapter was not evaluated."
-        return [Missing(told, shlex.join(["san-llm", "eval", "--adapter", str(adapter)]))]
-    found = []
-    for one in judgements:
-        if one.base is not None:
+        sentence = "Its adapter was not evaluated."
+        return [Missing(sentence, shlex.join(["san-llm", "eval", "--adapter", str(adapter)]))]
+    missing = []
+    for judgement in judgements:
+        if judgement.base is not None:
             continue
         base_only = f"san-llm eval {shlex.quote(str(facts.folder))} --base-only"
-        command = one.adapter.command.replace("san-llm eval", base_only, 1)
-        name = one.adapter.stored.folder.name
-        told = f"The base was not asked the questions of the evaluation {name}, so nothing tells"
-        found.append(Missing(f"{told} what training gained.", command))
-    return found
+        command = judgement.adapter.command.replace("san-llm eval", base_only, 1)
+        name = judgement.adapter.stored.folder.name
+        unasked = f"The base was not asked the questions of the evaluation {name}"
+        missing.append(Missing(f"{unasked}, so nothing tells what training gained.", command))
+    return missing
 
 
 def _done(facts: Facts) -> str:
@@ -144,16 +144,16 @@ def _scored(judgement: Judgement) -> str:
     results = judgement.adapter.stored.results
     count = len(judgement.adapter.stored.rows)
     tasks = len(results.tasks)
-    asked = f"over {tasks} tasks" if tasks > 1 else f"on {results.tasks[0].task}"
-    asked += f" ({count:,} rows of {Path(results.data).name})"
+    questions = f"over {tasks} tasks" if tasks > 1 else f"on {results.tasks[0].task}"
+    questions += f" ({count:,} rows of {Path(results.data).name})"
     if not judgement.comparisons:
         average = results.average
-        return f"Accuracy {asked}: {_percent(average.accuracy, average.standard_error)}."
+        return f"Accuracy {questions}: {_percent(average.accuracy, average.standard_error)}."
     base, adapted = judgement.comparisons[0].runs
     change = adapted.differences[-1]
     interval = f"{LEVEL:.0%} interval {points(change.low)} to {points(change.high)}"
     return (
-        f"Accuracy {asked}: {_percent(*base.accuracies['average'])} before, "
+        f"Accuracy {questions}: {_percent(*base.accuracies['average'])} before, "
         f"{_percent(*adapted.accuracies['average'])} after; {points(change.difference)} points "
         f"({interval}; McNemar's p over all rows {p_value(change.p)})."
     )
@@ -164,7 +164,7 @@ def _percent(accuracy: float, error: float | None) -> str:
 
 
 def _losses(facts: Facts) -> Grid | None:
-    """Return the held-out losses, each with its step's training loss, or that of some steps."""
+    """Return the losses of some steps: of those with a held-out loss, if there are any."""
     trained = {entry["step"]: entry for entry in facts.log if "loss" in entry}
     judged = {entry["step"]: entry for entry in facts.log if "eval_loss" in entry}
     chosen = evenly(sorted(judged or trained), LOSSES)
@@ -181,9 +181,9 @@ def _losses(facts: Facts) -> Grid | None:
     return Grid("Losses, a token", header, rows) if rows else None
 
 
-def _number(entry: Mapping[str, Any], key: str, how: str) -> str:
-    found = entry.get(key)
-    return format(found, how) if isinstance(found, (int, float)) else "-"
+def _number(entry: Mapping[str, Any], key: str, form: str) -> str:
+    value = entry.get(key)
+    return format(value, form) if isinstance(value, (int, float)) else "-"
 
 
 def _manifest(facts: Facts) -> Grid | None:
@@ -233,7 +233,7 @@ class Drawing:
     """One drawing.
 
     Attributes:
-        title: What is seen, for who cannot see it.
+        title: What the drawing shows, for those who cannot see it.
         source: A ``data:`` address with the SVG: as a picture it can neither run a script nor
             disturb the page, and its names are its own.
     """

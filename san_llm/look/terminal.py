@@ -51,8 +51,8 @@ def _curves(numbers: RunNumbers) -> Table:
         values, at = curve.values, int(curve.values.argmin())
         ends = losses if name.endswith("loss") else values  # both losses on one scale
         bars = sparkline(values, float(ends.min()), float(ends.max()), CURVE)
-        told = [f"{value:.4g}" for value in (values[0], values[-1], values[at])]
-        table.add_row(f"[bold]{name}[/]", bars, *told, f"{int(curve.steps[at]):,}")
+        cells = [f"{value:.4g}" for value in (values[0], values[-1], values[at])]
+        table.add_row(f"[bold]{name}[/]", bars, *cells, f"{int(curve.steps[at]):,}")
     return table
 
 
@@ -70,7 +70,7 @@ def _map(title: str, form: str, modules: list[str], blocks: list[int], grid: Num
 
 
 def _scores(scores: Scores) -> Table:
-    def told(pair: tuple[float, float | None] | None) -> str:
+    def shown(pair: tuple[float, float | None] | None) -> str:
         return "-" if pair is None else f"{percent(pair[0])} ± {percent(pair[1])}"
 
     table = Table(box=None, pad_edge=False)
@@ -86,7 +86,7 @@ def _scores(scores: Scores) -> Table:
         bar = "".join(places)
         table.add_row(
             f"[bold]{escape(plain(task.task))}[/]",
-            *(told(pair) for pair in (task.before, task.after)),
+            *(shown(pair) for pair in (task.before, task.after)),
             f"|{bar}|",
         )
     return table
@@ -98,12 +98,11 @@ def sparkline(values: Numbers, low: float, high: float, width: int) -> str:
     Args:
         values: Finite numbers; nan leaves a gap.
         low: What the lowest bar stands for.
-        high: What the highest does.
-        width: How many bars at most; fewer values are one each.
+        high: What the highest bar stands for.
+        width: How many bars at most; fewer values have a bar each.
     """
-    parts = np.array_split(values, min(width, len(values)))
     bars = []
-    for part in parts:
-        there = part[np.isfinite(part)]
-        bars.append(block(there.mean(), low, high) if len(there) else " ")
+    for behind in np.array_split(values, min(width, len(values))):
+        finite = behind[np.isfinite(behind)]
+        bars.append(block(finite.mean(), low, high) if len(finite) else " ")
     return "".join(bars)

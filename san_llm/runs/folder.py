@@ -33,10 +33,10 @@ CONTENTS = (
 
 
 def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
-    """Make a run's folder with the resolved recipe in it.
+    """Make a run's folder with the resolved recipe in it, and return it.
 
     Args:
-        recipe: What will run.
+        recipe: The recipe that will run.
         output: The folder; default ``runs/<name>-<date>-<time>``.
         overwrite: Empty the folder first if it is a run of ours.
 
@@ -58,7 +58,7 @@ def new_run(recipe: Recipe, output: Path | None, overwrite: bool) -> Path:
 
 
 def read_log(run: Path) -> Iterator[dict[str, Any]]:
-    """Iterate over the entries of a run's ``log.jsonl`` that have a step; none if there is no log.
+    """Give the entries of a run's ``log.jsonl`` that have a step; none if there is no log.
 
     What is no entry is left out: the last line of a killed run, say.
     """
@@ -93,7 +93,7 @@ def _unused(path: Path) -> Path:
 
 
 def _make_unused(path: Path) -> Path:
-    """Make the folder that :func:`_unused` names; runs that start at once get one each."""
+    """Make and return an unused folder; runs that start at once get one each."""
     while True:
         folder = _unused(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,23 +110,24 @@ def new_eval_folder(run: Path | None, kind: str) -> Path:
 
 
 @contextmanager
-def begun(run: Path, made: bool) -> Iterator[None]:
+def begun(run: Path, is_new: bool) -> Iterator[None]:
     """Make a run the last one while the block runs, and after it; input refused late undoes that.
 
     Args:
-        run: Its folder.
-        made: It was made for this, by :func:`new_run`, and goes away if it has no checkpoint.
+        run: The run's folder.
+        is_new: The folder was made for this by :func:`new_run`, and goes away if it has no
+            checkpoint.
     """
     before = point_latest(run)
     try:
         yield
     except InputError:
-        if made and any(run.glob("checkpoints/checkpoint-*")):
+        if is_new and any(run.glob("checkpoints/checkpoint-*")):
             raise
         (RUNS / "latest").unlink(missing_ok=True)
         if before is not None:
             (RUNS / "latest").symlink_to(before)
-        if made:
+        if is_new:
             shutil.rmtree(run, ignore_errors=True)
             with suppress(OSError):  # other runs are in it
                 RUNS.rmdir()
@@ -134,7 +135,7 @@ def begun(run: Path, made: bool) -> Iterator[None]:
 
 
 def refuse_strange(run: Path) -> None:
-    """Refuse a run, which may be another's gift, that would be written to elsewhere, or cannot be.
+    """Refuse a run that cannot be written to, or only elsewhere; it may be another's gift.
 
     Raises:
         InputError: naming the symbolic link that leads out of the run's folder, or the file that
@@ -142,9 +143,9 @@ def refuse_strange(run: Path) -> None:
     """
     inside = run.resolve()
     for path in (run / name for name in CONTENTS):
-        for one in (path, *(path.glob("*") if path.name in ("checkpoints", "eval") else ())):
-            if one.is_symlink() and not one.resolve().is_relative_to(inside):
-                raise InputError(f"{one}: a symbolic link out of the run's folder; take it away")
+        for entry in (path, *(path.glob("*") if path.name in ("checkpoints", "eval") else ())):
+            if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                raise InputError(f"{entry}: a symbolic link out of the run's folder; take it away")
         a_file = path.name == "lock" or path.suffix != ""
         if path.exists() and not (path.is_file() if a_file else path.is_dir()):
             kind = "file" if a_file else "folder"
@@ -213,7 +214,7 @@ def _from_here(path: Path) -> Path:
 
 
 def recipe_of(run: Path) -> Recipe:
-    """Read the resolved recipe of a run.
+    """Return the resolved recipe of a run.
 
     Raises:
         InputError: when the folder is not a run.

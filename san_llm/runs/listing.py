@@ -22,11 +22,11 @@ class Score:
     """An evaluation's average, as fractions of 1.
 
     Attributes:
-        folder: The evaluation's.
+        folder: The evaluation's folder.
         of: ``adapter``, ``base``, or ``another model``, such as a merged one.
-        protocol: By which protocol.
-        accuracy: Over the tasks.
-        standard_error: Its.
+        protocol: The protocol by which rows were asked.
+        accuracy: The mean accuracy over the tasks.
+        standard_error: The standard error of ``accuracy``.
     """
 
     folder: str
@@ -41,15 +41,15 @@ class Run:
     """One run, as its files tell.
 
     Attributes:
-        run: Its folder.
+        run: The run's folder.
         latest: Whether it is the one that commands take unless told otherwise.
         status: ``finished`` has an adapter; ``stopped`` can go on; ``damaged`` cannot be read.
-        method: The recipe's.
-        base: The recipe's.
+        method: The name of the recipe's method; None where the recipe cannot be read.
+        base: The recipe's base model; None where the recipe cannot be read.
         steps: Optimizer steps done.
         loss: The best held-out loss, per token; None where none was taken.
-        scores: Of its evaluations, the oldest first.
-        bytes: All of its files; what links lead to is not counted.
+        scores: The score of each evaluation, the oldest first.
+        bytes: The size of all files; what links lead to is not counted.
     """
 
     run: str
@@ -71,9 +71,9 @@ def list_runs() -> list[Run]:
         folders = [path for path in RUNS.iterdir() if path.is_dir() and not path.is_symlink()]
     if latest.is_dir() and latest.resolve().parent != RUNS.resolve():
         folders.append(latest.resolve())
-    found = [path for path in folders if (path / "recipe.yaml").is_file()]
-    found.sort(key=lambda path: ((path / "recipe.yaml").stat().st_mtime_ns, path.name))
-    return [look_at(path) for path in found]
+    runs = [path for path in folders if (path / "recipe.yaml").is_file()]
+    runs.sort(key=lambda path: ((path / "recipe.yaml").stat().st_mtime_ns, path.name))
+    return [look_at(path) for path in runs]
 
 
 def remove_run(run: Path) -> None:
@@ -103,7 +103,7 @@ def removable(name: str) -> Path:
     """Return the folder of a run that may be removed.
 
     Args:
-        name: Its name, or its path; ``latest`` is one, too.
+        name: The run's name or path; ``latest`` is a name, too.
 
     Raises:
         InputError: when it is not in ``runs/``, not a run, has other files in it, or is running.
@@ -111,7 +111,7 @@ def removable(name: str) -> Path:
     given = Path(name)
     path = RUNS / name if len(given.parts) == 1 else given
     if not path.is_dir():
-        names = [one.name for one in RUNS.iterdir()] if RUNS.is_dir() else []
+        names = [path.name for path in RUNS.iterdir()] if RUNS.is_dir() else []
         raise InputError(f"{name}: no such run{did_you_mean(given.name, names)}")
     real = path.resolve()
     if real.parent != RUNS.resolve():
@@ -180,6 +180,6 @@ def _size(folder: Path) -> int:
     total = 0
     for root, _, files in os.walk(folder):
         for name in files:
-            with suppress(FileNotFoundError):  # a running one tidies up
+            with suppress(FileNotFoundError):  # a run in progress removes files, too
                 total += os.lstat(os.path.join(root, name)).st_size
     return total

@@ -23,12 +23,12 @@ from san_llm.errors import InputError
 from san_llm.progress import say
 
 NAME = "lock"
-PATIENCE = 1.0  # seconds to wait for the lock: who only looks holds it for an instant
+PATIENCE = 1.0  # seconds to wait for the lock: a process that only looks holds it for an instant
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # said by file systems without them
 
 
 def place() -> str:
-    """Return what processes share that can look at each other: the host, and the container."""
+    """Return where this process can look at others: the host, and the container."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:  # not on Linux
@@ -90,7 +90,7 @@ def sole_writer(run: Path) -> Iterator[None]:
 
 
 def _note(path: Path) -> dict[str, Any]:
-    """Return what the lock's owner wrote: empty if it says nothing, or not yet."""
+    """Return what the lock's owner wrote: nothing if it wrote nothing, or not yet."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def manifest(**facts: Any) -> dict[str, Any]:
-    """Return where and with what a run was made, with the facts that only it knows."""
+    """Return a manifest: when, where and with what something is made, and the facts given."""
     return {
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
         "platform": platform.platform(),
@@ -248,7 +248,7 @@ class Loading(_Record):
 
 
 class Identity(_Record):
-    """What of an evaluation's identity is read again; ``evaluate.identity`` says what all is in it.
+    """What of an evaluation's identity is read again; ``evaluate.identity`` says all that is in it.
 
     Attributes:
         data: The rows of each task.
@@ -295,7 +295,7 @@ class Manifest(_Record):
     """Where and when something was made, and with what.
 
     Attributes:
-        made: When, as ISO 8601.
+        made: When it was made, as ISO 8601.
         platform: The system.
         versions: The versions of this package, of Python and of :data:`PACKAGES`.
         git: The commit of the working directory, and whether it was changed; None outside of git.
@@ -333,7 +333,7 @@ class EvaluationManifest(Manifest):
 
 
 def evaluations_of(run: Path) -> list[Path]:
-    """Return the folders in a run's that have an evaluation's results, by name."""
+    """Return the folders of a run's evaluations that have results, by name."""
     return sorted(file.parent for file in run.glob(f"eval/*/{RESULTS}"))
 
 
@@ -343,7 +343,7 @@ def write_results(folder: Path, results: EvaluationResults) -> None:
 
 
 def read_results(folder: Path) -> EvaluationResults:
-    """Read what an evaluation came to.
+    """Return what an evaluation came to, read from its folder.
 
     Raises:
         InputError: when there is none in the folder, or it is not the results of one.
@@ -357,7 +357,7 @@ def write_evaluation_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_evaluation_manifest(folder: Path) -> EvaluationManifest:
-    """Read what an evaluation is made of.
+    """Return what an evaluation is made of, read from its folder.
 
     Raises:
         InputError: when the folder has no manifest, or not that of an evaluation.
@@ -436,7 +436,7 @@ def write_run_manifest(run: Path, manifest: RunManifest) -> None:
 
 
 def read_run_manifest(run: Path) -> RunManifest:
-    """Read what a run is made of; nothing, where training has not begun.
+    """Return what a run is made of; nothing, where training has not begun.
 
     Raises:
         InputError: when its manifest is damaged.
@@ -450,12 +450,13 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        run: Its folder.
-        finished: False when it was stopped and can go on.
+        run: The run's folder.
+        finished: False when the run was stopped and can go on.
         steps: Optimizer steps done, of ``max_steps``.
         max_steps: Optimizer steps planned.
         best_step: The step of the checkpoint that was kept.
-        held_out_loss: Its loss on the held-out rows, per token; None without held-out rows.
+        held_out_loss: That checkpoint's loss on the held-out rows, per token; None without such
+            rows.
         train_loss: Mean of the steps' losses, per token.
         trained_numbers: How many numbers were trained.
         rows: Rows trained on.
@@ -490,8 +491,8 @@ class Metrics(_Record):
     """What a run came to, as far as it is read again; :class:`TrainResult` says what each is.
 
     Attributes:
-        resumed_at: 0 also of a run from before this was written.
-        peak_memory: None of a run from before this was written.
+        resumed_at: 0, too, for a run of a version that did not write it.
+        peak_memory: None for a run of a version that did not write it.
     """
 
     steps: int
@@ -514,7 +515,7 @@ def write_metrics(run: Path, result: TrainResult) -> None:
 
 
 def read_metrics(run: Path) -> Metrics | None:
-    """Read what a run came to; None before its end.
+    """Return what a run came to; None before its end.
 
     Raises:
         InputError: when its metrics are damaged.
@@ -544,7 +545,7 @@ def write_merge_manifest(folder: Path, manifest: MergeManifest) -> None:
 
 
 def read_merge_manifest(folder: Path) -> MergeManifest | None:
-    """Read what a merged model was made of; None of a model that no merge of ours has made.
+    """Return what a merged model was made of; None of a model that no merge of ours has made.
 
     Raises:
         InputError: when its manifest is damaged.
@@ -560,9 +561,9 @@ class MergeResult:
     Attributes:
         output: The checkpoint's folder.
         base: The base that was used.
-        adapter: The adapter.
-        dtype: Of the merged weights.
-        parameters: Numbers in the merged model.
+        adapter: The adapter's folder.
+        dtype: The dtype of the merged weights.
+        parameters: How many numbers the merged model has.
         trained_over: How the base was quantized in training, or None.
         quantized: How its quantization was merged over, ``dequantize`` or ``keep``; None: the base
             is the full-precision one.
@@ -593,7 +594,7 @@ class VerifyResult:
     """How far the merged model is from base + adapter.
 
     Attributes:
-        largest_difference: Of a logit, over all prompts, tokens and words.
+        largest_difference: The largest difference of a logit, over all prompts, tokens and words.
         relative: The same in standard deviations of the logits.
         bound: What ``relative`` may be: what rounding the merged weights explains, and a margin.
         adapter_moved: Largest difference that the adapter made to the base, as a measure.
@@ -602,8 +603,9 @@ class VerifyResult:
             difference, when each takes the likeliest.
         quantization_moved: Largest difference to the base as it was quantized in training +
             adapter, where the merge was into the full-precision base.
-        weight_errors: Of each tensor, against the formula in fp64, relative to the largest number
-            of a row; None where there is no such formula: PEFT's methods, and weights in 4 bits.
+        weight_errors: The error of each tensor against the formula in fp64, relative to the largest
+            number of a row; None where there is no such formula: PEFT's methods, and weights in 4
+            bits.
     """
 
     largest_difference: float
