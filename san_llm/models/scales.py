@@ -72,7 +72,11 @@ class Scales:
 
     def _check_tensors(self) -> None:
         folder, base_name = self._adapter.folder, self._base_name
-        for name, tensor in self._adapter.tensors.items():
+        place = {node.name: number for number, node in enumerate(self.graph)}
+        tensors = self._adapter.tensors
+        # In the model's order, so that it is its first one that is named.
+        for name in sorted(tensors, key=lambda name: place.get(name.rpartition(".san_")[0], -1)):
+            tensor = tensors[name]
             module, _, kind = name.rpartition(".san_")
             node = self.nodes.get(module)
             if node is None and name in self.stored:
@@ -105,8 +109,9 @@ class Scales:
     def _needed(self, node: Node, kind: str) -> Numbers:
         vector = self.vector(node, kind)
         if vector is None:
+            missing = "low-rank matrices" if kind.startswith("lora_") else kind
             raise InputError(
-                f"{self._adapter.folder}: has no {kind} for {node.name} of {self._base_name}"
+                f"{self._adapter.folder}: has no {missing} for {node.name} of {self._base_name}"
             )
         return vector
 
