@@ -17,7 +17,7 @@ from san_llm.models.adapter import adapter_config, add_adapter, trainable_parame
 from san_llm.plan.bases import KNOWN
 from san_llm.recipe.read import load_recipe, parse_recipe, to_yaml
 from san_llm.recipe.schema import Recipe
-from san_llm.recipe.shipped import hardware, shipped_recipes
+from san_llm.recipe.shipped import about, hardware, shipped_configs, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
@@ -28,6 +28,10 @@ NAMES = [
     "llama7b_commonsense",
     "llama7b_commonsense_4bit",
     "smollm2_demo",
+]
+CONFIGS = [
+    f"accelerate/{name}"
+    for name in ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2", "two_nodes")
 ]
 # As the README lists them: by base.
 SORTED = [
@@ -178,24 +182,42 @@ def test_list_shows_every_recipe_with_its_base_and_hardware(cli):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["recipe", "hardware"]
-    for line, name in zip(lines[1:], NAMES, strict=True):
+    recipes, configs = lines[1 : 1 + len(NAMES)], lines[1 + len(NAMES) :]
+    for line, name in zip(recipes, NAMES, strict=True):
         assert line.startswith(name)
         assert recipe(name).base.model in line
         assert hardware(shipped_recipes()[name]) in line
+    for line, name in zip(configs, CONFIGS, strict=True):
+        assert line.startswith(name)
+        assert line.removeprefix(name).strip() == about(shipped_configs()[name.split("/")[1]])
 
 
 def test_list_as_json(cli):
     done = cli("recipes", "list", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    assert list(found) == NAMES
+    assert list(found) == NAMES + CONFIGS
     assert found["smollm2_demo"]["hardware"] == hardware(shipped_recipes()["smollm2_demo"])
+    assert found["accelerate/fsdp2"]["about"] == about(shipped_configs()["fsdp2"])
 
 
-def test_show_prints_the_file_byte_for_byte(cli):
-    done = cli("recipes", "show", "llama7b_commonsense")
+@pytest.mark.parametrize("name", ["llama7b_commonsense", "accelerate/fsdp2"])
+def test_show_prints_the_file_byte_for_byte(cli, name):
+    done = cli("recipes", "show", name)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == shipped_recipes()["llama7b_commonsense"].read_text()
+    assert done.stdout == (ROOT / "recipes" / f"{name}.yaml").read_text()
+
+
+def test_a_config_for_accelerate_is_copied_under_its_own_name(cli, here):
+    assert cli("recipes", "copy", "accelerate/two_nodes").stdout == "two_nodes.yaml\n"
+    shipped = ROOT / "recipes" / "accelerate" / "two_nodes.yaml"
+    assert (here / "two_nodes.yaml").read_bytes() == shipped.read_bytes()
+
+
+def test_a_config_that_is_not_shipped_is_refused_with_the_nearest(cli):
+    done = cli("recipes", "show", "accelerate/fsdp")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "(did you mean 'fsdp2'?)" in done.stderr
 
 
 def test_copy_makes_a_recipe_to_change_and_never_overwrites_unasked(cli, here):
