@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forking
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, each on a core of its own
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+forking.install()
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -23,6 +25,13 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("SAN_LLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a test are forked, or come from fresh interpreters where it says so."""
+    fresh = request.node.get_closest_marker("fresh") is not None
+    monkeypatch.setattr(forking, "switched_on", not fresh)
 
 
 @pytest.fixture

@@ -291,19 +291,25 @@ def test_a_killed_worker_ends_the_run_and_is_named(
     gone(long_recipe)
 
 
+def inject(here: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Let code run at the start of every process of a test."""
+    (here / "inject").mkdir()
+    (here / "inject" / "sitecustomize.py").write_text(code)
+    path = f"{here / 'inject'}:{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path.rstrip(":"))
+
+
 @pytest.mark.slow
 def test_a_worker_with_an_error_ends_the_run_and_is_named(
     spawn: Spawn, here: Path, long_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A real exception in one worker's training loop, at a moment of the test's choice.
-    (here / "inject").mkdir()
-    (here / "inject" / "sitecustomize.py").write_text(
+    inject(
+        *(here, monkeypatch),
         "import signal\n"
         "def fail(*_): raise ValueError('row 7 is broken')\n"
-        "signal.signal(signal.SIGUSR1, fail)\n"
+        "signal.signal(signal.SIGUSR1, fail)\n",
     )
-    path = f"{here / 'inject'}:{os.environ.get('PYTHONPATH', '')}"
-    monkeypatch.setenv("PYTHONPATH", path.rstrip(":"))
     process = spawn("train", long_recipe, "training.max_steps=4000", "--processes", 2)
     run = wait_for_run(here, process)
     reach(run, 4, process)
@@ -332,7 +338,12 @@ def test_a_frozen_worker_ends_the_run_and_is_named(
 
 
 @pytest.mark.slow
-def test_peers_notice_a_frozen_worker_under_any_launcher(here: Path, long_recipe: Path) -> None:
+def test_peers_notice_a_frozen_worker_under_any_launcher(
+    here: Path, long_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every 2 s, and 30 s of silence, are what it is for a user.
+    sooner = "heartbeat.EVERY, heartbeat.SILENCE = 0.5, 8.0"
+    inject(here, monkeypatch, f"from san_llm.launch import heartbeat\n{sooner}\n")
     probe = accelerate_command([], 2, None)
     port = probe[probe.index("--main_process_port") + 1]
     process = subprocess.Popen(
@@ -352,7 +363,7 @@ def test_peers_notice_a_frozen_worker_under_any_launcher(here: Path, long_recipe
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     first = next(line for line in errors.splitlines() if "rror" in line)
-    assert first.startswith("error: process 1 gave no sign of life for 3"), errors
+    assert first.startswith("error: process 1 gave no sign of life for 8"), errors
     gone(long_recipe)
 
 

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyte
 import pytest
+from forking import interruptible
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -139,8 +139,7 @@ def test_ctrl_c_leaves_the_terminal_clean(here: Path, tiny_base: Path) -> None:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        # A test run in the background ignores Ctrl-C, and so would this.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=interruptible,
     )
     os.close(theirs)
     screen = pyte.Screen(80, 24)
