@@ -325,6 +325,7 @@ def test_a_download_from_a_hub_that_cannot_be_reached_is_one_line(cli, here):
 # --- a whole run ---
 
 
+@pytest.mark.fresh
 @pytest.mark.slow
 def test_results_go_to_stdout_as_json_and_no_library_litters_stderr(cli, here, recipe):
     save_tiny(here / "model")

@@ -28,6 +28,7 @@ assert not {"san_llm", "peft"} & set(sys.modules)
 """
 
 
+@pytest.mark.fresh
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_train_eval_merge_and_a_stock_answer(cli, here, smollm2):

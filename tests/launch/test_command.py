@@ -158,7 +158,9 @@ def test_two_processes_give_the_weights_of_one(cli: Cli, here: Path, recipe: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.fresh)]
+)
 def test_a_launcher_of_the_users_own_trains_as_one(here: Path, recipe: Path, launcher: str) -> None:
     reference(recipe, here / "one")
     probe = accelerate_command([], 2, None)

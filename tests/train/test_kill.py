@@ -175,15 +175,17 @@ def test_a_run_goes_on_with_another_number_of_processes(here: Path, recipe: Path
 # --- stops ------------------------------------------------------------------------------------
 
 
+@pytest.mark.fresh
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_says_try_again(here: Path, recipe: Path) -> None:
     process = start(here, "train", recipe, "--output", "run")
-    assert wait_until(process, (here / "run" / "lock").is_file)
+    lock = here / "run" / "lock"
+    assert wait_until(process, lambda: lock.is_file() and lock.read_text())
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75, errors
     assert "--resume` goes on" in errors
-    assert not (here / "run" / "lock").exists()
+    assert not lock.exists()
 
 
 def test_a_second_run_into_a_folder_is_refused_with_the_first_ones_process(
