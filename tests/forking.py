@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -265,9 +266,13 @@ def _serve(theirs: socket.socket) -> NoReturn:
         reading, writing = os.pipe()
         between = os.fork()
         if between == 0:
-            # What this one forks is an orphan at once, and becomes a child of who has asked.
+            # What this one forks becomes an orphan, and so a child of who has asked: when this one
+            # has ended, which takes a while if there is much memory to give back.
+            orphaned_by = os.getpid()
             if os.fork():
                 os._exit(0)
+            while os.getppid() == orphaned_by:
+                time.sleep(0.001)
             for number in (reading, theirs.detach()):
                 os.close(number)
             _live(json.loads(message), files, writing)

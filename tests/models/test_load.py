@@ -33,6 +33,11 @@ def base(folder, dtype="float32", **options):
     return Base(model=str(folder), dtype=dtype, **options)
 
 
+def refusal(load, named):
+    """Return the message by which a base is refused, when it is looked up or loaded."""
+    return told(InputError, lambda: load(find_base(named)))
+
+
 @pytest.fixture
 def copy(here, tiny_base):
     """A copy of the tiny base, to be spoilt."""
@@ -134,31 +139,31 @@ def test_a_stored_quantized_base_computes_in_the_recipes_dtype(wide, here, dtype
 
 def test_what_cannot_be_loaded_quantized_is_one_line(wide, here):
     load_base(find_base(base(wide, quantization="8bit"))).save_pretrained("small")
-    twice = told(InputError, load_base, base("./small", quantization="4bit"))
+    twice = refusal(load_base, base("./small", quantization="4bit"))
     assert twice == "base.quantization: ./small is stored in 8bit: leave it out"
     path = Path("small/config.json")
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     other = "./small: quantized by gptq; only bitsandbytes' checkpoints can be read"
-    assert told(InputError, load_base, base("./small")) == other
+    assert refusal(load_base, base("./small")) == other
 
 
 def test_what_is_wrong_with_a_base_is_one_line(copy):
-    assert "no such folder" in told(InputError, load_config, base("./nowhere"))
+    assert "no such folder" in refusal(load_config, base("./nowhere"))
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    message = told(InputError, load_base, base(copy))
+    message = refusal(load_base, base(copy))
     assert message.startswith(f"{weights}: cut short: ")
     weights.unlink()
-    message = told(InputError, load_base, base(copy))
+    message = refusal(load_base, base(copy))
     assert message.startswith(f"{copy}: no model.safetensors and no ")
     (copy / "config.json").write_text("{")
-    assert "config.json: not valid JSON" in told(InputError, load_config, base(copy))
+    assert "config.json: not valid JSON" in refusal(load_config, base(copy))
     (copy / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "gpt2" in told(InputError, load_config, base(copy))
+    assert "gpt2" in refusal(load_config, base(copy))
     (copy / "config.json").write_text(json.dumps({"hidden_size": 3}))
-    assert "its config cannot be loaded" in told(InputError, load_config, base(copy))
+    assert "its config cannot be loaded" in refusal(load_config, base(copy))
 
 
 def test_a_pickle_is_never_loaded(copy):
@@ -168,14 +173,14 @@ def test_a_pickle_is_never_loaded(copy):
 
     (copy / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Bomb()}, copy / "pytorch_model.bin")
-    assert "pytorch_model.bin is a pickle" in told(InputError, load_base, base(copy))
+    assert "pytorch_model.bin is a pickle" in refusal(load_base, base(copy))
     assert not Path("exploded").exists()
 
 
 def test_a_base_without_a_tokenizer_is_one_line(copy):
     for file in copy.glob("tokenizer*"):
         file.unlink()
-    message = told(InputError, load_tokenizer, base(copy))
+    message = refusal(load_tokenizer, base(copy))
     assert message.startswith(f"{copy}: no tokenizer in it")
 
 
