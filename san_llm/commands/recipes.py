@@ -15,8 +15,7 @@ from san_llm.commands.options import Json, Overwrite, recipe_names, results, shi
 from san_llm.errors import InputError
 
 recipes_app = typer.Typer(
-    help="List, show and copy what comes with san-llm: recipes, and configs for Accelerate; check "
-    "your own.",
+    help="List, show and copy shipped recipes and Accelerate configs; check your own recipes.",
     epilog="""Examples:
 
     san-llm recipes list
@@ -40,7 +39,7 @@ Name = Annotated[
 
 @recipes_app.command("list", epilog="Example:\n\n    san-llm recipes list")
 def list_recipes(as_json: Json = False) -> None:
-    """List the shipped recipes, with the hardware each is meant for, and configs for Accelerate."""
+    """List shipped recipes, with the hardware each is for, and Accelerate configs."""
     from san_llm.recipe.read import load_recipe
     from san_llm.recipe.shipped import about, hardware, shipped_configs, shipped_recipes
 
@@ -66,7 +65,7 @@ def list_recipes(as_json: Json = False) -> None:
 
 @recipes_app.command("show", epilog="Example:\n\n    san-llm recipes show smollm2_demo")
 def show(name: Name) -> None:
-    """Print a shipped recipe, or a config for Accelerate."""
+    """Print a shipped recipe or Accelerate config."""
     from san_llm.recipe.shipped import find_shipped
 
     text = find_shipped(name).read_text(encoding="utf-8")
@@ -84,7 +83,7 @@ def copy(
     target: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml here.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a shipped recipe, or a config for Accelerate, to be changed."""
+    """Copy a shipped recipe or Accelerate config, to be changed."""
     from san_llm.recipe.shipped import copy_shipped
 
     results(str(copy_shipped(name, target, overwrite)))
