@@ -59,6 +59,8 @@ CASES = {
     "embedding": ({"adapt_embedding": True}, {}, FP32, None),
     "embedding, tied": ({"adapt_embedding": True}, TIED, FP32, None),
     "embedding, tied bf16": ({"adapt_embedding": True}, TIED, BF16, None),
+    "embedding, neuron": ({"adapt_embedding": True, "mode": "neuron"}, {}, FP32, None),
+    "embedding, synapse": ({"adapt_embedding": True, "mode": "synapse"}, {}, FP32, None),
     "no residual links": ({"links": ["attention", "mlp"]}, {}, BF16, None),
     "few targets": ({"target_modules": ["v_proj", "o_proj", "down_proj"]}, TIED, FP32, None),
 }
