@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from merge.stock import stock_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from san.adapted import adapt, family_model, text
@@ -101,19 +100,6 @@ assert not {"san_llm", "peft"} & set(sys.modules)
 """
 
 
-def stock_logits(folders, out):
-    asked = json.dumps([[str(folder) for folder in folders], text().tolist(), str(out)])
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, asked],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(out)
-
-
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
     """Merge every case in both ways; return ``{(name, way): (base, adapter, merged, logits)}``."""
@@ -131,7 +117,9 @@ def merged(tmp_path_factory):
             assert result.parameters - untied(options, changes) == model.num_parameters()
             made[name, way] = (base, folder / "adapter", folder / way)
     logits = stock_logits(
-        [out for *_, out in made.values()], tmp_path_factory.mktemp("stock") / "logits.safetensors"
+        STOCK,
+        [out for *_, out in made.values()],
+        tmp_path_factory.mktemp("stock") / "logits.safetensors",
     )
     return {key: (*paths, logits[str(paths[-1])]) for key, paths in made.items()}
 

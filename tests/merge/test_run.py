@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from merge.stock import stock_logits
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -102,20 +103,6 @@ assert not {"san_llm", "peft"} & set(sys.modules)
 """
 
 
-def stock_logits(folders, out):
-    """Return the fp32 logits of checkpoints as a process of stock transformers computes them."""
-    asked = json.dumps([[str(folder) for folder in folders], text().tolist(), str(out)])
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, asked],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(out)
-
-
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
     """Merge every case; return ``{name: (base, adapter, merged, stock logits)}``."""
@@ -130,7 +117,9 @@ def merged(tmp_path_factory):
         assert result.dtype == (target or str(dtype).removeprefix("torch."))
         made[name] = (base, folder / "adapter", folder / "merged")
     logits = stock_logits(
-        [out for *_, out in made.values()], tmp_path_factory.mktemp("stock") / "logits.safetensors"
+        STOCK,
+        [out for *_, out in made.values()],
+        tmp_path_factory.mktemp("stock") / "logits.safetensors",
     )
     return {name: (*paths, logits[str(paths[-1])]) for name, paths in made.items()}
 
@@ -333,7 +322,9 @@ def peft_merged(tmp_path_factory):
         merge(MergeRequest(find_subject(str(base), folder / "adapter"), folder / "merged", target))
         made[number] = (base, folder / "adapter", folder / "merged")
     logits = stock_logits(
-        [out for *_, out in made.values()], tmp_path_factory.mktemp("stock") / "logits.safetensors"
+        STOCK,
+        [out for *_, out in made.values()],
+        tmp_path_factory.mktemp("stock") / "logits.safetensors",
     )
     return [(*paths, logits[str(paths[-1])]) for paths in made.values()]
 
