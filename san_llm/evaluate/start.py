@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from san_llm.errors import InputError
 from san_llm.evaluate.request import EvalRequest, check_request
-from san_llm.launch.command import accelerate_command, run_launched
+from san_llm.launch.command import Ended, accelerate_command, run_launched
 from san_llm.launch.processes import is_first, world_size
 from san_llm.models.cards import add_scores
 from san_llm.models.subject import Subject
@@ -19,20 +18,7 @@ if TYPE_CHECKING:
     from san_llm.evaluate.table import EvalResult
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How an evaluation ended.
-
-    Attributes:
-        code: The command's exit code.
-        result: What it came to; None where another process tells it.
-    """
-
-    code: int
-    result: EvalResult | None = None
-
-
-def start(request: EvalRequest) -> Ended:
+def start(request: EvalRequest) -> Ended[EvalResult]:
     """Evaluate, in this process or in several that are launched for it; return how it ended.
 
     Raises:

@@ -14,8 +14,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Generic, TypeVar
 
 import psutil
 
@@ -23,6 +25,21 @@ from san_llm.errors import STOPPED, InputError, SanError, debugging
 from san_llm.launch.engine import engine_of, read_config
 from san_llm.launch.notes import FAILURE, NOTES, READY, REFUSED, STOPPED_BY, VERDICT, send
 from san_llm.progress import say
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ended(Generic[Result]):
+    """How what a command started has ended.
+
+    Attributes:
+        code: The command's exit code.
+        result: What it came to; None where another process tells it.
+    """
+
+    code: int
+    result: Result | None = None
 
 
 def accelerate_command(

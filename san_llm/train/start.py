@@ -17,7 +17,7 @@ from typing import Any
 from san_llm.data.rows import read_rows, training_files
 from san_llm.errors import STOPPED, InputError, debugging
 from san_llm.files import write_text
-from san_llm.launch.command import accelerate_command, machine_rank, run_launched
+from san_llm.launch.command import Ended, accelerate_command, machine_rank, run_launched
 from san_llm.launch.engine import check_engine, engine_of, find_config, read_config
 from san_llm.launch.processes import agree, is_first
 from san_llm.models.locate import FoundBase, find_base
@@ -77,20 +77,7 @@ class TrainRequest:
     as_json: bool = False
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a training ended.
-
-    Attributes:
-        code: The command's exit code.
-        result: What it came to; None where another process tells it.
-    """
-
-    code: int
-    result: TrainResult | None = None
-
-
-def start(request: TrainRequest) -> Ended:
+def start(request: TrainRequest) -> Ended[TrainResult]:
     """Train as asked, in this process or in several that are launched; return how it ended.
 
     Raises:
@@ -183,7 +170,9 @@ def _look_ahead(recipe: Recipe, new: bool) -> FoundBase | None:
     return found
 
 
-def _train_here(recipe: Recipe, run: Path, launched: bool, found: FoundBase | None) -> Ended:
+def _train_here(
+    recipe: Recipe, run: Path, launched: bool, found: FoundBase | None
+) -> Ended[TrainResult]:
     from san_llm.train.run import train
 
     if not launched:
@@ -196,12 +185,12 @@ def _train_here(recipe: Recipe, run: Path, launched: bool, found: FoundBase | No
     return Ended(STOPPED[result.stopped_by or "SIGINT"], result)
 
 
-def _run_launched(command: list[str]) -> Ended:
+def _run_launched(command: list[str]) -> Ended[TrainResult]:
     code = run_launched(command)
     return Ended(code if code in (0, *STOPPED.values()) else 1)
 
 
-def _join() -> Ended:
+def _join() -> Ended[TrainResult]:
     """Train with the first process, which tells the run."""
     from san_llm.train.run import train
 
