@@ -316,8 +316,8 @@ def a_full_disk_has_its_words() -> None:
 def a_failed_worker_is_named() -> None:
     errors = resolve("torch.distributed.elastic.multiprocessing.errors")
     kept = errors.ProcessFailure(local_rank=1, pid=2, exitcode=-9, error_file="none")
-    rank, failure = errors.ChildFailedError("workers", {1: kept}).get_first_failure()
-    assert (rank, failure.exitcode) == (1, -9)
+    ((rank, failure),) = errors.ChildFailedError("workers", {1: kept}).failures.items()
+    assert (rank, failure.exitcode, type(failure.timestamp)) == (1, -9, int)
 
 
 ATTENTION = "attention on a CPU gives what our own backward pass starts from"
@@ -351,8 +351,7 @@ NUMBERS = "DeepSpeed's pickles may hold numbers only"
 add("torch", "", "TORCH_FORCE_WEIGHTS_ONLY_LOAD", NUMBERS, is_in("torch.serialization"))
 FAILED = "the launcher says which worker failed, and knows that from a job that was stopped"
 ELASTIC = "distributed.elastic.multiprocessing"
-CHILD = f"{ELASTIC}.errors.ChildFailedError"
-add("torch", CHILD, "get_first_failure", FAILED, does(a_failed_worker_is_named))
+add("torch", f"{ELASTIC}.errors", "ChildFailedError", FAILED, does(a_failed_worker_is_named))
 add("torch", f"{ELASTIC}.api", "SignalException", FAILED)
 ONCE = "a backward pass of ours is not differentiated again"
 add("torch", "autograd.function", "once_differentiable", ONCE, takes("fn"))

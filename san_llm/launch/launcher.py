@@ -9,12 +9,15 @@ import signal
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
 from san_llm.errors import debugging
 from san_llm.launch.notes import send, tell_failure
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 FROZEN = 20.0  # seconds after which a worker that SIGSTOP holds counts as lost
 
@@ -55,6 +58,21 @@ def _watch(parent: int) -> None:
     send(signal.SIGTERM, psutil.Process().children())
 
 
+def first_failure(error: ChildFailedError) -> tuple[int, int]:
+    """Return the rank and exit code of the worker that failed first.
+
+    Torch notes the second, and takes the lowest rank of it. A worker that a signal has ended did
+    not fail because of others; only SIGTERM is what a launcher sends to those that are left.
+    """
+
+    def place(rank: int) -> tuple[int, bool]:
+        failure = error.failures[rank]
+        return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM
+
+    rank = min(error.failures, key=place)
+    return rank, error.failures[rank].exitcode
+
+
 def _main() -> None:
     """Run Accelerate's launcher without its own report of a worker that has told its error."""
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
@@ -67,8 +85,7 @@ def _main() -> None:
     try:
         main()
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
+        rank, code = first_failure(error)
         if code < 0:
             hint = "; out of memory?" if code == -signal.SIGKILL else ""
             message = f"process {rank} was ended by {signal.Signals(-code).name}{hint}"
