@@ -51,10 +51,9 @@ class Shape:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Return the sizes that a checked ``config.json`` of a supported family gives."""
+    """Return the sizes that a checked config of a supported family, completed, gives."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
-    tied = config.get("tie_word_embeddings")
     return Shape(
         hidden=hidden,
         inner=config["intermediate_size"],
@@ -63,8 +62,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         q=heads * head_dim,
         kv=(config.get("num_key_value_heads") or heads) * head_dim,
         vocabulary=config["vocab_size"],
-        # Gemma's configs leave it out where it is true, LLaMA's where it is false.
-        tied=config["model_type"].startswith("gemma") if tied is None else tied,
+        tied=config["tie_word_embeddings"],
         linears=linear_shapes(config),
         config=config,
     )

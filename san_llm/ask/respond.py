@@ -21,6 +21,7 @@ from san_llm.data.encode import chat_prompt, evaluation_text
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
+from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.load import load_config, load_tokenizer
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject
@@ -134,7 +135,7 @@ def posed(subject: Subject, words: str, style: str | None, context: str = "") ->
         raise InputError("--input: prompt style none has no place for one; put it in the prompt")
     named = None if style == NO_STYLE else prompt_style(style)
     text, tokens = question(words, named, tokenizer, context)
-    room(tokens, load_config(found))
+    room(tokens, load_config(found), tokenizer)
     return Posed(found, tokenizer, style, text, tokens)
 
 
@@ -156,16 +157,18 @@ def refuse_no_template(tokenizer: PreTrainedTokenizerFast) -> None:
         )
 
 
-def room(tokens: list[int], config: Any) -> int | None:
+def room(tokens: list[int], config: Any, tokenizer: PreTrainedTokenizerFast) -> int | None:
     """Return how many tokens fit behind a prompt; None: any number.
 
     Args:
         tokens: The prompt's tokens.
         config: The model's config.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        InputError: when there is no place for one.
+        InputError: when there is no place for one, or the model does not know one of them.
     """
+    refuse_past_embedding(tokens, config.vocab_size, "the prompt", tokenizer)
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and len(tokens) >= context:
         raise InputError(
@@ -207,7 +210,7 @@ def respond(
     Raises:
         InputError: when the prompt fills the model's context.
     """
-    fitting = room(tokens, model.config)
+    fitting = room(tokens, model.config, tokenizer)
     limit = sampling.new_tokens
     settings = GenerationConfig(
         max_new_tokens=limit if fitting is None else min(limit, fitting),

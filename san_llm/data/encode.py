@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from san_llm.data.rows import Row
 from san_llm.errors import InputError, first_line
+from san_llm.models.agree import refuse_past_embedding
 from san_llm.protocol.prompts import PromptStyle, evaluation_prompt, training_prompt
 from san_llm.recipe.schema import Data
 
@@ -59,6 +60,7 @@ class Encoding:
         loss: ``response`` or ``all``.
         cutoff: Tokens kept of a row.
         workers: More than 1 tokenizes on several threads.
+        vocabulary: Rows of the model's embedding, which no token may be past; None: not known.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -66,11 +68,19 @@ class Encoding:
     loss: str
     cutoff: int
     workers: int = 1
+    vocabulary: int | None = None
+
+    @property
+    def unheld(self) -> int | None:
+        """The embedding's rows where the tokenizer knows tokens past them, else None."""
+        if self.vocabulary is None or max(self.tokenizer.get_vocab().values()) < self.vocabulary:
+            return None
+        return self.vocabulary
 
 
-def encoding_of(data: Data, tokenizer: PreTrainedTokenizerFast) -> Encoding:
-    """Return how a recipe's rows become tokens."""
-    return Encoding(tokenizer, data.prompt, data.loss, data.cutoff, data.workers)
+def encoding_of(data: Data, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> Encoding:
+    """Return how a recipe's rows become tokens of a model with so many."""
+    return Encoding(tokenizer, data.prompt, data.loss, data.cutoff, data.workers, vocabulary)
 
 
 def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
@@ -83,7 +93,7 @@ def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
     eos = tokenizer.eos_token_id
     # One call sets what a tokenizer file may ask for otherwise: no cutoff, no padding.
     tokenizer("x", add_special_tokens=False, verbose=False)
-    backend = tokenizer.backend_tokenizer
+    backend, unheld = tokenizer.backend_tokenizer, encoding.unheld
 
     def encode(chunk: Sequence[Row]) -> tuple[list[_Written], list[tokenizers.Encoding]]:
         written = [_write(row, tokenizer, style) for row in chunk]
@@ -102,6 +112,8 @@ def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
             pending = ahead.submit(encode, following)
             for row, (text, spans), ids in zip(chunk, written, encoded, strict=True):
                 tokens, learned = _mark(row, text, spans, ids, eos)
+                if unheld is not None:
+                    refuse_past_embedding(tokens, unheld, row.where, tokenizer)
                 yield _cut(tokens, learned, encoding.loss, encoding.cutoff)
             chunk = following
 

@@ -161,7 +161,8 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         "test rows": recipe.evaluation.data,
     }
     rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
-    encoding = encoding_of(data, load_tokenizer(find_base(recipe.base)))
+    found = find_base(recipe.base)
+    encoding = encoding_of(data, load_tokenizer(found), found.config["vocab_size"])
     return inspect(rows, tests, encoding, about)
 
 

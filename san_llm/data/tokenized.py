@@ -82,6 +82,8 @@ def _key(rows: Sequence[Row], encoding: Encoding) -> str:
     tokenizer, style = encoding.tokenizer, encoding.style
     digest = hashlib.sha256()
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    # Tokens that were kept for a larger embedding are looked at again for a smaller one.
+    digest.update(json.dumps(encoding.unheld).encode())
     settings = {"style": style, "loss": encoding.loss, "cutoff": encoding.cutoff}
     for value in (
         {"format": FORMAT, "special": special, **settings},

@@ -27,6 +27,7 @@ from san_llm.evaluate.score import (
     parse_answer,
 )
 from san_llm.launch.processes import world_size
+from san_llm.models.agree import refuse_past_embedding
 from san_llm.protocol.tasks import Task
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def pose(
     questions: Questions,
     settings: Settings,
     tokenizer: PreTrainedTokenizerFast,
-    context: int | None,
+    config: Any,
 ) -> list[Item]:
     """Return every row with its prompt, checked to leave room for an answer.
 
@@ -75,17 +76,20 @@ def pose(
         questions: The rows.
         settings: How to ask.
         tokenizer: The model's tokenizer.
-        context: Tokens that the model can hold; None: any number.
+        config: The model's config.
 
     Raises:
-        InputError: naming the row whose prompt and answer are too long, or cannot be written.
+        InputError: naming the row whose prompt and answer are too long, or cannot be written, or
+            hold a token that the model does not know.
     """
+    context = getattr(config, "max_position_embeddings", None)
     if settings.protocol == "generate":
         pad_id(tokenizer)
     items = []
     for task, rows in questions.rows.items():
         for number, row in enumerate(rows):
             text, tokens = evaluation_text(settings.prompt, row, tokenizer)
+            refuse_past_embedding(tokens, config.vocab_size, row.where, tokenizer)
             choices: tuple[str, ...] = ()
             if settings.protocol != "generate":
                 choices = offered(task, row.instruction, row.answer)

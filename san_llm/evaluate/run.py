@@ -47,8 +47,7 @@ def evaluate(task: EvalTask) -> EvalResult | None:
             check_installed()
         found = find_base(task.subject.base)
         tokenizer = load_tokenizer(found)
-        context = getattr(load_config(found), "max_position_embeddings", None)
-        items = pose(task.questions, task.settings, tokenizer, context)
+        items = pose(task.questions, task.settings, tokenizer, load_config(found))
         progress: Progress | None = None
         rows: dict[int, Judged] = {}
         whole = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from san_llm.architectures.lookup import check_family
 from san_llm.errors import InputError, check_one_of
 from san_llm.files import read_json, refuse_files
 from san_llm.merge.gguf import KINDS, check_exportable
 from san_llm.models.adapter import Adapter, open_adapter
+from san_llm.models.agree import check_base
 from san_llm.models.hub import check_push
 from san_llm.models.locate import Bits, FoundBase, config_here, find_base, stored_bits
 from san_llm.models.subject import Subject, find_subject, told_last_run
@@ -30,7 +30,8 @@ class MergeRequest:
         dtype: ``float32``, ``bfloat16`` or ``float16``; default: the one the base is stored in,
             bfloat16 for a dequantized one. Of a model in 4 bits, what is not.
         overwrite: Replace what is in ``output``.
-        verified: Compare with base + adapter before the folder gets its name.
+        verified: Compare with base + adapter before the folder gets its name: whole, or with None
+            as much as costs next to nothing (``merge.checked``).
         shard_size: Bytes that one file of weights may hold.
         quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
             that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
@@ -43,7 +44,7 @@ class MergeRequest:
     output: Path
     dtype: str | None = None
     overwrite: bool = False
-    verified: bool = False
+    verified: bool | None = None
     shard_size: int = SHARD_SIZE
     quantized: str | None = None
     gguf: str | None = None
@@ -80,7 +81,7 @@ def merge_request(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
-    verified: bool = False,
+    verified: bool | None = None,
     shard_size: int = SHARD_SIZE,
     quantized: str | None = None,
     gguf: str | None = None,
@@ -161,7 +162,7 @@ def check_request(request: MergeRequest) -> MergeTask:
             "blocks; only SAN's scales can keep them: use --quantized dequantize"
         )
     found = find_base(subject.base)
-    check_family(found.config.get("model_type"))
+    check_base(found)
     if "auto_map" in found.config:
         raise InputError(f"{found.base.model}: its config needs code of its own: not a stock model")
     trained = subject.recipe.base if subject.recipe else subject.base
@@ -225,6 +226,8 @@ def _check_gguf(quantized: str | None, found: FoundBase, adapter: Adapter) -> No
 
 def _dtype(request: MergeRequest, found: FoundBase) -> str:
     own = found.config.get("dtype") or found.config.get("torch_dtype") or "float32"
+    if own == "float64":  # read, but not written: half of its places are no training's
+        own = "float32"
     if request.quantized == "keep" and found.base.quantization is not None:
         own = found.base.dtype  # its codes are those of weights in this dtype
     dtype = request.dtype or ("bfloat16" if request.quantized == "dequantize" else own)

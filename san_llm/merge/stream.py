@@ -11,6 +11,7 @@ from typing import Any
 
 from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING
 from san_llm.errors import InputError
+from san_llm.files import read_json
 from san_llm.merge.write import Output
 from san_llm.models.adapter import Adapter
 from san_llm.models.locate import FoundBase
@@ -31,9 +32,11 @@ class Merged:
             SanError: when a number of the adapter is not finite.
         """
         self._scales = Scales(adapter, found.folder, found.config)
-        self._tensors, self._config = adapter.tensors, found.config
-        embedding = f"model.{EMBEDDING}" in self._scales.nodes
-        self.untied = embedding and "lm_head.weight" not in self._scales.stored
+        self._tensors, self._found = adapter.tensors, found
+        embedding = self._scales.nodes.get(f"model.{EMBEDDING}")
+        scaled = embedding is not None and self._scales.scales(embedding)[0] is not None
+        # The features are scaled, the head is not.
+        self.untied = scaled and bool(found.config["tie_word_embeddings"])
 
     def outputs(self, dtype: str) -> list[Output]:
         """Return the tensors of the merged model as ``dtype``, in the base's order.
@@ -61,7 +64,7 @@ class Merged:
             ):
                 # A config's flag gives a bias to all Linears of a parent, or to none.
                 outputs.append(self._bias(module, tensor.shape[0], None, dtype))
-        if self.untied:
+        if self.untied and "lm_head.weight" not in self._scales.stored:
             table = self._scales.stored[f"model.{EMBEDDING}.weight"]
             outputs.append(Output("lm_head.weight", dtype, table.shape, table))
         return outputs
@@ -98,7 +101,7 @@ class Merged:
     def _biased(self) -> set[str]:
         """Return the parents, such as ``mlp``, whose Linears all get a bias from a shift."""
         parents = {node.name.split(".")[-2] for node in self._scales.graph if node.beta}
-        family = self._config["model_type"]
+        family = self._found.config["model_type"]
         if parents and family not in BIAS_FLAGS:
             raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
         return parents
@@ -106,7 +109,8 @@ class Merged:
     def merged_config(self, dtype: str) -> dict[str, Any]:
         """Return the base's config with what the merge changes; dtype as torch spells it."""
         dropped = ("_name_or_path", "torch_dtype", "transformers_version")
-        config = {key: value for key, value in self._config.items() if key not in dropped}
+        own = read_json(self._found.folder / "config.json")
+        config = {key: value for key, value in own.items() if key not in dropped}
         config["dtype"] = dtype
         for flag, parent in BIAS_FLAGS.get(config["model_type"], {}).items():
             if parent in self._biased():

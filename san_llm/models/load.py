@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from san_llm.architectures.decoders import PARENTS
-from san_llm.architectures.lookup import check_family
-from san_llm.architectures.sizes import check_sizes, linear_shapes
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
 from san_llm.models.adapter import load_adapter
+from san_llm.models.agree import check_base, refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
-from san_llm.models.weights import read_weights
 from san_llm.san.model import keep_4bit_layout
 
 if TYPE_CHECKING:
@@ -38,41 +34,16 @@ def load_config(found: FoundBase) -> Any:
     from transformers import AutoConfig
 
     base = found.base
+    check_base(found)
     config = load_or_refuse(
         "config",
         str(found.folder),
         AutoConfig.from_pretrained,
         trust_remote_code=base.trust_remote_code,
     )
-    check_family(config.model_type)
     if found.bits and base.quantization:
         raise InputError(f"base.quantization: {base.model} is stored in {found.bits}: leave it out")
-    check_sizes(config)
-    _check_weights(found.folder, config, quantized=found.bits is not None)
     return config
-
-
-def _check_weights(folder: Path, config: Any, quantized: bool) -> None:
-    """Compare weights with their config by the headers of their files, which takes no time."""
-    stored = {tensor.name: tensor.shape for tensor in read_weights(folder)}
-    numbers = {
-        int(name.split(".")[2]) for name in stored if re.match(r"model\.layers\.\d+\.", name)
-    }
-    if numbers and numbers != set(range(config.num_hidden_layers)):
-        raise InputError(
-            f"{folder}: its config.json has num_hidden_layers {config.num_hidden_layers}, its "
-            f"weights have {len(numbers)} blocks"
-        )
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    if not quantized:
-        for target, shape in linear_shapes(config).items():
-            for block in numbers:
-                shapes[f"model.layers.{block}.{PARENTS[target]}.{target}.weight"] = shape
-    for name, shape in shapes.items():
-        if stored.get(name, shape) != shape:
-            raise InputError(
-                f"{folder}: {name} has the shape {stored[name]}, by its config.json it is {shape}"
-            )
 
 
 def load_tokenizer(found: FoundBase) -> PreTrainedTokenizerFast:
@@ -91,6 +62,12 @@ def load_tokenizer(found: FoundBase) -> PreTrainedTokenizerFast:
         AutoTokenizer.from_pretrained,
         trust_remote_code=found.base.trust_remote_code,
     )
+    vocabulary = found.config["vocab_size"]
+    for role in ("eos_token", "pad_token"):  # what every row ends with, or is filled up with
+        number = getattr(tokenizer, f"{role}_id")
+        if number is not None:
+            where = f"{found.folder / 'tokenizer_config.json'}: {role}"
+            refuse_past_embedding([number], vocabulary, where, tokenizer)
     return tokenizer
 
 

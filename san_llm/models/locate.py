@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from san_llm.architectures.defaults import completed
 from san_llm.errors import InputError, SanError, did_you_mean, nearest_file
 from san_llm.files import cache_folder, read_json
 from san_llm.models.download import PINNED, model_folder
 from san_llm.models.hub import fetch
+from san_llm.models.weights import has_weights, is_whole
 from san_llm.recipe.schema import Base
 
 
@@ -72,7 +74,7 @@ class FoundBase:
     Attributes:
         base: The recipe's section.
         folder: Where its files are.
-        config: What its ``config.json`` says.
+        config: What its ``config.json`` says, and its class where that is silent.
         bits: How its weights are stored quantized, or None.
     """
 
@@ -98,7 +100,21 @@ def find_base(base: Base) -> FoundBase:
     name = locate(base.model)
     local = Path(name).is_dir()
     folder = Path(name) if local else _fetched(name, base.revision, base.trust_remote_code)
-    config = read_json(folder / "config.json")
+    return open_base(base, folder)
+
+
+def open_base(base: Base, folder: Path) -> FoundBase:
+    """Return a base whose files are in a folder, and what its config says.
+
+    Raises:
+        InputError: as of :func:`find_base`.
+    """
+    config = completed(read_json(folder / "config.json"))
+    if config.get("quantization_config") and has_weights(folder) and is_whole(folder):
+        raise InputError(
+            f"{folder / 'config.json'}: has a quantization_config, but the weights beside it are "
+            "not quantized: take the section out"
+        )
     return FoundBase(base, folder, config, stored_bits(base.model, config))
 
 

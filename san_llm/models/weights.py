@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from san_llm.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The numbers of weights that are not quantized.
-SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 # Bytes of the other kinds of numbers that a file may hold, of which only the place is read.
-OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BLOCK = 2**16  # numbers worked on at once: what fits a core's cache
@@ -109,32 +109,82 @@ def _check_place(tensor: Stored) -> None:
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights of a model, be they such as are never loaded."""
+    named = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return named or any(folder.glob("pytorch_model*"))
+
+
 def read_weights(folder: Path) -> list[Stored]:
     """Return the tensors of a model folder's weights, file by file.
+
+    Those that were saved from a causal model's inner model, without ``model.`` before their names,
+    have it here, as transformers loads them.
 
     Raises:
         InputError: when there is none, or a file of its index is missing or wrong.
     """
+    tensors = _stored_weights(folder)
+    if any(tensor.name.startswith("model.") for tensor in tensors):
+        return tensors
+    outside = "lm_head."
+    return [
+        tensor if tensor.name.startswith(outside) else replace(tensor, name=f"model.{tensor.name}")
+        for tensor in tensors
+    ]
+
+
+def passed_over(folder: Path) -> str | None:
+    """Return in words which weights of a folder are not read, where it holds two sets of them."""
+    if not ((folder / SINGLE).is_file() and (folder / INDEX).is_file()):
+        return None
+    if set(_read_index(folder).values()) == {SINGLE}:
+        return None
+    return (
+        f"{folder}: two sets of weights: {SINGLE} is read, as transformers does, and not the files "
+        f"that {INDEX} names; remove the set that is not meant"
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether no weight in a folder is quantized, whatever the config beside it says."""
+    return all(tensor.dtype in SIZES for tensor in read_weights(folder))
+
+
+def _stored_weights(folder: Path) -> list[Stored]:
+    if (folder / SINGLE).is_file():  # before an index, as transformers looks
+        return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            files = sorted(set(index["weight_map"].values()))
-            strange = [file for file in files if Path(file).name != file]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{folder / INDEX}: not an index of safetensors files") from None
-        if strange:
-            raise InputError(f"{folder / INDEX}: {strange[0]!r} is not a file in the same folder")
+        weight_map = _read_index(folder)
+        files = sorted(set(weight_map.values()))
         tensors = [tensor for file in files for tensor in read_header(folder / file)]
-        lost = set(index["weight_map"]) - {tensor.name for tensor in tensors}
+        lost = set(weight_map) - {tensor.name for tensor in tensors}
         if lost:
             raise InputError(f"{folder / INDEX}: {min(lost)} is in none of its files")
         return tensors
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
     hint = ""
     for pickled in sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])[:1]:
         hint = f"; {pickled.name} is a pickle and can run code, so it is never loaded: convert it"
     raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it{hint}")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return which file of a folder holds each tensor, as its index says."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = dict(index["weight_map"])
+        strange = [file for file in weight_map.values() if Path(file).name != file]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: not an index of safetensors files") from None
+    if strange:
+        raise InputError(f"{path}: {min(strange)!r} is not a file in the same folder")
+    if "metadata" not in index:
+        raise InputError(
+            f'{path}: has no "metadata", without which transformers does not load it; add '
+            '"metadata": {} to it'
+        )
+    return weight_map
 
 
 def converted(numbers: Numbers, out: Numbers) -> Numbers:
@@ -145,6 +195,7 @@ def converted(numbers: Numbers, out: Numbers) -> Numbers:
 
 
 RAW: dict[str, Any] = {
+    "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
@@ -164,6 +215,19 @@ def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Number
         )
     raw = raw_numbers(data, tensor, last - first)
     return converted(raw, np.empty(raw.shape, np.float32))
+
+
+def read_bytes(tensor: Stored) -> Iterator[bytes]:
+    """Give a stored tensor's bytes, some at a time."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.size
+        while left:
+            piece = file.read(min(left, 2**22))
+            if not piece:
+                raise InputError(f"{tensor.file}: cut short while it was read")
+            left -= len(piece)
+            yield piece
 
 
 def stored_bytes(tensor: Stored, first: int, last: int) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from san_llm.architectures.defaults import completed
 from san_llm.architectures.lookup import check_family
 from san_llm.architectures.sizes import check_sizes
 from san_llm.errors import InputError
 from san_llm.files import read_json
+from san_llm.models.agree import check_base
 from san_llm.models.download import PINNED, model_folder
-from san_llm.models.locate import locate
+from san_llm.models.locate import locate, open_base
+from san_llm.models.weights import has_weights
 from san_llm.recipe.schema import Base
 
 _7B = {
@@ -52,8 +55,13 @@ def config_of(base: Base) -> tuple[dict[str, Any], str]:
         InputError: when it cannot be had, or names a family or sizes that are not supported.
     """
     config, source = _config_of(base)
+    config = completed(config)
     check_family(config.get("model_type"))
     check_sizes(config)
+    folder = Path(source).parent
+    # The hub's cache may hold a part of a model yet.
+    if Path(locate(base.model)).is_dir() and has_weights(folder):
+        check_base(open_base(base, folder))
     return config, source
 
 

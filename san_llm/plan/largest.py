@@ -27,8 +27,10 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
         InputError: when the rows or the tokenizer cannot serve.
     """
     rows, _, _ = split_held_out(recipe)
-    tokenizer = load_tokenizer(find_base(recipe.base))
-    encoded = encode_rows(rows, encoding_of(recipe.data, tokenizer)).rows
+    found = find_base(recipe.base)
+    tokenizer = load_tokenizer(found)
+    encoding = encoding_of(recipe.data, tokenizer, found.config["vocab_size"])
+    encoded = encode_rows(rows, encoding).rows
     lengths = [len(row) for row in encoded["input_ids"]]
     longest = nlargest(micro_batch, range(len(lengths)), key=lengths.__getitem__)
     batch = [encoded[index] for index in longest]

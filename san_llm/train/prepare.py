@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     found = found or find_base(recipe.base)
     tokenizer = load_tokenizer(found)
     samples = Samples(recipe, tokenizer)
-    data = token_rows(recipe, tokenizer)
+    data = token_rows(recipe, tokenizer, found.config["vocab_size"])
     arguments = trainer_arguments(recipe, run, judged=data.held_out is not None)
     set_seed(recipe.training.seed)
     if arguments.use_cpu and spares_memory(
@@ -106,14 +106,14 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     return Prepared(engine, found, data, samples, arguments, model, vocabulary, collator, trained)
 
 
-def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
+def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> TokenRows:
     """Return a recipe's rows as tokens, and tell how many there are.
 
     Raises:
         InputError: when a file, a row or the tokenizer cannot serve.
     """
     rows, held_out_rows, sha256 = split_held_out(recipe)
-    encoding = encoding_of(recipe.data, tokenizer)
+    encoding = encoding_of(recipe.data, tokenizer, vocabulary)
     train = encode_rows(rows, encoding)
     held_out = encode_rows(held_out_rows, encoding) if held_out_rows else None
 

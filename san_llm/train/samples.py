@@ -41,7 +41,7 @@ class Samples:
         """
         for number, tokens in enumerate(self._prompts):
             try:
-                room(tokens, config)
+                room(tokens, config, self._tokenizer)
             except InputError as error:
                 raise InputError(f"training.sample_prompts[{number}]: {error}") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from san.adapted import adapt
-from tiny import rows, tiny_model, tiny_tokenizer, write_rows
+from tiny import rows, tiny_config, tiny_model, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from san_llm.data.rows import POCKET, read_task
@@ -30,7 +30,7 @@ TOKENIZER = tiny_tokenizer()
 def judged(model, tokenizer, questions, **settings):
     """Return the judged rows by task and row."""
     chosen = Settings(**{"prompt": "alpaca", **settings})
-    items = pose(questions, chosen, tokenizer, model.config.max_position_embeddings)
+    items = pose(questions, chosen, tokenizer, model.config)
     found = {}
     for some in judged_answers(model, tokenizer, items, chosen, units(items, chosen)):
         found.update(some)
@@ -212,7 +212,7 @@ def rows_together(model) -> Iterator[list[int]]:
 
 def companies(questions, settings, tokenizer, back=dict):
     """Return which rows are answered together, in turn; of generated ones the turn alone."""
-    items = pose(questions, settings, tokenizer, None)
+    items = pose(questions, settings, tokenizer, tiny_config())
     keys = [(item.task.name, item.number) for item in items]
     return [set(back({keys[n]: n for n in unit})) for unit in units(items, settings)]
 

@@ -646,3 +646,19 @@ def test_the_filler_behind_the_rows_teaches_nothing(tokenizer):
     assert data[1]["labels"] == [IGNORE]
     with pytest.raises(IndexError):
         data[2]
+
+
+def test_a_row_with_a_token_past_the_embedding_is_named_with_it_and_both_sizes():
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<tool>"])
+    rows = [Row("Say b.", "", "b", where="row 1"), Row("Use <tool> now.", "", "ok", where="row 2")]
+    encode_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000, vocabulary=size + 1))
+    encode_rows(rows[:1], Encoding(tokenizer, "alpaca", "response", 1000, vocabulary=size))
+    # Not even where the same rows were kept for a larger embedding.
+    with pytest.raises(InputError) as caught:
+        encode_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000, vocabulary=size))
+    assert str(caught.value).startswith(
+        f"row 2: the token '<tool>' has the id {size}, past the model's embedding of {size} rows "
+        f"(its tokenizer has {size + 1} tokens)"
+    )

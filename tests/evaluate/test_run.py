@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from san.adapted import adapt
-from tiny import rows, save_tiny, tiny_model, write_recipe, write_rows
+from tiny import rows, save_tiny, tiny_config, tiny_model, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from san_llm.data.rows import POCKET
@@ -65,8 +65,7 @@ def adapter(here, tiny_base):
 def answers(model, tokenizer, questions, style="alpaca", **settings):
     """Answer questions with a model in memory; return the judged rows in order."""
     settings = Settings(prompt=style, **settings)
-    context = model.config.max_position_embeddings
-    items = pose(questions, settings, tokenizer, context)
+    items = pose(questions, settings, tokenizer, model.config)
     found = {}
     for some in judged_answers(model, tokenizer, items, settings, units(items, settings)):
         found.update(some)
@@ -142,7 +141,7 @@ def tokens_seen(style, tokenizer, here):
     row = {"instruction": INSTRUCTION, "input": "", "output": f"{TASK} true", "answer": "true"}
     write_rows(here / "d" / "boolq" / "test.json", [row])
     questions = read_questions([TASKS["boolq"]], str(here / "d"), None)
-    (item,) = pose(questions, Settings(prompt=style), tokenizer, 1000)
+    (item,) = pose(questions, Settings(prompt=style), tokenizer, tiny_config())
     assert item.prompt == (EVALUATION if style == "llm-adapters" else TRAINING)
     return item.tokens
 
@@ -329,8 +328,9 @@ def test_a_prompt_that_just_fits_the_context_is_answered(tiny_base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     length = len(f"{LEAD}\n\n### Instruction:\nx\n\n### Response:\n")
     texts(tiny_model(max_position_embeddings=length + 32), tokenizer, questions)
+    shorter = tiny_config(max_position_embeddings=length + 31)
     with pytest.raises(InputError, match="row 1: its prompt has"):
-        pose(questions, Settings(prompt="alpaca"), tokenizer, length + 31)
+        pose(questions, Settings(prompt="alpaca"), tokenizer, shorter)
 
 
 @pytest.mark.slow
