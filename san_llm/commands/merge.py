@@ -67,11 +67,14 @@ def merge(
         bool, typer.Option("--private", help="With --push: make a new repository private.")
     ] = False,
     verify: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--verify", help="Compare the result with base + adapter, in a fresh process."
+            "--verify/--no-verify",
+            show_default=False,
+            help="Compare the result with base + adapter, in a fresh process. Default: some rows, "
+            "or the answers to some tokens, which costs next to nothing.",
         ),
-    ] = False,
+    ] = None,
     as_json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -109,13 +112,18 @@ def merge(
 def _table(result: MergeResult, gguf: str | None) -> Table:
     rows = [
         ("merged", result.output),
+        *([("run", result.run)] if result.run else []),
         ("base", result.base),
+        ("adapter", result.adapter),
         ("weights", f"{result.parameters:,} in {result.stored_as}"),
     ]
     if result.gguf is not None:
         rows.append(("gguf", f"{result.gguf} ({gguf})"))
     if result.pushed is not None:
         rows.append(("pushed", result.pushed))
+    if result.checked is not None:
+        apart = f"{result.checked.apart:.2g} apart at most"
+        rows.append(("checked", f"{result.checked.what}: {apart}"))
     if result.verified is not None:
         check = result.verified
         rows += [

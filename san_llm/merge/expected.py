@@ -7,7 +7,7 @@ at a time, without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,10 @@ class Expected:
         repeated = [channels for channels in heads for _ in range(groups)]
         return np.concatenate(repeated) if repeated else gamma[start:stop]
 
+    def changes(self, name: str) -> bool:
+        """Whether the adapter makes another tensor of the base's."""
+        return name.rpartition(".")[0] in self._nodes
+
     def rows(self, name: str, first: int, last: int) -> Numbers:
         """Return rows of a merged tensor."""
         module, _, kind = name.rpartition(".")
@@ -147,6 +151,9 @@ def weight_errors(
     adapter: Adapter,
     merged: Path,
     dtype: str,
+    *,
+    blocks: Callable[[Stored], Iterable[tuple[int, int]]] = row_blocks,
+    most: int | None = None,
 ) -> dict[str, float]:
     """Return the largest error of each merged tensor, relative to the largest number of its row.
 
@@ -156,12 +163,19 @@ def weight_errors(
         adapter: A SAN adapter.
         merged: The merged model's folder.
         dtype: The dtype of its weights.
+        blocks: Gives the ``(first, last)`` rows that are looked at of a tensor; default: all.
+        most: Of how many tensors that the adapter changes, spread over the model; default: of all.
     """
     expected = Expected(base, config, adapter)
+    tensors = read_weights(merged)
+    if most is not None:
+        changed = [tensor for tensor in tensors if expected.changes(tensor.name)]
+        passed = set(changed) - set(changed[:: max(1, len(changed) // most)])
+        tensors = [tensor for tensor in tensors if tensor not in passed]
     errors = {}
-    for tensor in read_weights(merged):
+    for tensor in tensors:
         largest = 0.0
-        for first, last in row_blocks(tensor):
+        for first, last in blocks(tensor):
             wanted = expected.rows(tensor.name, first, last)
             off = np.abs(read_rows(tensor, first, last) - wanted)
             size = np.maximum(np.abs(wanted).max(-1, keepdims=True), SMALLEST[dtype])

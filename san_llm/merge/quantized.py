@@ -8,7 +8,6 @@ norm weights (``merge_columns``), so nothing is quantized a second time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,56 +16,9 @@ from torch import Tensor, nn
 
 from san_llm.architectures.decoders import EMBEDDING, FAMILIES, PARENTS
 from san_llm.errors import InputError
-from san_llm.files import sha256_of
-from san_llm.models.adapter import load_adapter
-from san_llm.models.load import load_base
-from san_llm.models.locate import FoundBase
-from san_llm.models.quantize import dequantize, is_quantized, scale_rows, single_quantization
+from san_llm.models.quantize import is_quantized, scale_rows, single_quantization
 from san_llm.models.weights import Numbers
-from san_llm.progress import bar
 from san_llm.san.graph import PropagationGraph, propagation_graph
-
-
-def merge_quantized(
-    way: str, found: FoundBase, adapter: Path, folder: Path, dtype: str, shard_size: int
-) -> tuple[dict[str, str], int]:
-    """Merge over the base as it was quantized in training; save weights and config.
-
-    Args:
-        way: ``dequantize`` or ``keep``.
-        found: The base, with its quantization.
-        adapter: The adapter; to keep 4 bits a SAN adapter of the scale carrier.
-        folder: The folder to save in.
-        dtype: The dtype of what is not in 4 bits.
-        shard_size: Bytes that one file may hold.
-
-    Returns:
-        The sha256 of each file of weights, and how many numbers the model has.
-
-    Raises:
-        InputError: when something cannot be loaded, does not fit, or cannot be kept in 4 bits.
-    """
-    target = getattr(torch, dtype)
-    with bar("Merging", 3, "parts") as progress:
-        model = load_base(found)
-        progress.advance(note="loaded")
-        if way == "keep":
-            merged = keep(model, adapter)
-        else:
-            merged = load_adapter(dequantize(model), adapter).merge_and_unload(safe_merge=True)
-        round_plain(merged, target)
-        merged.config.dtype = target
-        progress.advance(note="folded")
-        # As it stands: a reverse of how it was loaded is not implemented for 4-bit layers.
-        merged.save_pretrained(folder, max_shard_size=shard_size, save_original_format=False)
-        progress.advance(note="written")
-    sums = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
-    return sums, sum(_size(parameter) for parameter in merged.parameters())
-
-
-def _size(parameter: Any) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def round_plain(model: Any, dtype: torch.dtype) -> None:
@@ -76,24 +28,27 @@ def round_plain(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def keep(model: Any, adapter: Path) -> Any:
-    """Merge a SAN adapter into a 4-bit model, in place, without touching a code; return it.
+def keep(adapted: Any) -> Any:
+    """Merge a SAN adapter into its 4-bit model, in place, without touching a code; return it.
 
     What is not in 4 bits is in fp32 afterwards.
 
     Raises:
         InputError: when the adapter does not fit, or has parts that 4 bits cannot hold.
     """
-    linears = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    plain = adapted.get_base_model()
+    linears = {
+        name.replace(".base_layer", ""): module
+        for name, module in plain.named_modules()
+        if is_quantized(module)
+    }
     if not any(type(linear).__name__ == "Linear4bit" for linear in linears.values()):
         raise InputError("only weights in 4 bits can be kept; these are in 8: dequantize them")
-    adapted = load_adapter(model, adapter)
     options = adapted.peft_config["default"]
     if options.modules_to_save:
         raise InputError("the adapter has whole modules beside its scales; dequantize instead")
     model_type = adapted.config.model_type
     graph = propagation_graph(adapted.config, options)
-    plain = adapted.get_base_model()
     vectors = {
         node.name: plain.get_submodule(node.name).san_gamma.get("default")
         for node in graph

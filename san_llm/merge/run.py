@@ -2,8 +2,8 @@
 
 The adapter is merged into the base's full-precision weights in fp32, and every weight is rounded
 once to the dtype asked for. A SAN adapter is streamed from file to file (``stream``) without torch;
-the methods of PEFT go through a model in memory (``peft``), and so do merges over the base as it
-was quantized in training (``quantized``).
+the methods of PEFT go through a model in memory (``in_memory``), and so do merges over the base as
+it was quantized in training (``quantized``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from san_llm.errors import SanError, first_line
 from san_llm.files import refuse_link, sha256_of, whole_folder, write_json, write_text
+from san_llm.merge.checked import check_rows
 from san_llm.merge.gguf import export_gguf
 from san_llm.merge.in_range import check_files, in_range
 from san_llm.merge.request import MergeRequest, MergeTask, check_request
@@ -27,6 +28,7 @@ from san_llm.models.hub import push
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 from san_llm.runs.record import (
+    Checked,
     MergeManifest,
     MergeResult,
     VerifyResult,
@@ -51,7 +53,7 @@ def merge(request: MergeRequest) -> MergeResult:
     task = check_request(request)
     output, recipe = request.output, request.subject.recipe
     with whole_folder(output, request.overwrite) as folder:
-        sums, parameters = merge_weights(task, folder)
+        sums, parameters, checked = merge_weights(task, folder)
         copy_companions(task.found.folder, folder)
         result = MergeResult(
             output=str(output),
@@ -61,6 +63,8 @@ def merge(request: MergeRequest) -> MergeResult:
             parameters=parameters,
             trained_over=task.trained_over,
             quantized=request.quantized,
+            run=str(request.subject.run) if request.subject.run else None,
+            checked=checked,
         )
         if request.gguf is not None:
             file = export_gguf(folder, request.gguf)
@@ -85,31 +89,30 @@ def merge(request: MergeRequest) -> MergeResult:
     return result
 
 
-def merge_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int]:
-    """Write the merged weights and their config; return each file's sha256, and the parameters."""
-    adapter, dtype, shard_size = task.adapter, task.dtype, task.request.shard_size
-    if task.request.quantized is not None:
-        from san_llm.merge.quantized import merge_quantized
+def merge_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int, Checked | None]:
+    """Write the merged weights and their config, and look at them.
 
-        with _in_one_line(adapter.folder):
-            written = merge_quantized(
-                task.request.quantized, task.found, adapter.folder, folder, dtype, shard_size
-            )
-        check_files(folder)
-        return written
-    if adapter.method == "SAN":
+    Returns:
+        The sha256 of each file, the number of parameters, and what was compared.
+    """
+    adapter, dtype, shard_size = task.adapter, task.dtype, task.request.shard_size
+    quantized, check = task.request.quantized, task.request.verified is None
+    if quantized is None and adapter.method == "SAN":
         merged = Merged(adapter, task.found)
         outputs = [in_range(output, dtype) for output in merged.outputs(DTYPES[dtype])]
         with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
             sums = write_weights(folder, outputs, shard_size, progress.advance)
         write_json(folder / "config.json", merged.merged_config(dtype))
-    else:  # PEFT's own methods merge in the model itself
-        from san_llm.merge.peft import merge_in_memory
+        checked = check_rows(task.found, adapter, folder, dtype) if check else None
+        return sums, sum(math.prod(tensor.shape) for tensor in read_weights(folder)), checked
+    from san_llm.merge.in_memory import merge_in_memory
 
-        with _in_one_line(adapter.folder):
-            sums = merge_in_memory(task.found, adapter.folder, folder, dtype, shard_size)
-        check_files(folder)
-    return sums, sum(math.prod(tensor.shape) for tensor in read_weights(folder))
+    with _in_one_line(adapter.folder):
+        written = merge_in_memory(
+            quantized, task.found, adapter.folder, folder, dtype, shard_size, check
+        )
+    check_files(folder)
+    return written
 
 
 def _verified(task: MergeTask, folder: Path) -> VerifyResult:

@@ -80,7 +80,7 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
         # The same merge in memory, before and after its weights are rounded.
         if quantized == "keep":
             del adapted, model
-            in_memory = keep(load_base(found), adapter)
+            in_memory = keep(load_adapter(load_base(found), adapter))
             in_fp32(in_memory)
         else:
             in_memory = adapted.merge_and_unload()

@@ -570,6 +570,8 @@ class MergeResult:
         gguf: The ``.gguf`` file that was written too, or None.
         pushed: Where it is on the hub, or None.
         verified: How it compares with base + adapter, or None if that was not asked.
+        run: The run that the adapter is from, or None.
+        checked: What a merge looks at that was told neither to verify nor not to, or None.
     """
 
     output: str
@@ -582,11 +584,27 @@ class MergeResult:
     gguf: str | None = None
     pushed: str | None = None
     verified: VerifyResult | None = None
+    run: str | None = None
+    checked: Checked | None = None
 
     @property
     def stored_as(self) -> str:
         """How the weights are stored, in words."""
         return f"4 bits and {self.dtype}" if self.quantized == "keep" else self.dtype
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a merge was cheaply held against, and how far it is from that.
+
+    Attributes:
+        what: What was compared, in words.
+        apart: The largest difference: of a weight, relative to the largest number of its row; of a
+            logit, relative to the logits' spread.
+    """
+
+    what: str
+    apart: float
 
 
 @dataclass(frozen=True)

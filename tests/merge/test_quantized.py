@@ -375,16 +375,18 @@ def test_a_stored_quantized_base_goes_all_the_way(command, full, here, bits):
 
 @pytest.mark.slow
 def test_one_wrong_scale_in_4_bits_fails_the_verification(command, run, monkeypatch):
-    import san_llm.merge.quantized
+    import san_llm.merge.in_memory
     from san_llm.merge.quantized import keep
 
-    def wrong(model, adapter):
-        kept = keep(model, adapter)
+    def wrong(adapted):
+        kept = keep(adapted)
         kept.model.layers[1].mlp.up_proj.weight.quant_state.absmax[:64] *= -1
         return kept
 
-    monkeypatch.setattr(san_llm.merge.quantized, "keep", wrong)
-    done = command("merge", "--verify", "--quantized", "keep")
-    assert done.returncode == 1
-    assert "is unexplained where" in done.stderr
-    assert not (run / "merged").exists()
+    monkeypatch.setattr(san_llm.merge.in_memory, "keep", wrong)
+    for asked, said in (("--verify", "is unexplained where"), (None, "it answers otherwise")):
+        done = command("merge", *filter(None, [asked]), "--quantized", "keep")
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert not (run / "merged").exists()
+    assert command("merge", "--no-verify", "--quantized", "keep").returncode == 0
