@@ -1,13 +1,12 @@
 """A merged model as one ``.gguf`` file for llama.cpp, through the format's own library.
 
-Only the Llama family with a byte-level BPE tokenizer. Tensors go one at a time from the model's
-weights into the file; q and k have the halves of each head's channels interleaved, as llama.cpp
-rotates them.
+Only the Llama family with a tokenizer that llama.cpp knows (``gguf_tokenizer``). Tensors go one at
+a time from the model's weights into the file; q and k have the halves of each head's channels
+interleaved, as llama.cpp rotates them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +17,14 @@ import numpy as np
 from san_llm.architectures.decoders import K, Q
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
+from san_llm.merge.gguf_tokenizer import add_tokenizer, readable_tokenizer
 from san_llm.models.weights import Numbers, Stored, read_rows, read_weights
 from san_llm.progress import bar
 
 KINDS = ("f16", "bf16", "q8_0")
 FILE = "model.gguf"
 LARGEST_F16 = 65504.0
+ACTIVATIONS = ("silu", "swish")  # two names of one
 _INTERLEAVED = re.compile(rf"\.self_attn\.({Q}|{K})\.(weight|bias)$")
 
 
@@ -40,18 +41,35 @@ def check_exportable(folder: Path, config: Mapping[str, Any]) -> None:
     family = config.get("model_type")
     if family != "llama":
         raise InputError(f"--gguf: only the llama family is written, this is {family}")
-    if config.get("attention_bias") or config.get("mlp_bias"):
+    config = _of_class(folder, config)
+    if config["attention_bias"] or config["mlp_bias"]:
         raise InputError("--gguf: a model with biases is not written: readers pass over them")
-    kind = _rope(config)[0]
+    activation = config["hidden_act"]
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"--gguf: {folder / 'config.json'}: hidden_act {activation!r} is not written: readers "
+            f"compute {ACTIVATIONS[0]}"
+        )
+    kind = config["rope_parameters"]["rope_type"]
     if kind not in ("default", "llama3"):
         raise InputError(f"--gguf: rotary scaling of the type {kind!r} is not written")
-    _tokenizer(folder)
+    readable_tokenizer(folder, config)
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return the kind of rotary scaling and its numbers."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope.get("rope_type") or rope.get("type") or "default", rope
+def _of_class(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a ``config.json`` means to the family's class, whose defaults fill it up.
+
+    Raises:
+        InputError: when the class refuses it.
+    """
+    from transformers import LlamaConfig
+
+    from san_llm.models.reading import load_or_refuse
+
+    whole: Mapping[str, Any] = load_or_refuse(
+        "config", str(folder), lambda _: LlamaConfig.from_dict(dict(config)).to_dict()
+    )
+    return whole
 
 
 def rope_factors(config: Mapping[str, Any]) -> Numbers | None:
@@ -61,41 +79,16 @@ def rope_factors(config: Mapping[str, Any]) -> Numbers | None:
     convert_hf_to_gguf.py): long waves are slowed down by a factor, short ones are kept, and those
     between go from one to the other.
     """
-    kind, rope = _rope(config)
-    if kind == "default":
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "default":
         return None
-    known = rope.get("original_max_position_embeddings")
-    known = known or config.get("original_max_position_embeddings") or 8192
-    factor, low, high = (
-        float(rope.get(key, usual))
-        for key, usual in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
-    )
-    channels = np.arange(0, _head_dim(config), 2) / _head_dim(config)
-    wavelength = 2 * np.pi * _rope_base(config) ** channels
+    known = rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    channels = np.arange(0, config["head_dim"], 2) / config["head_dim"]
+    wavelength = 2 * np.pi * rope["rope_theta"] ** channels
     smooth = np.clip((known / wavelength - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _rope_base(config: Mapping[str, Any]) -> float:
-    return float(_rope(config)[1].get("rope_theta") or config.get("rope_theta") or 10_000.0)
-
-
-def _tokenizer(folder: Path) -> dict[str, Any]:
-    """Return ``tokenizer.json``, a byte-level BPE."""
-    path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
-    try:
-        kind = tokenizer["model"]["type"]
-    except (KeyError, TypeError):
-        raise InputError(f"--gguf: {path}: not a tokenizer") from None
-    byte_level = "ByteLevel" in json.dumps(tokenizer.get("pre_tokenizer"))
-    if kind != "BPE" or not byte_level:
-        raise InputError(f"--gguf: only byte-level BPE tokenizers are written, not this {kind}")
-    return tokenizer
+    factors: Numbers = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.astype(np.float32)
 
 
 def export_gguf(folder: Path, kind: str) -> Path:
@@ -118,7 +111,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
     )
     from gguf.quants import quantize
 
-    config = read_json(folder / "config.json")
+    config = _of_class(folder, read_json(folder / "config.json"))
     check_exportable(folder, config)
     matrices = GGMLQuantizationType[kind.upper()]
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
@@ -127,7 +120,7 @@ def export_gguf(folder: Path, kind: str) -> Path:
     if kind == "q8_0":
         writer.add_quantization_version(2)  # of ggml's block formats
     _add_shape(writer, config)
-    _add_tokenizer(writer, folder, config)
+    add_tokenizer(writer, readable_tokenizer(folder, config), config)
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
@@ -192,94 +185,21 @@ def _as_llama_cpp(tensor: Stored, config: Mapping[str, Any]) -> Numbers:
     match = _INTERLEAVED.search(tensor.name)
     if match is None:
         return numbers
-    heads = config["num_attention_heads"]
-    if match[1] == K:
-        heads = config.get("num_key_value_heads") or heads
+    heads = config["num_key_value_heads" if match[1] == K else "num_attention_heads"]
     halves = numbers.reshape(heads, 2, -1, *numbers.shape[1:])  # (heads, half, channel, ...)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(numbers.shape)
 
 
 def _add_shape(writer: Any, config: Mapping[str, Any]) -> None:
-    heads = config["num_attention_heads"]
-    head_dim = _head_dim(config)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(_rope_base(config))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-
-
-def _add_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
-    from gguf import TokenType
-
-    tokenizer = _tokenizer(folder)
-    model = tokenizer["model"]
-    words = {number: word for word, number in model["vocab"].items()}
-    kinds = dict.fromkeys(words, TokenType.NORMAL)
-    for added in tokenizer.get("added_tokens") or []:
-        words[added["id"]] = added["content"]
-        special = added.get("special")
-        kinds[added["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-    # Tokens beyond the embedding's rows, which some tokenizers add, cannot reach the model.
-    size = config["vocab_size"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_splitter(tokenizer))
-    writer.add_token_list([words.get(number, f"[PAD{number}]") for number in range(size)])
-    writer.add_token_types([kinds.get(number, TokenType.UNUSED) for number in range(size)])
-    merges = model["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    _add_special(writer, folder, config, tokenizer, {word: n for n, word in words.items()})
-
-
-def _add_special(
-    writer: Any,
-    folder: Path,
-    config: Mapping[str, Any],
-    tokenizer: Mapping[str, Any],
-    numbers: Mapping[str, int],
-) -> None:
-    """Write which tokens begin and end a text, whether one is put before it, and how to chat."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    for kind in ("bos", "eos", "unk", "pad"):
-        token = settings.get(f"{kind}_token")
-        word = token.get("content") if isinstance(token, dict) else token
-        stored: Any = config.get(f"{kind}_token_id")
-        number = numbers.get(str(word), stored)
-        if isinstance(number, list):  # several ends of a text: the first is its name
-            number = number[0]
-        if number is not None and number < config["vocab_size"]:
-            getattr(writer, f"add_{kind}_token_id")(number)
-    writer.add_add_bos_token(_begins_with_token(tokenizer.get("post_processor")))
-    template = folder / "chat_template.jinja"
-    chat = (
-        template.read_text(encoding="utf-8")
-        if template.is_file()
-        else settings.get("chat_template")
-    )
-    if isinstance(chat, str):
-        writer.add_chat_template(chat)
-
-
-def _begins_with_token(processor: Any) -> bool:
-    """Whether a tokenizer puts a token of its own before a text."""
-    if not isinstance(processor, dict):
-        return False
-    single = processor.get("single") or [{}]
-    processors = processor.get("processors") or []
-    return "SpecialToken" in single[0] or any(_begins_with_token(inner) for inner in processors)
-
-
-def _splitter(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of how text is split before the merges."""
-    text = json.dumps(tokenizer.get("pre_tokenizer"))
-    if r"\\p{N}{1,3}" in text:
-        return "llama-bpe"  # Llama 3
-    return "smollm" if '"Digits"' in text else "gpt-2"

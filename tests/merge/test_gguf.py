@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from san.adapted import adapt, family_model, text
 from tiny import save_tiny, tiny_model
 from tiny_gguf import VOCABULARY, gguf_model, write_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from san_llm.errors import InputError, SanError
 from san_llm.merge.request import MergeRequest
@@ -104,6 +104,55 @@ def test_the_rotary_scaling_of_llama_3_is_written_as_llama_cpp_does(here, heads)
         convert_gguf(Path("alone/model.gguf"), Path("again"))
 
 
+def fields(file="out/model.gguf"):
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+
+
+DEFAULTS = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "head_dim")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rms_norm_eps": 3e-5, "max_position_embeddings": 777, "head_dim": 8},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 12_345.0}, "head_dim": 16},
+        {"rope_parameters": None, "rope_theta": 54_321.0, "head_dim": 16},  # as older configs
+        {**dict.fromkeys(DEFAULTS), "num_key_value_heads": None},
+    ],
+    ids=["sizes", "rope", "older rope", "left out"],
+)
+def test_the_file_says_of_the_shape_what_the_config_means_to_its_class(here, given):
+    subject = make(here, num_key_value_heads=4)
+    if given["head_dim"]:  # transformers reads no such model from GGUF
+        model = gguf_model(hidden_size=64, head_dim=given["head_dim"])
+        model.save_pretrained("base")
+        adapt(model).save_pretrained("adapter")
+    config = json.loads(Path("base/config.json").read_text()) | given
+    kept = {key: value for key, value in config.items() if value is not None}
+    Path("base/config.json").write_text(json.dumps(kept))
+    merge(MergeRequest(subject, Path("out"), "float32", gguf="f16"))
+    meant, written = AutoConfig.from_pretrained("out"), fields()
+    assert {name: written[f"llama.{name}"] for name in SHAPE} == {
+        name: pytest.approx(wanted(meant), rel=1e-7) for name, wanted in SHAPE.items()
+    }
+
+
+SHAPE = {
+    "context_length": lambda config: config.max_position_embeddings,
+    "embedding_length": lambda config: config.hidden_size,
+    "block_count": lambda config: config.num_hidden_layers,
+    "feed_forward_length": lambda config: config.intermediate_size,
+    "attention.head_count": lambda config: config.num_attention_heads,
+    "attention.head_count_kv": lambda config: config.num_key_value_heads,
+    "attention.key_length": lambda config: config.head_dim,
+    "attention.value_length": lambda config: config.head_dim,
+    "rope.dimension_count": lambda config: config.head_dim,
+    "rope.freq_base": lambda config: config.rope_parameters["rope_theta"],
+    "attention.layer_norm_rms_epsilon": lambda config: config.rms_norm_eps,
+    "vocab_size": lambda config: config.vocab_size,
+}
+
+
 def test_matrices_are_stored_as_asked_and_vectors_in_fp32(here):
     merge(MergeRequest(make(here), Path("out"), "float32", gguf="q8_0"))
     kinds = {t.name: t.tensor_type.name for t in GGUFReader("out/model.gguf").tensors}
@@ -157,9 +206,9 @@ def test_what_cannot_be_written_is_refused_before_the_merge(here):
     save_tiny(here / "words")
     adapt(tiny_model()).save_pretrained("third")
     words = find_subject("words", Path("third"))
-    refused(words, "only byte-level BPE tokenizers are written, not this WordLevel")
+    refused(words, "tokenizer.json: only byte-level BPE is written, found WordLevel")
     os.unlink("words/tokenizer.json")
-    refused(words, r"tokenizer.json: cannot be read")
+    refused(words, "words: no tokenizer in it")
     config = json.loads(Path("base/config.json").read_text())
     scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
     changed = config | {"rope_parameters": scaled}
@@ -167,6 +216,8 @@ def test_what_cannot_be_written_is_refused_before_the_merge(here):
     refused(subject, "rotary scaling of the type 'yarn' is not written")
     Path("base/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
     refused(subject, "a model with biases is not written")
+    Path("base/config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    refused(subject, "config.json: hidden_act 'gelu' is not written: readers compute silu")
 
 
 def test_a_file_that_came_out_otherwise_is_refused(here, monkeypatch):
