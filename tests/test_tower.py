@@ -45,7 +45,7 @@ MAY_TORCH = {
     *("data.batches", "data.inspect", "data.tokenized"),
     *("evaluate.harness", "evaluate.identity", "evaluate.pose", "evaluate.run"),
     "launch.heartbeat",
-    *("merge.in_memory", "merge.quantized", "merge.stock_logits", "merge.verify"),
+    *("merge.in_memory", "merge.peft", "merge.quantized", "merge.stock_logits", "merge.verify"),
     *("models.from_gguf", "models.load", "models.quantize", "models.reading"),
     *("ops.attention", "ops.head_loss", "ops.scale"),
     "plan.largest",

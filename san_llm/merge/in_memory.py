@@ -9,6 +9,7 @@ import torch
 
 from san_llm.files import sha256_of
 from san_llm.merge.checked import answered, check_answers
+from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep, round_plain
 from san_llm.merge.stock_logits import in_fp32
 from san_llm.models.adapter import load_adapter
@@ -52,7 +53,7 @@ def merge_in_memory(
         adapted = _adapted(way, found, adapter)
         progress.advance(note="loaded")
         before = answered(adapted) if check else None
-        merged: Any = keep(adapted) if way == "keep" else adapted.merge_and_unload(safe_merge=True)
+        merged: Any = keep(adapted) if way == "keep" else fold(adapted, adapter)
         checked = None if before is None else _checked(way, adapter, before, merged)
         round_plain(merged, target)
         merged.config.dtype = target

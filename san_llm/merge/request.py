@@ -161,7 +161,13 @@ def check_request(request: MergeRequest) -> MergeTask:
             f"{adapter.folder}: a {adapter.method} adapter changes weights within their 4-bit "
             "blocks; only SAN's scales can keep them: use --quantized dequantize"
         )
+    if adapter.method != "SAN":
+        from san_llm.merge.peft import check_biases, check_mergeable
+
+        check_mergeable(adapter)
     found = find_base(subject.base)
+    if adapter.method != "SAN":
+        check_biases(adapter, found)
     check_base(found)
     if "auto_map" in found.config:
         raise InputError(f"{found.base.model}: its config needs code of its own: not a stock model")

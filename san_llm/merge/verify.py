@@ -21,6 +21,7 @@ import torch
 
 from san_llm.errors import SanError
 from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_errors
+from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep
 from san_llm.merge.request import MergeTask, as_trained
 from san_llm.merge.stock_logits import in_fp32, logits
@@ -83,7 +84,7 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
             in_memory = keep(load_adapter(load_base(found), adapter))
             in_fp32(in_memory)
         else:
-            in_memory = adapted.merge_and_unload()
+            in_memory = fold(adapted, adapter)
         exact = _logits(in_memory, tokens)
         rounded = _logits(_rounded(in_memory, getattr(torch, dtype)), tokens)
         difference = _largest(got, wanted)

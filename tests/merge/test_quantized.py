@@ -272,6 +272,18 @@ def test_a_lora_adapter_is_merged_into_the_dequantized_numbers(full, here):
         assert apart(load("out")(text()).logits, expected) < 1e-4
 
 
+def test_a_lora_adapter_of_a_tied_head_leaves_the_dequantized_embedding(here):
+    tiny_model(**WHOLE, tie_word_embeddings=True).save_pretrained("full")
+    quantize(here / "4bit", here / "full")
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    get_peft_model(load("full"), config).save_pretrained("adapter")
+    subject = find_subject("4bit", Path("adapter"))
+    merge(MergeRequest(subject, Path("out"), "float32", quantized="dequantize"))
+    with torch.no_grad():
+        expected = in_fp32(PeftModel.from_pretrained(load("4bit"), "adapter"))(text()).logits
+        assert apart(load("out")(text()).logits, expected) < 1e-4
+
+
 def test_a_scale_beyond_the_range_leaves_nothing(full, here):
     adapter_for(full, here / "adapter")
     path = here / "adapter" / "adapter_model.safetensors"

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 from merge.stock import stock_logits
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from san.adapted import adapt, text
@@ -365,6 +374,96 @@ def test_pefts_methods_merge_in_fp32_and_round_once(peft_merged, number):
         assert (out / file).is_file()
     assert not list(out.glob("*.bin"))
     assert not (out / "adapter_config.json").exists()
+
+
+def lora(*targets, **how):
+    return LoraConfig(target_modules=[*targets], task_type="CAUSAL_LM", **LOW_RANK, **how)
+
+
+@pytest.mark.parametrize(
+    ("config", "stays"),
+    [
+        (lora("q_proj"), True),
+        (lora("q_proj", "lm_head"), False),
+        (lora("q_proj", "embed_tokens"), False),
+        (lora("lm_head", use_dora=True), False),
+        (lora("embed_tokens", use_dora=True), False),
+        (lora("q_proj", modules_to_save=["lm_head"]), False),
+        (lora("q_proj", modules_to_save=["embed_tokens"]), False),
+    ],
+    ids=[
+        "neither",
+        "head",
+        "embedding",
+        "DoRA head",
+        "DoRA embedding",
+        "own head",
+        "own embedding",
+    ],
+)
+def test_what_an_adapter_does_to_one_of_two_tied_weights_is_not_done_to_the_other(
+    here, config, stays
+):
+    save_base(here / "base", TIED, FP32)
+    randomized(get_peft_model(load("base"), config)).save_pretrained("adapter")
+    merge(MergeRequest(find_subject("base", Path("adapter")), Path("out")))
+    wanted = adapted_logits("base", "adapter")
+    merged = load("out")
+    with torch.no_grad():
+        assert apart(merged(text()).logits, wanted) < 1e-5
+    assert merged.config.tie_word_embeddings is stays
+    assert ("lm_head.weight" not in load_file("out/model.safetensors")) is stays
+
+
+def test_blocks_that_an_adapter_repeats_are_each_merged_for_themselves(here):
+    save_base(here / "base", {}, FP32)
+    model = get_peft_model(load("base"), lora("q_proj", layer_replication=[[0, 3], [1, 4]]))
+    randomized(model).save_pretrained("adapter")
+    merge(MergeRequest(find_subject("base", Path("adapter")), Path("out")))
+    merged = load("out")
+    assert len(merged.model.layers) == merged.config.num_hidden_layers == 6
+    with torch.no_grad():
+        assert apart(merged(text()).logits, adapted_logits("base", "adapter")) < 1e-5
+
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+UNMERGEABLE = {
+    "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=2, **CAUSAL),
+    "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=2, **CAUSAL),
+    "P_TUNING": PromptEncoderConfig(num_virtual_tokens=2, **CAUSAL),
+    "ADAPTION_PROMPT": AdaptionPromptConfig(adapter_len=2, adapter_layers=1, **CAUSAL),
+}
+
+
+@pytest.mark.parametrize("method", UNMERGEABLE)
+def test_an_adapter_that_changes_no_weights_is_refused_before_its_base_is_looked_for(here, method):
+    get_peft_model(tiny_model(), UNMERGEABLE[method]).save_pretrained("adapter")
+    said = f"adapter/adapter_config.json: peft_type {method} adds to what a model reads"
+    with pytest.raises(InputError, match=said):
+        merge(MergeRequest(find_subject("owner/nowhere", Path("adapter")), Path("out")))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"lora_bias": True}, "lora_bias gives the base a model.layers.0.self_attn.q_proj.bias"),
+        ({"alora_invocation_tokens": [1]}, "PEFT does not merge it: aLoRA does not support"),
+    ],
+    ids=["biases", "aLoRA"],
+)
+def test_an_adapter_that_peft_cannot_merge_is_refused_in_words(command, here, how, said):
+    save_base(here / "base", {}, FP32)
+    get_peft_model(load("base"), lora("q_proj", **how)).save_pretrained("adapter")
+    done = command("merge", "--adapter", "adapter", "--model", "base", "--output", "out")
+    refused(done, 2, said)
+
+
+def test_biases_of_an_adapter_are_merged_into_those_of_its_base(here):
+    save_base(here / "base", BIASED, FP32)
+    randomized(get_peft_model(load("base"), lora("q_proj", lora_bias=True))).save_pretrained("ad")
+    merge(MergeRequest(find_subject("base", Path("ad")), Path("out")))
+    with torch.no_grad():
+        assert apart(load("out")(text()).logits, adapted_logits("base", "ad")) < 1e-5
 
 
 def test_a_base_with_odd_generation_settings_merges_and_keeps_them(tmp_path):
