@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 from san_llm.errors import InputError
@@ -62,8 +63,13 @@ def resume_point(run: Path, prepared: Prepared, facts: RunManifest) -> Path | No
     return checkpoint
 
 
-def refuse_other_data(run: Path, now: Hashes) -> None:
-    """Refuse to go on with other rows or another base than a run began with.
+def refuse_other_data(run: Path, now: Hashes, renamed: bool = False) -> None:
+    """Refuse to go on with other rows or another base than a run began with, whatever their names.
+
+    Args:
+        run: The run's folder.
+        now: What the base and the rows are now.
+        renamed: They lie elsewhere, so that the run's manifest has to tell.
 
     Raises:
         InputError: naming the file that has changed.
@@ -71,20 +77,33 @@ def refuse_other_data(run: Path, now: Hashes) -> None:
     try:
         before = read_run_manifest(run).sha256
     except InputError:
-        return  # no manifest that could tell
-    if not {"base", "data"} <= before.model_fields_set:
-        return  # nor can this one
-    data = {file: (before.data.get(file), hashed) for file, hashed in now.data.items()}
-    base = {
-        f"the base's {name}": (before.base.get(name), now.base.get(name))
+        before = Hashes()
+    if not {"base", "data"} <= before.model_fields_set:  # no manifest that could tell
+        if not renamed:
+            return
+        raise InputError(
+            f"{run}: its manifest does not say what it began with, so it goes on only with the "
+            "base and rows that its recipe.yaml names"
+        )
+    base = [
+        (f"the base's {name}", before.base.get(name), now.base.get(name))
         for name in sorted(before.base.keys() | now.base.keys())
-    }
-    for name, (was, now_is) in (base | data).items():
-        if was != now_is:
+    ]
+    rows = zip_longest(before.data.values(), now.data.items(), fillvalue=None)
+    data = [
+        (pair[0], was, pair[1]) if pair else ("a file of rows", was, None) for was, pair in rows
+    ]
+    for name, was, is_now in base + data:
+        if was != is_now:
+            told = f"{_short(was)} then, {_short(is_now)} now"
             raise InputError(
-                f"{run}: {name} has changed since the run began; it goes on only as it began: "
-                "bring the file back, or start a new run"
+                f"{run}: {name} has changed since the run began (sha256: {told}); it goes on only "
+                "as it began: bring the file back, or start a new run"
             )
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"{digest[:12]}..."
 
 
 def _processes(engine: Engine) -> str:

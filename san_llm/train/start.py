@@ -15,8 +15,9 @@ from types import FrameType
 from typing import Any
 
 from san_llm.data.rows import read_rows, training_files
+from san_llm.data.split import row_files, rows_sha256
 from san_llm.errors import STOPPED, InputError, debugging
-from san_llm.files import write_text
+from san_llm.files import folder_sha256, write_text
 from san_llm.launch.command import Ended, accelerate_command, machine_rank, run_launched
 from san_llm.launch.engine import check_engine, engine_of, find_config, read_config
 from san_llm.launch.processes import agree, is_first
@@ -27,7 +28,7 @@ from san_llm.recipe.schema import Recipe, leaves
 from san_llm.recipe.shipped import find_recipe
 from san_llm.runs.folder import begun, last_run, new_run, recipe_of
 from san_llm.runs.lock import refuse_busy
-from san_llm.runs.record import TrainResult
+from san_llm.runs.record import Hashes, TrainResult
 from san_llm.train.trackers import check_trackers
 
 # Keys that do not change what a run comes to, so that one may go on with other values of them.
@@ -40,14 +41,22 @@ HARMLESS = (
 )
 
 
+def _places(recipe: Recipe) -> dict[str, Any]:
+    """Return where base and rows lie, by key; the manifest's sha256 tell if they are the same."""
+    data = recipe.data
+    held_out = {"data.held_out": data.held_out} if isinstance(data.held_out, str) else {}
+    return {"base.model": recipe.base.model, "data.train": data.train, **held_out}
+
+
 def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
     """Return ``key: old -> new`` for the differences that would make another run of it."""
     old, new = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
+    free = (*HARMLESS, *(_places(before).keys() & _places(after).keys()))
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+        and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
 
 
@@ -95,9 +104,7 @@ def start(request: TrainRequest) -> Ended[TrainResult]:
         refuse_busy(busy)
     check_trackers(recipe)
     command = None if launched else _launcher(request.processes, config, recipe)
-    found = None
-    if not (launched and request.resume):
-        found = _look_ahead(recipe, new=run is None)
+    found = None if launched and request.resume else _look_ahead(recipe, run)
     is_new = run is None
     if run is not None and recipe_of(run) != recipe:
         write_text(run / "recipe.yaml", to_yaml(recipe))
@@ -156,18 +163,46 @@ def _launcher(processes: int | None, config: Path | None, recipe: Recipe) -> lis
     return [*command, *(["--debug"] if debugging() else [])]
 
 
-def _look_ahead(recipe: Recipe, new: bool) -> FoundBase | None:
-    """Refuse wrong rows and, of a new run, a base that is not there; tell the recipe."""
+def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
+    """Refuse wrong rows, and a base that is not there or not the run's; tell the recipe.
+
+    Args:
+        recipe: What is going to run.
+        run: The run that goes on, or None for a new one.
+    """
+    if run is not None:
+        _refuse_lost(recipe)
     for file in training_files(recipe.data.train):
         read_rows(file)
     say(to_yaml(recipe))
-    if not new:
-        return None
-    from san_llm.models.load import load_config
-
     found = find_base(recipe.base)
-    load_config(found)
+    if run is None:
+        from san_llm.models.load import load_config
+
+        load_config(found)
+    elif _places(recipe_of(run)) != _places(recipe):  # else compared when they are loaded
+        from san_llm.train.resume import refuse_other_data
+
+        now = Hashes(base=folder_sha256(found.folder), data=rows_sha256(recipe.data))
+        refuse_other_data(run, now, renamed=True)
     return found
+
+
+def _refuse_lost(recipe: Recipe) -> None:
+    """Refuse to go on without a base or rows that have moved.
+
+    Raises:
+        InputError: saying how to name them.
+    """
+    way = "; if it has moved, `--resume {}=PATH` goes on with it"
+    for file in row_files(recipe.data):
+        if not file.exists():
+            key = "train" if file in training_files(recipe.data.train) else "held_out"
+            raise InputError(f"{file}: no such file{way.format(f'data.{key}')}")
+    try:
+        find_base(recipe.base)
+    except InputError as error:
+        raise InputError(f"{error}{way.format('base.model')}") from None
 
 
 def _train_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -349,3 +350,59 @@ def test_changed_rows_weights_and_tokenizers_are_refused(
     # One that reads every text as before, but for a word that no row has.
     refused(base / "tokenizer.json", lambda text: text.replace(b"<unk>", b"<unknown>"))
     train(recipe_of(here / "run"), here / "run")
+
+
+def test_a_base_and_rows_that_moved_are_known_by_what_they_hold(
+    here: Path, tiny_base: Path, recipe: Path, command: Cli
+) -> None:
+    base = Path(shutil.copytree(tiny_base, here / "base"))
+    shutil.copyfile(here / "rows.json", here / "more.json")
+    how = ("training.max_steps=2", "training.evaluate_every=1", f"base.model={base}")
+    straight(recipe, here / "run", *how, "data.train=[rows.json]", "data.held_out=more.json")
+    weights_of = here / "run" / "adapter" / "adapter_model.safetensors"
+    before = weights_of.read_bytes()
+    unfinish(here / "run")
+    (here / "new").mkdir()
+    for name in ("base", "rows.json", "more.json"):
+        (here / name).rename(here / "new" / name)
+
+    def refused(*changes: str) -> str:
+        recipe_before = (here / "run" / "recipe.yaml").read_text()
+        done = command("train", "run", "--resume", *changes)
+        assert done.returncode == 2, done.stderr
+        assert (here / "run" / "recipe.yaml").read_text() == recipe_before
+        return str(done.stderr.splitlines()[-1])
+
+    moved = {
+        "data.train": "new/rows.json",
+        "data.held_out": "new/more.json",
+        "base.model": str(here / "new" / "base"),
+    }
+    named: list[str] = []
+    for key, place in moved.items():
+        assert refused(*named).endswith(f"if it has moved, `--resume {key}=PATH` goes on with it")
+        named.append(f"{key}={place}")
+    assert "data.limit: None -> 3" in refused(*named, "data.limit=3")
+    assert "data.held_out: 'more.json' -> 4" in refused(*named, "data.held_out=4")
+    # Another base at the new place, and rows of which one letter is another.
+    weights = here / "new" / "base" / "model.safetensors"
+    raw = weights.read_bytes()
+    was, now = (hashlib.sha256(text).hexdigest()[:12] for text in (raw, raw + b" "))
+    weights.write_bytes(raw + b" ")
+    assert f"model.safetensors has changed since the run began (sha256: {was}" in refused(*named)
+    assert f"{now}... now" in refused(*named)
+    weights.write_bytes(raw)
+    text = (here / "new" / "more.json").read_text()
+    (here / "new" / "more.json").write_text(text.replace("correct", "Correct", 1))
+    assert "new/more.json has changed since the run began" in refused(*named)
+    (here / "new" / "more.json").write_text(text)
+    manifest = here / "run" / "manifest.json"
+    told = manifest.read_text()
+    manifest.write_text("{}")
+    assert "its manifest does not say what it began with" in refused(*named)
+    manifest.write_text(told)
+
+    done = command("train", "run", "--resume", *named)
+    assert done.returncode == 0, done.stderr
+    assert recipe_of(here / "run").base.model == moved["base.model"]
+    assert weights_of.read_bytes() == before
