@@ -129,13 +129,13 @@ def posed(subject: Subject, words: str, style: str | None, context: str = "") ->
             prompt leaves no room for an answer.
     """
     found = find_base(subject.base)
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, subject.adapter)
     style = style or usual_style(subject, tokenizer)
     if context and style == NO_STYLE:
         raise InputError("--input: prompt style none has no place for one; put it in the prompt")
     named = None if style == NO_STYLE else prompt_style(style)
     text, tokens = question(words, named, tokenizer, context)
-    room(tokens, load_config(found), tokenizer)
+    room(tokens, load_config(found, subject.adapter), tokenizer)
     return Posed(found, tokenizer, style, text, tokens)
 
 

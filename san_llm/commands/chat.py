@@ -64,7 +64,7 @@ def chat(
     from san_llm.models.locate import find_base
 
     found = find_base(subject.base)
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, subject.adapter)
     refuse_no_template(tokenizer)
     trained = usual_style(subject, tokenizer)
     if trained != "chat":

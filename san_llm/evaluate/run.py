@@ -46,8 +46,9 @@ def evaluate(task: EvalTask) -> EvalResult | None:
         if task.settings.protocol == "lm-eval":
             check_installed()
         found = find_base(task.subject.base)
-        tokenizer = load_tokenizer(found)
-        items = pose(task.questions, task.settings, tokenizer, load_config(found))
+        tokenizer = load_tokenizer(found, task.subject.adapter)
+        config = load_config(found, task.subject.adapter)
+        items = pose(task.questions, task.settings, tokenizer, config)
         progress: Progress | None = None
         rows: dict[int, Judged] = {}
         whole = False

@@ -13,6 +13,7 @@ from san_llm.models.agree import check_base
 from san_llm.models.hub import check_push
 from san_llm.models.locate import Bits, FoundBase, config_here, find_base, stored_bits
 from san_llm.models.subject import Subject, find_subject, told_last_run
+from san_llm.models.tokenizer_files import tokenizer_folder
 from san_llm.models.weights import DTYPES
 from san_llm.recipe.schema import Base
 
@@ -169,6 +170,10 @@ def check_request(request: MergeRequest) -> MergeTask:
     if adapter.method != "SAN":
         check_biases(adapter, found)
     check_base(found)
+    if tokenizer_folder(found.folder, adapter.folder) == adapter.folder:
+        from san_llm.models.load import load_tokenizer
+
+        load_tokenizer(found, adapter.folder)  # refuses one that knows more than the embedding
     if "auto_map" in found.config:
         raise InputError(f"{found.base.model}: its config needs code of its own: not a stock model")
     trained = subject.recipe.base if subject.recipe else subject.base
@@ -225,7 +230,7 @@ def _trained_bits(trained: Base) -> Bits | None:
 def _check_gguf(quantized: str | None, found: FoundBase, adapter: Adapter) -> None:
     if quantized == "keep":
         raise InputError("--gguf: 4-bit weights of bitsandbytes are not written; dequantize")
-    check_exportable(found.folder, found.config)
+    check_exportable(tokenizer_folder(found.folder, adapter.folder), found.config)
     if adapter.options.get("shift"):
         raise InputError("--gguf: a shift merges into biases, which readers pass over")
 

@@ -25,6 +25,7 @@ from san_llm.merge.stream import Merged
 from san_llm.merge.write import write_weights
 from san_llm.models.cards import model_card
 from san_llm.models.hub import push
+from san_llm.models.tokenizer_files import tokenizer_files
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 from san_llm.runs.record import (
@@ -36,10 +37,7 @@ from san_llm.runs.record import (
     write_merge_manifest,
 )
 
-COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
-)
+COMPANIONS = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def merge(request: MergeRequest) -> MergeResult:
@@ -54,7 +52,7 @@ def merge(request: MergeRequest) -> MergeResult:
     output, recipe = request.output, request.subject.recipe
     with whole_folder(output, request.overwrite) as folder:
         sums, parameters, checked = merge_weights(task, folder)
-        copy_companions(task.found.folder, folder)
+        copy_companions(task.found.folder, folder, task.adapter.folder)
         result = MergeResult(
             output=str(output),
             base=task.found.base.model,
@@ -131,13 +129,19 @@ def _in_one_line(adapter: Path) -> Iterator[None]:
         raise SanError(f"{adapter}: cannot be merged: {first_line(error)}") from error
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer, its chat template, the generation config and the licence."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and not (folder / file.name).exists():
-                refuse_link(file)
-                shutil.copyfile(file, folder / file.name)
+def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
+    """Copy the tokenizer, its chat template, the generation config and the licence.
+
+    Args:
+        source: The base's folder.
+        folder: Where to.
+        adapter: The adapter's, whose own tokenizer and template come before the base's.
+    """
+    files = [file for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
+    for file in tokenizer_files(source, adapter) + files:
+        if file.is_file() and not (folder / file.name).exists():
+            refuse_link(file)
+            shutil.copyfile(file, folder / file.name)
 
 
 def full_precision_note(result: MergeResult) -> str | None:

@@ -13,7 +13,7 @@ from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING
 from san_llm.errors import InputError
 from san_llm.files import read_json
 from san_llm.merge.write import Output
-from san_llm.models.adapter import Adapter
+from san_llm.models.adapter import Adapter, embedding_rows
 from san_llm.models.locate import FoundBase
 from san_llm.models.scales import Scales
 from san_llm.models.weights import Numbers, Stored
@@ -33,10 +33,11 @@ class Merged:
         """
         self._scales = Scales(adapter, found.folder, found.config)
         self._tensors, self._found = adapter.tensors, found
+        tied = bool(found.config["tie_word_embeddings"])
+        self._rows = embedding_rows(adapter, found.config["vocab_size"], tied)
         embedding = self._scales.nodes.get(f"model.{EMBEDDING}")
         scaled = embedding is not None and self._scales.scales(embedding)[0] is not None
-        # The features are scaled, the head is not.
-        self.untied = scaled and bool(found.config["tie_word_embeddings"])
+        self.untied = scaled and tied  # the features are scaled, the head is not
 
     def outputs(self, dtype: str) -> list[Output]:
         """Return the tensors of the merged model as ``dtype``, in the base's order.
@@ -112,6 +113,8 @@ class Merged:
         own = read_json(self._found.folder / "config.json")
         config = {key: value for key, value in own.items() if key not in dropped}
         config["dtype"] = dtype
+        if self._rows != self._found.config["vocab_size"]:
+            config["vocab_size"] = self._rows
         for flag, parent in BIAS_FLAGS.get(config["model_type"], {}).items():
             if parent in self._biased():
                 config[flag] = True

@@ -60,7 +60,7 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
     found, adapter = task.found, task.adapter.folder
     dtype, quantized = task.dtype, task.request.quantized
     with bar("Verifying", 4, "parts") as progress:
-        tokenizer = load_tokenizer(found)
+        tokenizer = load_tokenizer(found, adapter)
         tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
         if quantized is None:
             model: Any = load_base(found, dtype=torch.float32)

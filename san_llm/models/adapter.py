@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from san_llm.architectures.decoders import EMBEDDING
 from san_llm.architectures.lookup import family_targets
 from san_llm.errors import InputError, SanError, nearest_file
 from san_llm.files import read_json
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # PEFT's, before a module's name in the base
+_EMBEDDING, _HEAD = f"model.{EMBEDDING}", "lm_head"
+# A module that is trained whole is there as such; once resized, PEFT writes it two times more.
+_AGAIN = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,49 @@ def open_adapter(folder: Path) -> Adapter:
     if method == "SAN":
         saved_options(options)
     header = read_header(folder / ADAPTER_WEIGHTS)
-    return Adapter(
-        folder, options, method, {tensor.name.removeprefix(PREFIX): tensor for tensor in header}
-    )
+    tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in header}
+    for name in [name for name in tensors if _AGAIN.search(name)]:
+        if _AGAIN.sub(".", name) in tensors:
+            del tensors[name]
+    return Adapter(folder, options, method, tensors)
+
+
+def embedding_rows(adapter: Adapter, rows: int, tied: bool = True) -> int:
+    """Return how many tokens a model knows with an adapter, whose training may have added some.
+
+    Args:
+        adapter: The adapter.
+        rows: How many the base knows.
+        tied: Whether the base's output head is its embedding.
+
+    Raises:
+        InputError: when it was trained with more or fewer, and has not all rows of the embedding
+            and the head.
+    """
+    whole: dict[str, int] = {}
+    asked = {rows}
+    for name, tensor in adapter.tensors.items():
+        module = next((m for m in (_EMBEDDING, _HEAD) if name.startswith(f"{m}.")), None)
+        if module is None or len(tensor.shape) != 2:
+            continue
+        if name.endswith("lora_embedding_A"):
+            asked.add(tensor.shape[1])
+        elif module == _HEAD and name.endswith("lora_B.weight"):
+            asked.add(tensor.shape[0])
+        elif name.endswith(".weight") and "lora_" not in name:
+            whole[module] = tensor.shape[0]
+    asked |= set(whole.values())
+    if asked == {rows}:
+        return rows
+    size = max(asked - {rows})
+    for module in (_EMBEDDING,) if tied else (_EMBEDDING, _HEAD):
+        if whole.get(module) != size:
+            raise InputError(
+                f"{adapter.folder}: was trained with {size:,} tokens where this base has {rows:,}, "
+                f"and does not bring {module} of that size: save it with "
+                "save_embedding_layers=True, or name the base that has them with --model"
+            )
+    return size
 
 
 def named_base(folder: Path) -> str:
@@ -155,7 +200,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     from san_llm.models.reading import is_finite, load_or_refuse
 
-    held = {PREFIX + name for name in open_adapter(folder).tensors}
+    adapter = open_adapter(folder)
+    held = {PREFIX + name for name in adapter.tensors}
+    rows = model.get_input_embeddings().num_embeddings
+    trained = embedding_rows(adapter, rows, bool(model.config.tie_word_embeddings))
+    if trained != rows:  # every row comes from the adapter
+        model.resize_token_embeddings(trained, mean_resizing=False)
     adapted: PeftModel = load_or_refuse(
         "adapter", str(folder), lambda name: PeftModel.from_pretrained(model, name)
     )

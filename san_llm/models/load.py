@@ -10,22 +10,22 @@ import torch
 
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
-from san_llm.models.adapter import load_adapter
+from san_llm.models.adapter import embedding_rows, load_adapter, open_adapter
 from san_llm.models.agree import check_base, refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
+from san_llm.models.tokenizer_files import TOKENIZERS, template_files, tokenizer_folder
 from san_llm.san.model import keep_4bit_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def load_config(found: FoundBase) -> Any:
+def load_config(found: FoundBase, adapter: Path | None = None) -> Any:
     """Return a base's config as transformers reads it; refuse what cannot be trained over.
+
+    With an adapter it says how many tokens are known with that.
 
     Raises:
         InputError: for a family that SAN's propagation table does not know, quantized weights
@@ -43,32 +43,60 @@ def load_config(found: FoundBase) -> Any:
     )
     if found.bits and base.quantization:
         raise InputError(f"base.quantization: {base.model} is stored in {found.bits}: leave it out")
+    config.vocab_size = _rows(found, adapter)
     return config
 
 
-def load_tokenizer(found: FoundBase) -> PreTrainedTokenizerFast:
-    """Return a base's tokenizer.
+def load_tokenizer(found: FoundBase, adapter: Path | None = None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a base, or of an adapter that brings its own; likewise its template.
 
     Raises:
-        InputError: when there is none that can be used.
+        InputError: when there is none that can be used, or an adapter's has tokens that the
+            embedding has no rows for.
     """
     from transformers import AutoTokenizer
 
-    if not any((found.folder / name).is_file() for name in TOKENIZERS):
-        raise InputError(f"{found.folder}: no tokenizer in it: none of {', '.join(TOKENIZERS)}")
+    folder = tokenizer_folder(found.folder, adapter)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise InputError(f"{folder}: no tokenizer in it: none of {', '.join(TOKENIZERS)}")
     tokenizer: PreTrainedTokenizerFast = load_or_refuse(
         "tokenizer",
-        str(found.folder),
+        str(folder),
         AutoTokenizer.from_pretrained,
         trust_remote_code=found.base.trust_remote_code,
     )
-    vocabulary = found.config["vocab_size"]
+    rows = _rows(found, adapter)
     for role in ("eos_token", "pad_token"):  # what every row ends with, or is filled up with
         number = getattr(tokenizer, f"{role}_id")
         if number is not None:
-            where = f"{found.folder / 'tokenizer_config.json'}: {role}"
-            refuse_past_embedding([number], vocabulary, where, tokenizer)
+            where = f"{folder / 'tokenizer_config.json'}: {role}"
+            refuse_past_embedding([number], rows, where, tokenizer)
+    if adapter is None:
+        return tokenizer
+    for file in template_files(found.folder, adapter):
+        if file.parent != folder and file.suffix == ".jinja":
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+    if folder == adapter:
+        _check_words(tokenizer, found, adapter, rows)
     return tokenizer
+
+
+def _rows(found: FoundBase, adapter: Path | None) -> int:
+    """Return how many tokens the embedding has rows for, counting those that an adapter brings."""
+    rows: int = found.config["vocab_size"]
+    return rows if adapter is None else embedding_rows(open_adapter(adapter), rows)
+
+
+def _check_words(
+    tokenizer: PreTrainedTokenizerFast, found: FoundBase, adapter: Path, rows: int
+) -> None:
+    word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows and word not in load_tokenizer(found).get_vocab():
+        raise InputError(
+            f"{adapter}: its tokenizer has the token {word!r} ({number:,}), the embedding "
+            f"{rows:,} rows: it was added, and the adapter brings no row for it; save the adapter "
+            "with its embedding, or take its tokenizer's files out of the folder"
+        )
 
 
 def device() -> torch.device:
