@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from san_llm.files import read_json
 from san_llm.models.weights import Stored, read_header
 from san_llm.recipe.schema import DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
 from san_llm.runs.record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from san_llm.san.options import saved_options
+from san_llm.san.options import SAVED_KEYS, saved_options
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +54,15 @@ def open_adapter(folder: Path) -> Adapter:
     """Return what an adapter's files say; its tensors' numbers are not read yet.
 
     Raises:
-        InputError: when the folder holds no adapter in safetensors, or one with options that are
-            none.
+        InputError: when the folder holds no adapter in safetensors, or one of a method or with
+            options that are unknown here.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not an adapter: no {name} in it")
     options = read_json(folder / ADAPTER_CONFIG)
     method = str(options.get("peft_type"))
+    _check_known(folder / ADAPTER_CONFIG, method, options)
     if method == "SAN":
         saved_options(options)
     header = read_header(folder / ADAPTER_WEIGHTS)
@@ -108,6 +109,39 @@ def embedding_rows(adapter: Adapter, rows: int, tied: bool = True) -> int:
                 "save_embedding_layers=True, or name the base that has them with --model"
             )
     return size
+
+
+def _check_known(path: Path, method: str, options: Mapping[str, Any]) -> None:
+    """Refuse what PEFT would fail on without a word of it, or pass over and compute otherwise.
+
+    Forks of PEFT write methods of their own, newer versions of it new options. One that is off,
+    as most are in every file that a newer version writes, changes nothing.
+    """
+    used = {key for key, value in options.items() if not _is_off(value)}
+    if method == "SAN" and used <= SAVED_KEYS:  # known without importing PEFT, which takes seconds
+        return
+    from peft import __version__
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    elsewhere = "merge it with the code that trained it, and name that model with --model"
+    if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(
+            f"{path}: peft_type: {options.get('peft_type')!r}: PEFT {__version__} knows no such "
+            f"method: {elsewhere}"
+        )
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[method])}
+    for key in sorted(used - known):
+        by = options.get("peft_version")
+        wrote = f" (PEFT {by} wrote the file)" if by not in (None, __version__) else ""
+        raise InputError(
+            f"{path}: {key}: {options[key]!r}: PEFT {__version__} knows no such option of a "
+            f"{method} adapter{wrote} and would compute without it: {elsewhere}; or take the key "
+            "out if it changes no number"
+        )
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def named_base(folder: Path) -> str:

@@ -173,6 +173,8 @@ def load_model(found: FoundBase, adapter: Path | None) -> PreTrainedModel:
     Raises:
         InputError: when a part cannot be loaded.
     """
+    if adapter is not None:
+        open_adapter(adapter)  # what cannot be used is refused before the base is loaded
     model: Any = load_base(found)
     if adapter is not None:
         model = load_adapter(model, adapter)

@@ -112,6 +112,14 @@ class Options:
         return self.form == "lean"
 
 
+# What an adapter_config.json of SAN may hold: PEFT's own keys, and the options.
+SAVED_KEYS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("revision", "task_type"),
+    *(PEFT_NAMES.get(field.name, field.name) for field in fields(Options)),
+}
+
+
 def options_of(source: Any) -> Options:
     """Return the options that an object has under PEFT's names or ours, or a mapping.
 

@@ -18,6 +18,7 @@ from san_llm.models.adapter import (
     adapter_config,
     add_adapter,
     load_adapter,
+    open_adapter,
     trainable_parameters,
 )
 from san_llm.models.load import load_base, load_config, load_model, load_tokenizer
@@ -291,3 +292,44 @@ def test_a_lora_of_another_shape_names_the_first_weight_that_does_not_fit(here):
     assert "its adapter cannot be loaded: size mismatch for base_model.model.model.layers.1" in (
         message
     )
+
+
+def patch(path, keys):
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+# As NVlabs/DoRA's code, LLM-Adapters' and PEFT 0.3 wrote them, and as a later PEFT may.
+FOREIGN = [
+    ({"peft_type": "DORA", "dora_simple": True}, "peft_type: 'DORA'"),
+    ({"peft_type": "BOTTLENECK", "bottleneck_size": 256}, "peft_type: 'BOTTLENECK'"),
+    ({"peft_type": None}, "peft_type: None"),
+    ({"enable_lora": [True, False, True]}, "enable_lora: [True, False, True]"),
+    ({"use_future_scaling": True, "peft_version": "9.0.0"}, "use_future_scaling: True"),
+    ({"future_scaling": 0}, "future_scaling: 0"),
+]
+
+
+@pytest.mark.parametrize(("keys", "named"), FOREIGN)
+def test_an_adapter_of_another_program_is_refused_by_its_file_and_key(here, keys, named):
+    add_adapter(tiny_model(), LoraMethod(name="lora", rank=2)).save_pretrained(here / "lora")
+    patch(here / "lora" / "adapter_config.json", keys)
+    message = told(InputError, open_adapter, here / "lora")
+    assert message.startswith(f"{here}/lora/adapter_config.json: {named}: PEFT ")
+    assert "--model" in message
+    assert ("PEFT 9.0.0" in message) == ("peft_version" in keys)
+
+
+def test_options_of_another_version_that_are_off_change_nothing(here):
+    model = add_adapter(tiny_model(), LoraMethod(name="lora", rank=2))
+    model.save_pretrained(here / "lora")
+    off = {"enable_lora": None, "merge_weights": False, "patterns": {}, "parts": [], "kind": ""}
+    patch(here / "lora" / "adapter_config.json", off | {"peft_version": "9.0.0"})
+    loaded = load_adapter(tiny_model(), here / "lora")
+    assert torch.equal(logits(loaded.cpu()), logits(model.eval()))
+
+
+def test_a_foreign_adapter_is_refused_before_its_base_is_loaded(saved, copy):
+    patch(saved / "adapter_config.json", {"peft_type": "DORA"})
+    found = find_base(base(copy))
+    (copy / "model.safetensors").unlink()
+    assert "peft_type: 'DORA'" in told(InputError, load_model, found, saved)
