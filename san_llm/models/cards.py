@@ -44,7 +44,11 @@ def write_card(run: Path, folder: Path) -> None:
     method, base = recipe.method.name, recipe.base.model
     named = f"  # san-llm download {base}" if model_folder(base) else ""
     load = [
-        *(["import san_llm  # makes SAN known to PEFT"] if method == "san" else []),
+        *(
+            ["import san_llm  # pip install san-llm; makes SAN known to PEFT"]
+            if method == "san"
+            else []
+        ),
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from san_llm.san.options import Options, options_of
+from san_llm.files import write_text
+from san_llm.san.options import HOW_TO_LOAD, Options, options_of
+
+CARD = """\
+# A SAN adapter
+
+PEFT does not bring SAN along: without the first line it ends with `KeyError: 'SAN'`.
+`pip install san-llm`, then:
+
+```python
+import san_llm  # makes SAN known to PEFT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THE BASE")
+model = PeftModel.from_pretrained(model, "THIS FOLDER")
+```
+"""
 
 
 def _extend_peft_type() -> None:
@@ -49,6 +69,7 @@ class SanConfig(PeftConfig):
         lora_dropout: Dropout on the input of their low-rank path.
         form: How it is computed, never what. ``lean``: in about the memory of the frozen base, see
             ``san.lean``; ``plain``: as the formula stands.
+        how_to_load: For whoever opens the saved file: what PEFT needs to load it. Always the same.
 
     Raises:
         InputError: on an unknown option, naming the known ones.
@@ -65,6 +86,7 @@ class SanConfig(PeftConfig):
     lora_alpha: float = field(default=Options.alpha)
     lora_dropout: float = field(default=Options.dropout)
     form: str = field(default=Options.form)
+    how_to_load: str = field(default=HOW_TO_LOAD)
 
     def __post_init__(self) -> None:
         """Check every option and set PEFT's type."""
@@ -74,3 +96,17 @@ class SanConfig(PeftConfig):
         targets = options.target_modules
         self.target_modules = list(targets) if isinstance(targets, tuple) else targets
         self.links = list(options.links)
+        self.how_to_load = HOW_TO_LOAD
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the options, and say in the folder's card how the adapter is loaded.
+
+        PEFT has written its own card before, which does not.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "README.md"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if "import san_llm" not in text:
+            head = re.match(r"---\n.*?\n---\n+", text, re.DOTALL)
+            end = head.end() if head else 0
+            write_text(path, f"{text[:end]}{CARD}\n{text[end:]}".rstrip() + "\n")

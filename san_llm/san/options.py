@@ -112,10 +112,12 @@ class Options:
         return self.form == "lean"
 
 
+# Of a saved adapter, where PEFT alone says no more than KeyError: 'SAN'.
+HOW_TO_LOAD = "pip install san-llm; then, in Python, before PEFT loads this: import san_llm"
 # What an adapter_config.json of SAN may hold: PEFT's own keys, and the options.
 SAVED_KEYS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
-    *("revision", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "how_to_load", "inference_mode", "peft_type"),
+    *("peft_version", "revision", "task_type"),
     *(PEFT_NAMES.get(field.name, field.name) for field in fields(Options)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from reference import ALL_LINKS, SEVEN
 
 from san_llm import SanConfig
 from san_llm.errors import InputError
+from san_llm.san.options import SAVED_KEYS
 
 
 def test_the_defaults_are_the_papers_method_on_all_seven_projections():
@@ -123,6 +125,14 @@ def test_a_hand_edited_file_is_checked_like_an_option(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mode": "nueron"}))
     with pytest.raises(InputError, match="did you mean 'neuron'"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+def test_the_keys_of_a_saved_adapter_are_known_without_peft():
+    assert {field.name for field in fields(SanConfig)} <= SAVED_KEYS
+
+
+def test_the_note_on_loading_is_not_an_option():
+    assert SanConfig(how_to_load="by magic") == SanConfig()
 
 
 def test_peft_finds_the_method_by_its_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import (
@@ -797,6 +799,30 @@ def test_the_saved_config_names_its_method(saved):
     written = json.loads((adapter / "adapter_config.json").read_text())
     assert written["peft_type"] == "SAN"
     assert written["links"] == ["mlp", "residual"]
+
+
+def test_a_saved_adapter_says_what_loads_it(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    model = adapt(model)
+    model.add_adapter("other", SanConfig())
+    for _ in range(2):  # saved again, it is not said twice
+        model.save_pretrained(tmp_path / "adapter")
+    for folder in (tmp_path / "adapter", tmp_path / "adapter" / "other"):
+        note = json.loads((folder / "adapter_config.json").read_text())["how_to_load"]
+        assert "pip install san-llm" in note
+        assert "import san_llm" in note
+        card = (folder / "README.md").read_text()
+        assert card.count("import san_llm") == card.count("pip install san-llm") == 1
+        assert re.match(r"(---\n[^#]*\n---\n\n)?# A SAN adapter\n", card)
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.library_name == "peft"
+    code = (tmp_path / "adapter" / "README.md").read_text().partition("```python\n")[2]
+    code = code.partition("```")[0].replace("THE BASE", "base").replace("THIS FOLDER", "adapter")
+    assert code.startswith("import san_llm")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert torch.equal(logits(names["model"]), logits(model))
 
 
 def test_adapting_is_silent():
