@@ -425,7 +425,7 @@ trainer("_internal_call", "a checkpoint is not pushed to the hub", is_in(TRAINER
 trainer("store_flos", SAVES, takes())
 trainer("_tr_loss", SKIPS, is_of(TRAINER))
 trainer("_globalstep_last_logged model_wrapped callback_handler", JUDGES, is_of(TRAINER))
-trainer("model_accepts_loss_kwargs loss_is_scaled_for_ga", PER_TOKEN, is_of(TRAINER))
+trainer("model_accepts_loss_kwargs", PER_TOKEN, is_of(TRAINER))
 trainer("is_deepspeed_enabled", "DeepSpeed loads files of its own", is_of(TRAINER))
 trainer("shift_labels", "a packed batch's labels are counted as they are", is_in(TRAINER))
 trainer("save_only_model", "a run over a sharded base resumes", is_in(TRAINER))

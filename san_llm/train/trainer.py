@@ -80,7 +80,6 @@ class SanTrainer(Trainer):
         self._micro_batch = (-1, 0)  # the step that is made, and how many of its batches are done
         self.add_callback(_JudgeLate(self))
         self.model_accepts_loss_kwargs = True  # so that Trainer counts tokens over a global batch
-        self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)  # it prints on stdout, where results go
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
