@@ -37,6 +37,7 @@ from private_search import Search, is_ours, is_private, names_of, private_parts,
 from tiny import tiny_model, tiny_tokenizer
 
 import san_llm
+from san_llm.san.lean import RENAMES, _own_forward
 
 PACKAGE = Path(san_llm.__file__).parent
 
@@ -571,11 +572,21 @@ def a_block_is_wired(path: str) -> None:
 
 def halves_are_rotated() -> None:
     for model_type in ("llama", "mistral", "qwen2", "gemma", "gemma2"):
-        forward = type(small(model_type).model.layers[0].self_attn).forward
+        forward = _own_forward(small(model_type).model.layers[0].self_attn)
         assert isinstance(forward, FunctionType), f"{model_type}: its forward is wrapped"
         assert "apply_rotary_pos_emb" in forward.__code__.co_names, model_type
         rotary = forward.__globals__["apply_rotary_pos_emb"]
         assert list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]
+
+
+def what_renames_stands_before_its_function() -> None:
+    renames = resolve(f"{RENAMES}.deprecate_kwarg")
+
+    def forward(cache: Any = None) -> None: ...
+
+    wrapped = renames("past", version="99.0", new_name="cache")(forward)
+    assert wrapped.__globals__["__name__"] == RENAMES
+    assert wrapped.__wrapped__ is forward
 
 
 def a_config_says_where_it_lay() -> None:
@@ -628,6 +639,8 @@ for model_type, where, name in (
     WIRED = does(functools.partial(a_block_is_wired, model_type))
     add("transformers", where, name, LEAN, WIRED)
 add("transformers", "models", "apply_rotary_pos_emb", LEAN, does(halves_are_rotated))
+RENAMED = does(what_renames_stands_before_its_function)
+add("transformers", "utils", "deprecation", LEAN, RENAMED)
 add("transformers", "activations", "ACT2FN", LEAN)
 LAY = "a config that is written again does not say where the first lay"
 add("transformers", CONFIG, "_name_or_path", LAY, does(a_config_says_where_it_lay))
@@ -649,6 +662,8 @@ add("transformers", "distributed", "DistributedConfig", SHARE, takes(keywords="f
 COMES = takes("text stream_end", for_itself="transformers.generation.streamers")
 add("transformers", "TextStreamer", "on_finalized_text", "an answer is shown as it comes", COMES)
 CURVES = "a resumed run's curves go on where they were"
+ASKS = "doctor says where model.load_adapter wants a newer PEFT"
+add("transformers", "integrations.peft", "MIN_PEFT_VERSION", ASKS)
 add("transformers", "integrations", "TensorBoardCallback", CURVES, takes("tb_writer"))
 
 

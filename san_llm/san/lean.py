@@ -36,6 +36,7 @@ from san_llm.san.formulas import carried
 from san_llm.san.layer import SanLayer, SanLinear
 
 ROTARY = "apply_rotary_pos_emb"  # transformers' name of it, in every family's module
+RENAMES = "transformers.utils.deprecation"  # its decorator stands before what it wraps
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _GELU = type(ACT2FN["gelu_pytorch_tanh"])
 
@@ -225,17 +226,24 @@ def _attention_forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the model's own forward, with ``RotaryFold.rotate`` for its function of that name."""
     forward = type(attention).forward
     if attention.san_fold.stands():
-        names = {**forward.__globals__, ROTARY: attention.san_fold.rotate}
-        forward = FunctionType(
-            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        forward.__kwdefaults__ = type(attention).forward.__kwdefaults__
+        own = _own_forward(attention)
+        names = {**own.__globals__, ROTARY: attention.san_fold.rotate}
+        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        forward.__kwdefaults__ = own.__kwdefaults__
     return forward(attention, *args, **kwargs)
+
+
+def _own_forward(attention: nn.Module) -> Any:
+    """Return its forward without what renames outdated arguments, which its block does not pass."""
+    forward: Any = type(attention).forward
+    while getattr(forward, "__globals__", {}).get("__name__") == RENAMES:
+        forward = forward.__wrapped__
+    return forward
 
 
 def _rotates_halves(attention: nn.Module) -> bool:
     """Return whether its forward calls a function of that name that rotates as LLaMA's does."""
-    forward: Any = type(attention).forward
+    forward = _own_forward(attention)
     rotary = getattr(forward, "__globals__", {}).get(ROTARY)
     return rotary is not None and ROTARY in forward.__code__.co_names and _same_rotary(rotary)
 
