@@ -23,6 +23,7 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from rich.filesize import decimal
 
 from san_llm.errors import first_line, unexpected
@@ -67,6 +68,7 @@ def diagnose() -> Iterator[Finding]:
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
         "packages": _packages,
+        "load_adapter": _load_adapter,
         "memory": _memory,
         "folders": _folders,
         "hub": _hub,
@@ -123,6 +125,21 @@ def _packages() -> Iterator[Finding]:
         main = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
         versions = ", ".join(f"{name} {version(name)}" for name in main)
         yield Finding("packages", "ok", f"all {len(wanted)} as needed: {versions}")
+
+
+def _load_adapter() -> Iterator[Finding]:
+    """Say where transformers would refuse the installed PEFT in ``model.load_adapter``."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    here = version("peft")
+    if Version(here) < Version(MIN_PEFT_VERSION):
+        yield Finding(
+            "load_adapter",
+            "warning",
+            f"model.load_adapter of transformers {version('transformers')} wants PEFT "
+            f"{MIN_PEFT_VERSION} or newer, here is {here}; san-llm does without",
+            "load adapters by PEFT: PeftModel.from_pretrained(model, FOLDER)",
+        )
 
 
 def _memory() -> Iterator[Finding]:

@@ -4,10 +4,12 @@ import json
 import socket
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from threading import Thread
 
 import pytest
 from huggingface_hub import constants
+from packaging.version import Version
 
 from san_llm.plan import doctor
 
@@ -85,6 +87,19 @@ def test_packages_that_do_not_fit_are_named_with_the_command_that_mends_them(mon
         ("torch", "error", "pip install 'torch>=99'"),
         ("no-such-thing", "error", "pip install 'no-such-thing>=1'"),
     ]
+
+
+def test_a_transformers_that_wants_a_newer_peft_is_told(monkeypatch):
+    from transformers.integrations import peft
+
+    assert Version(peft.MIN_PEFT_VERSION) > Version("0.17")
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", version("peft"))
+    assert not list(doctor._load_adapter())
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", "99.0")
+    (finding,) = doctor._load_adapter()
+    assert finding.state == "warning"
+    assert f"wants PEFT 99.0 or newer, here is {version('peft')}" in finding.found
+    assert "PeftModel.from_pretrained" in finding.remedy
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):
