@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-FORMAT = 2  # part of the cache key: raise it when the same rows give other tokens or other files
+FORMAT = 3  # part of the cache key: raise it when the same rows give other tokens or other files
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,13 @@ def training_prompt(style: PromptStyle, instruction: str, context: str = "") -> 
         body = "".join(f"### {name}:\n{text}\n\n" for name, text in _blocks(instruction, context))
         return f"{lead}\n\n{body}### Response:\n"
     _refuse_chat(style)
-    # Two spaces end the first line, and the empty lines between blocks are 16 spaces.
+    # Two spaces end the first line, one where there is an input; empty lines are 16 spaces.
     body = "".join(
         f"{_INDENT}### {name}:\n{_INDENT}{text}\n{_INDENT}\n"
         for name, text in _blocks(instruction, context)
     )
-    return f"{lead}  \n\n{body}{_INDENT}### Response:\n{_INDENT}"
+    spaces = " " if context else "  "
+    return f"{lead}{spaces}\n\n{body}{_INDENT}### Response:\n{_INDENT}"
 
 
 def evaluation_prompt(style: PromptStyle, instruction: str, context: str = "") -> str:
@@ -73,11 +74,12 @@ def evaluation_prompt(style: PromptStyle, instruction: str, context: str = "") -
     if style != "llm-adapters":
         return training_prompt(style, instruction, context)
     lead = _PAIRED if context else _PLAIN
-    # One space ends the first line, and the empty lines between blocks are empty.
+    # One space ends the first line, none where there is an input; empty lines are empty.
     body = "".join(
         f"{_INDENT}### {name}:\n{_INDENT}{text}\n\n" for name, text in _blocks(instruction, context)
     )
-    return f"{lead} \n\n{body}{_INDENT}### Response:\n{_INDENT}"
+    spaces = "" if context else " "
+    return f"{lead}{spaces}\n\n{body}{_INDENT}### Response:\n{_INDENT}"
 
 
 def _refuse_chat(style: PromptStyle) -> None:

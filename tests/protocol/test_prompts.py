@@ -34,7 +34,7 @@ EVALUATION_PLAIN = (
     "                "
 )
 TRAINING_PAIRED = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.  \n"  # noqa: E501
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request. \n"  # noqa: E501
     "\n"
     "                ### Instruction:\n"
     "                Is water wet?\n"
@@ -48,7 +48,7 @@ TRAINING_PAIRED = (
     "                "
 )
 EVALUATION_PAIRED = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request. \n"  # noqa: E501
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n"  # noqa: E501
     "\n"
     "                ### Instruction:\n"
     "                Is water wet?\n"
