@@ -64,7 +64,7 @@ class NormFold:
     def adapter(self) -> str | None:
         """Return the adapter that it stands for in this forward, or None."""
         adapter = _together(self.readers)
-        if adapter is None:
+        if adapter is None or _drops_to_float32(self.norm):
             return None
         feeds = [reader.san_feed.get(adapter) for reader in self.readers]
         return adapter if feeds[0] is not None and all(f == feeds[0] for f in feeds) else None
@@ -210,6 +210,15 @@ def _row_scale_moves(layer: SanLayer, adapter: str) -> bool:
     # A low-rank row scale does not reach the bias.
     has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
     return layer.san_options[adapter].carrier == "scale" or not has_bias
+
+
+def _drops_to_float32(norm: Any) -> bool:
+    """Return whether a norm computes in less than its weight's dtype, which ``ScaledNorm`` cannot.
+
+    transformers' norms compute in float32 in a float64 model, too.
+    """
+    stock = type(norm).__module__.startswith("transformers.")
+    return stock and norm.weight.dtype == torch.float64
 
 
 def _norm_forward(norm: Any, x: Tensor) -> Tensor:
