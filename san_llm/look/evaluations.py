@@ -19,6 +19,7 @@ from san_llm.evaluate.compare_tables import Grid, p_value, points
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing
+from san_llm.protocol.tasks import guessing
 from san_llm.runs.record import ADAPTER_WEIGHTS, Accuracy, Question
 from san_llm.shown import with_error
 
@@ -244,28 +245,42 @@ def table(judgement: Judgement) -> list[Grid]:
         results = judgement.adapter.stored.results
         count = sum(task.n for task in results.tasks)
         lost = sum(task.unparseable for task in results.tasks)
+        names = [task.task for task in results.tasks]
         rows = (
-            *(_line(task.task, task, task.n, task.unparseable) for task in results.tasks),
-            _line("average", results.average, count, lost),
+            *(
+                _line(task.task, [task.task], task, task.n, task.unparseable)
+                for task in results.tasks
+            ),
+            _line("average", names, results.average, count, lost),
         )
-        return [Grid("Accuracy, percent", ("task", "rows", "adapted", "no answer"), rows)]
+        header = ("task", "rows", "guessing", "adapted", "no answer")
+        return [Grid("Accuracy, percent", header, rows)]
     return [_beside(comparison) for comparison in judgement.comparisons]
 
 
-def _line(name: str, score: Accuracy, count: int, lost: int) -> tuple[str, ...]:
-    return name, f"{count:,}", with_error(score.accuracy, score.standard_error), f"{lost:,}"
+def _line(
+    name: str, tasks: Sequence[str], score: Accuracy, count: int, lost: int
+) -> tuple[str, ...]:
+    accuracy = with_error(score.accuracy, score.standard_error)
+    return name, f"{count:,}", _by_chance(tasks), accuracy, f"{lost:,}"
+
+
+def _by_chance(tasks: Sequence[str]) -> str:
+    share = guessing(tasks)
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _beside(comparison: Comparison) -> Grid:
     base, adapted = comparison.runs
     header = (
-        *("task", "rows", "base", "adapted", "difference", f"{LEVEL:.0%} interval"),
+        *("task", "rows", "guessing", "base", "adapted", "difference", f"{LEVEL:.0%} interval"),
         *("only adapted right", "only base right", "p"),
     )
     rows = [
         (
             change.task,
             f"{comparison.rows.get(change.task, sum(comparison.rows.values())):,}",
+            _by_chance([change.task] if change.task in comparison.rows else [*comparison.rows]),
             *(with_error(*run.accuracies[change.task]) for run in (base, adapted)),
             points(change.difference),
             f"{points(change.low)} to {points(change.high)}",
@@ -273,7 +288,7 @@ def _beside(comparison: Comparison) -> Grid:
         )
         for change in adapted.differences
     ]
-    rows.append(("no answer", "", str(base.unparseable), str(adapted.unparseable), *[""] * 5))
+    rows.append(("no answer", "", "", str(base.unparseable), str(adapted.unparseable), *[""] * 5))
     name = "Accuracy" if comparison.metric == "acc" else "Accuracy by likelihood a character"
     return Grid(f"{name} ({comparison.metric}), percent", header, tuple(rows))
 

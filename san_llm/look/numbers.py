@@ -22,6 +22,7 @@ from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import config_here
 from san_llm.models.scales import neuron_scales
 from san_llm.models.weights import Numbers
+from san_llm.protocol.tasks import guessing
 from san_llm.recipe.schema import Base
 from san_llm.runs.folder import adapter_of, read_log, recipe_of
 from san_llm.runs.record import (
@@ -68,11 +69,13 @@ class Score:
         task: The task, or ``average``.
         before: Accuracy and standard error of the base; None where it was not evaluated so.
         after: The same with the adapter.
+        guessing: The accuracy of guessing; None where it is not known.
     """
 
     task: str
     before: tuple[float, float | None] | None
     after: tuple[float, float | None]
+    guessing: float | None
 
 
 @dataclass(frozen=True)
@@ -290,12 +293,18 @@ def _side_by_side(before: EvaluationResults | None, after: EvaluationResults) ->
         return sum(task.unparseable for task in results.tasks)
 
     tasks = [
-        Score(task.task, None if before is None else pair(before.tasks[number]), pair(task))
+        Score(
+            task.task,
+            None if before is None else pair(before.tasks[number]),
+            pair(task),
+            guessing([task.task]),
+        )
         for number, task in enumerate(after.tasks)
     ]
     if len(tasks) > 1:
         old = None if before is None else pair(before.average)
-        tasks.append(Score("average", old, pair(after.average)))
+        by_chance = guessing([task.task for task in after.tasks])
+        tasks.append(Score("average", old, pair(after.average), by_chance))
     return Scores(
         tuple(tasks),
         sum(task.n for task in after.tasks),

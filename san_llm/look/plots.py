@@ -428,6 +428,12 @@ def _scores(scores: Scores) -> Figure:
             capsize=3,
             lw=1.3,
         )
+    known = [(task.guessing, place) for task, place in zip(tasks, places, strict=True)]
+    marks = [(100 * share, place) for share, place in known if share is not None]
+    if marks:
+        at, heights = np.transpose(marks)
+        label = "guessing" if last.guessing is None else f"guessing: {100 * last.guessing:.1f} %"
+        axis.vlines(at, heights - 0.3, heights + 0.3, colors=INK, ls=":", lw=1.3, label=label)
     if len(tasks) > 1:
         axis.axhline(0.5, color=SOFT, lw=0.8)
     axis.set_yticks(places, [plain(task.task) for task in tasks])

@@ -6,7 +6,7 @@ Source: LLM-Adapters (Hu et al. 2023, arXiv:2304.01933), used by DoRA (arXiv:240
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from san_llm.errors import InputError, did_you_mean
@@ -21,6 +21,7 @@ class Task:
         answers: Every answer it can have; the first one to occur in a generated text counts.
         test_rows: Rows of the published test split.
         train_rows: Rows that the published training mix has of it.
+        offered: Answers that a row offers; a few of ARC's 3 or 5.
         aliases: Other spellings in use.
     """
 
@@ -28,7 +29,13 @@ class Task:
     answers: tuple[str, ...]
     test_rows: int
     train_rows: int
+    offered: int
     aliases: tuple[str, ...] = ()
+
+    @property
+    def guessing(self) -> float:
+        """The accuracy of guessing, from 0 to 1."""
+        return 1 / self.offered
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -41,16 +48,22 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 
 _ALL = (
-    Task("boolq", ("true", "false"), 3270, 9427),
-    Task("piqa", _numbered("solution", 2), 1838, 16113),
-    Task("social_i_qa", _numbered("answer", 5), 1954, 33410, ("social_iqa", "siqa")),
-    Task("hellaswag", _numbered("ending", 4), 10042, 39905),
-    Task("winogrande", _numbered("option", 2), 1267, 63238),
-    Task("ARC-Easy", _numbered("answer", 5), 2376, 2251, ("arc_easy", "arc-e")),
-    Task("ARC-Challenge", _numbered("answer", 5), 1172, 1119, ("arc_challenge", "arc-c")),
-    Task("openbookqa", _numbered("answer", 5), 500, 4957, ("obqa",)),
+    Task("boolq", ("true", "false"), 3270, 9427, 2),
+    Task("piqa", _numbered("solution", 2), 1838, 16113, 2),
+    Task("social_i_qa", _numbered("answer", 5), 1954, 33410, 3, ("social_iqa", "siqa")),
+    Task("hellaswag", _numbered("ending", 4), 10042, 39905, 4),
+    Task("winogrande", _numbered("option", 2), 1267, 63238, 2),
+    Task("ARC-Easy", _numbered("answer", 5), 2376, 2251, 4, ("arc_easy", "arc-e")),
+    Task("ARC-Challenge", _numbered("answer", 5), 1172, 1119, 4, ("arc_challenge", "arc-c")),
+    Task("openbookqa", _numbered("answer", 5), 500, 4957, 4, ("obqa",)),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+
+
+def guessing(names: Collection[str]) -> float | None:
+    """Return the mean accuracy of guessing over tasks, from 0 to 1; None where one is not known."""
+    known = [TASKS[name].guessing for name in names if name in TASKS]
+    return sum(known) / len(known) if known and len(known) == len(names) else None
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:

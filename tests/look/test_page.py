@@ -184,6 +184,8 @@ def test_it_says_what_the_files_say(run):
         ):
             assert f"{100 * value:.1f} ± {100 * error:.1f}" in text
     assert "95% interval" in text
+    assert "task rows guessing base adapted" in text
+    assert "boolq 12 50.0" in text
     assert "Accuracy (acc), percent" in text
     assert "(acc_norm), percent" in text
     assert len(re.findall("potentiated, %", text)) == 1

@@ -18,6 +18,7 @@ from san_llm.errors import InputError
 from san_llm.look.numbers import numbers_of
 from san_llm.look.plots import as_png, as_svg, draw, figures
 from san_llm.look.terminal import sparkline
+from san_llm.protocol.tasks import TASKS, guessing
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run
 
@@ -83,6 +84,8 @@ def test_what_is_drawn_is_what_the_files_say(run):
     average = numbers.scores.tasks[-1]
     assert (average.task, average.before, average.after) == ("average", (0.375, 0.2), (0.875, 0.2))
     assert numbers.scores.no_answer == (2, 2)
+    # A task of other people's has no known chance, and so has no average over it.
+    assert [task.guessing for task in numbers.scores.tasks] == [0.5, None, None]
     assert numbers.left_out == ()
 
 
@@ -114,6 +117,15 @@ def test_every_drawing_is_one_element_without_an_address_and_the_same_each_time(
         assert all(link.startswith(("#", "data:")) for link in links), name
         assert not re.search(r"20\d\d-\d\d-\d\d", svg)
         assert as_png(figure).startswith(b"\x89PNG")
+
+
+def test_the_scores_are_drawn_beside_guessing(run):
+    axis = draw(run())["scores"].axes[0]
+    (marks,) = (lines for lines in axis.collections if lines.get_label() == "guessing")
+    (line,) = marks.get_segments()
+    assert line[:, 0].tolist() == [50, 50]  # boolq's, in its row
+    assert line[:, 1].mean() == pytest.approx(2)
+    assert guessing(TASKS) == pytest.approx(0.354, abs=1e-3)
 
 
 def test_titles_say_what_is_seen(run):
