@@ -6,6 +6,7 @@ A recipe, PEFT's config object and an ``adapter_config.json`` each make one :cla
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -91,6 +92,8 @@ class Options:
             raise InputError(
                 f"shift: the {self.carrier} carrier has no neuron shift; the scale carrier does"
             )
+        if self.carrier == "scale":
+            self._tell_unused()
         targets = PARENTS if self.target_modules is None else self.target_modules
         adapted = [] if isinstance(targets, str) else list(targets)
         adapted += [EMBEDDING] if self.adapt_embedding else []
@@ -99,6 +102,17 @@ class Options:
                 raise InputError(
                     f"modules_to_save: {name!r} is also adapted; a module is either scaled or "
                     "trained and saved whole"
+                )
+
+    def _tell_unused(self) -> None:
+        # Not refused: an adapter that was saved so is as good as any.
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if field.name in PEFT_NAMES and given != field.default:
+                warnings.warn(
+                    f"{PEFT_NAMES[field.name]}={given}: does nothing, as the scale carrier has no "
+                    "matrices; carrier='lora' and carrier='dora' do",
+                    stacklevel=2,
                 )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -72,6 +73,17 @@ def test_a_wrong_option_is_one_line_with_what_would_work(options, said):
     message = str(error.value)
     assert said in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("option", [{"r": 64}, {"lora_alpha": 32}, {"lora_dropout": 0.1}])
+def test_an_option_of_matrices_is_told_to_do_nothing_with_the_scale_carrier(option):
+    ((name, value),) = option.items()
+    with pytest.warns(UserWarning, match=f"{name}={value}.*does nothing.*carrier='lora'"):
+        SanConfig(**option)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SanConfig(carrier="lora", **option)
+        SanConfig()
 
 
 def test_an_unknown_option_is_refused():
