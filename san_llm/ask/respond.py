@@ -59,6 +59,7 @@ class Answer:
         tokens: How many were generated.
         ended: Whether the model came to its end; else the tokens were used up.
         seconds: How long it took.
+        full: The model's context is full, which has ended it.
     """
 
     by: str
@@ -66,6 +67,7 @@ class Answer:
     tokens: int
     ended: bool
     seconds: float
+    full: bool = False
 
 
 def usual_style(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -241,7 +243,8 @@ def respond(
     new = out[0, len(tokens) :].tolist()
     ended = bool(new) and new[-1] in end_tokens(model, tokenizer)
     text = str(tokenizer.decode(new, skip_special_tokens=True))
-    return Answer(by, text, len(new), ended, round(time.perf_counter() - began, 3))
+    full = not ended and fitting is not None and len(new) >= fitting
+    return Answer(by, text, len(new), ended, round(time.perf_counter() - began, 3), full)
 
 
 def _adapted(model: Any) -> bool:

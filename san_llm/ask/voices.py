@@ -74,7 +74,8 @@ def show(
 def _say_cut(answers: list[Answer]) -> None:
     for answer in answers:
         if not answer.ended:
-            say(f"{answer.by}: cut after {answer.tokens} tokens (--max-new-tokens)")
+            why = "the model's context is full" if answer.full else "--max-new-tokens"
+            say(f"{answer.by}: cut after {answer.tokens} tokens ({why})")
 
 
 def _side_by_side(texts: dict[str, str]) -> Table:

@@ -166,6 +166,14 @@ def test_a_conversation_that_fills_the_context_is_told_and_taken_back(ask, folde
     assert done.stdout.strip() == greedy(tiny_model(), chat_text("Hello")).strip()
 
 
+def test_an_answer_that_the_context_cuts_says_so(ask, folder):
+    done = ask("chat", "--model", folder / "base", said=f"{'x' * 995}\n")  # 1,018 tokens
+    assert done.stderr == "model: cut after 6 tokens (the model's context is full)\n"
+    done = ask("generate", "x" * 995, "--model", folder / "base", "--json")
+    (answer,) = json.loads(done.stdout)["answers"]
+    assert (answer["tokens"], answer["ended"], answer["full"]) == (6, False, True)
+
+
 def test_what_cannot_be_asked_is_one_line(ask, folder, here):
     bare = save_tiny(here / "bare", num_hidden_layers=1)
     (bare / "chat_template.jinja").unlink()
