@@ -21,21 +21,21 @@ class Task:
         answers: Every answer it can have; the first one to occur in a generated text counts.
         test_rows: Rows of the published test split.
         train_rows: Rows that the published training mix has of it.
-        offered: Answers that a row offers; a few of ARC's 3 or 5.
         aliases: Other spellings in use.
+        offered: Answers that a row offers, a few of ARC's 3 or 5; None: all that it can have.
     """
 
     name: str
     answers: tuple[str, ...]
     test_rows: int
     train_rows: int
-    offered: int
     aliases: tuple[str, ...] = ()
+    offered: int | None = None
 
     @property
     def guessing(self) -> float:
         """The accuracy of guessing, from 0 to 1."""
-        return 1 / self.offered
+        return 1 / (self.offered or len(self.answers))
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -48,14 +48,14 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 
 _ALL = (
-    Task("boolq", ("true", "false"), 3270, 9427, 2),
-    Task("piqa", _numbered("solution", 2), 1838, 16113, 2),
-    Task("social_i_qa", _numbered("answer", 5), 1954, 33410, 3, ("social_iqa", "siqa")),
-    Task("hellaswag", _numbered("ending", 4), 10042, 39905, 4),
-    Task("winogrande", _numbered("option", 2), 1267, 63238, 2),
-    Task("ARC-Easy", _numbered("answer", 5), 2376, 2251, 4, ("arc_easy", "arc-e")),
-    Task("ARC-Challenge", _numbered("answer", 5), 1172, 1119, 4, ("arc_challenge", "arc-c")),
-    Task("openbookqa", _numbered("answer", 5), 500, 4957, 4, ("obqa",)),
+    Task("boolq", ("true", "false"), 3270, 9427),
+    Task("piqa", _numbered("solution", 2), 1838, 16113),
+    Task("social_i_qa", _numbered("answer", 5), 1954, 33410, ("social_iqa", "siqa"), 3),
+    Task("hellaswag", _numbered("ending", 4), 10042, 39905),
+    Task("winogrande", _numbered("option", 2), 1267, 63238),
+    Task("ARC-Easy", _numbered("answer", 5), 2376, 2251, ("arc_easy", "arc-e"), 4),
+    Task("ARC-Challenge", _numbered("answer", 5), 1172, 1119, ("arc_challenge", "arc-c"), 4),
+    Task("openbookqa", _numbered("answer", 5), 500, 4957, ("obqa",), 4),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 

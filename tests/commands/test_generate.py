@@ -167,9 +167,9 @@ def test_a_conversation_that_fills_the_context_is_told_and_taken_back(ask, folde
 
 
 def test_an_answer_that_the_context_cuts_says_so(ask, folder):
-    done = ask("chat", "--model", folder / "base", said=f"{'x' * 995}\n")  # 1,018 tokens
+    done = ask("chat", "--model", folder / "base", said=f"{'y' * 995}\n")  # 1,018 tokens
     assert done.stderr == "model: cut after 6 tokens (the model's context is full)\n"
-    done = ask("generate", "x" * 995, "--model", folder / "base", "--json")
+    done = ask("generate", "y" * 995, "--model", folder / "base", "--json")
     (answer,) = json.loads(done.stdout)["answers"]
     assert (answer["tokens"], answer["ended"], answer["full"]) == (6, False, True)
 
