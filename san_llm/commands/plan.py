@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from san_llm.commands.options import Json, Overrides, recipe_names
-from san_llm.progress import quiet_libraries
+from san_llm.progress import quiet_libraries, say
 from san_llm.shown import plain
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def plan(
                 stdout.print(section)
                 stdout.print()
         stdout.print(_verdict(planned))
+    for doubt in run_plan.doubts:
+        say(f"warning: {doubt}")
     if not planned.fits:
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from san_llm.commands.options import Json, Overwrite, recipe_names, results, shipped_names, stdout
 from san_llm.errors import InputError
+from san_llm.progress import say
 
 recipes_app = typer.Typer(
     help="List, show and copy shipped recipes and Accelerate configs; check your own recipes.",
@@ -105,25 +106,43 @@ def check(
     ],
     as_json: Json = False,
 ) -> None:
-    """Say what is wrong with recipes, with file, line and key; exit code 2 if anything is."""
+    """Say what is wrong with recipes, with file, line and key; exit code 2 if anything is.
+
+    What is probably not meant, such as a learning rate ten times the usual, is a warning.
+    """
+    from san_llm.data.split import count_rows
+    from san_llm.recipe.doubts import doubts
     from san_llm.recipe.read import load_recipe
     from san_llm.recipe.shipped import find_recipe
 
     wrong: dict[str, list[str]] = {}
+    doubtful: dict[str, list[str]] = {}
     for file in files:
+        wrong[file] = doubtful[file] = []
         try:
-            load_recipe(find_recipe(file))
-            wrong[file] = []
+            recipe = load_recipe(find_recipe(file))
         except InputError as error:
             wrong[file] = str(error).splitlines()
+            continue
+        try:
+            rows, _ = count_rows(recipe.data)
+            doubtful[file] = doubts(recipe, rows)
+        except InputError as error:
+            wrong[file] = [f"{file}: {error}"]
     if as_json:
-        print(
-            json.dumps({file: {"ok": not lines, "errors": lines} for file, lines in wrong.items()})
-        )
+        found = {
+            file: {"ok": not lines, "errors": lines, "warnings": doubtful[file]}
+            for file, lines in wrong.items()
+        }
+        print(json.dumps(found))
     else:
         for file, lines in wrong.items():
+            for doubt in doubtful[file]:
+                say(f"{file}: warning: {doubt}")
             if not lines:
-                results(f"{file}: ok")
+                count = len(doubtful[file])
+                told = f", {count} warning{'s' if count > 1 else ''}" if count else ""
+                results(f"{file}: ok{told}")
     errors = [line for lines in wrong.values() for line in lines]
     if errors:
         raise InputError("\n".join(errors))

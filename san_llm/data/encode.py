@@ -78,7 +78,7 @@ class Encoding:
         return self.vocabulary
 
 
-def encoding_of(data: Data, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> Encoding:
+def encoding_of(data: Data, tokenizer: PreTrainedTokenizerFast, vocabulary: int | None) -> Encoding:
     """Return how a recipe's rows become tokens of a model with so many."""
     return Encoding(tokenizer, data.prompt, data.loss, data.cutoff, data.workers, vocabulary)
 

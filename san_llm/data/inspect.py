@@ -68,6 +68,9 @@ class Inspection:
         dropped: Have a prompt that leaves no room for a response.
         cut_at: Where the first rows that were cut stand.
         dropped_at: Where the first rows that were dropped stand.
+        context: Tokens that the model can hold; None: any number.
+        longer: Are longer than that after the cutoff; a training refuses them.
+        longer_at: Where the first of these stand.
         tokens: Tokens that are trained on, of rows that are kept.
         supervised: Tokens that are learned.
         duplicates: Rows that are the same as one before.
@@ -85,6 +88,9 @@ class Inspection:
     dropped: int
     cut_at: list[str]
     dropped_at: list[str]
+    context: int | None
+    longer: int
+    longer_at: list[str]
     tokens: int
     supervised: int
     duplicates: int
@@ -162,8 +168,8 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     }
     rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
     found = find_base(recipe.base)
-    encoding = encoding_of(data, load_tokenizer(found), found.config["vocab_size"])
-    return inspect(rows, tests, encoding, about)
+    encoding = encoding_of(data, load_tokenizer(found), found.vocabulary)
+    return inspect(rows, tests, encoding, about, found.context)
 
 
 def inspect(
@@ -171,6 +177,7 @@ def inspect(
     tests: Mapping[str, Sequence[Row]],
     encoding: Encoding,
     about: dict[str, Any],
+    context: int | None = None,
 ) -> Inspection:
     """Return what there is in rows, encoded as ``data.tokenized`` would encode them.
 
@@ -179,6 +186,7 @@ def inspect(
         tests: Test rows of each task, which should not be among them.
         encoding: How they become tokens.
         about: What the result says of itself.
+        context: Tokens that the model can hold; None: any number.
 
     Raises:
         InputError: as from ``data.tokenized``, for the first row that is wrong.
@@ -188,7 +196,8 @@ def inspect(
     looked_up.fill(tests)
     lengths: Counter[int] = Counter()
     fates: Counter[str] = Counter()
-    places: dict[str, list[str]] = {"cut": [], "dropped": []}
+    places: dict[str, list[str]] = {"cut": [], "dropped": [], "longer": []}
+    longer = 0
     tokens = supervised = 0
     answers: dict[str, Counter[str]] = {}
     whole, questions = array("q"), array("q")
@@ -201,6 +210,9 @@ def inspect(
         fates[seen.fate] += 1
         if seen.fate != "whole" and len(places[seen.fate]) < FEW:
             places[seen.fate].append(row.where)
+        if context is not None and len(seen.tokens) > context and seen.fate != "dropped":
+            longer += 1
+            places["longer"] += [row.where] if longer <= FEW else []
         if seen.fate != "dropped":
             tokens += len(seen.tokens)
             supervised += seen.supervised
@@ -225,6 +237,9 @@ def inspect(
         dropped=fates["dropped"],
         cut_at=places["cut"],
         dropped_at=places["dropped"],
+        context=context,
+        longer=longer,
+        longer_at=places["longer"],
         tokens=tokens,
         supervised=supervised,
         duplicates=len(whole) - different,
@@ -327,6 +342,9 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
     facts.add_row("cut", _counted(inspection.cut, why, inspection.cut_at, files))
     why = "their prompt fills the cutoff, nothing of the response is left"
     facts.add_row("dropped", _counted(inspection.dropped, why, inspection.dropped_at, files))
+    if inspection.longer:
+        why = f"more tokens than the model's context of {inspection.context:,}; train refuses them"
+        facts.add_row("too long", _counted(inspection.longer, why, inspection.longer_at, files))
     facts.add_row("duplicates", f"{inspection.duplicates:,}")
     facts.add_row(
         "disputed", f"{inspection.disputed:,} with the question of another, answered otherwise"

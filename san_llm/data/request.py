@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from san_llm.data.rows import stream_rows, training_files
+from san_llm.data.split import refuse_no_rows
 from san_llm.recipe.read import load_recipe
 from san_llm.recipe.schema import Recipe
 from san_llm.recipe.shipped import find_recipe
@@ -29,6 +29,5 @@ def rows_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     if is_file:
         changes.insert(0, f"data.train={json.dumps(name)}")
     recipe = load_recipe(find_recipe(SMALL if is_file else name), changes)
-    for file in training_files(recipe.data.train):
-        next(iter(stream_rows(file)))
+    refuse_no_rows(recipe.data)
     return recipe

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from pathlib import Path
 
-from san_llm.data.rows import Row, read_rows, training_files
+from san_llm.data.rows import Row, read_rows, stream_rows, training_files
 from san_llm.errors import InputError
 from san_llm.files import sha256_of
 from san_llm.recipe.schema import Data, Recipe
@@ -22,6 +23,45 @@ def check_held_out(held_out: int, rows: int) -> None:
             f"data.held_out: {held_out} of {rows} rows leave none to train on; "
             f"expected 0 to {rows - 1}, or a file"
         )
+
+
+def refuse_no_rows(data: Data) -> None:
+    """Refuse training rows that are not there or do not begin with one, and wrong held-out rows.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    for file in training_files(data.train):
+        next(stream_rows(file))
+    _refuse_no_held_out(data)
+
+
+def count_rows(data: Data) -> tuple[int | None, str | None]:
+    """Return the rows that are trained on, or the file of them that is not here to be counted.
+
+    Raises:
+        InputError: when a row is wrong, or the rows that are here cannot be held out as asked.
+    """
+    files = training_files(data.train)
+    for file in files:
+        if not file.exists():
+            return None, str(file)
+    rows = sum(1 for _ in chain.from_iterable(map(stream_rows, files)))
+    rows = min(rows, data.limit or rows)
+    if isinstance(data.held_out, int):
+        check_held_out(data.held_out, rows)
+        rows -= data.held_out
+    _refuse_no_held_out(data)
+    return rows, None
+
+
+def _refuse_no_held_out(data: Data) -> None:
+    if isinstance(data.held_out, str):
+        try:
+            for _ in stream_rows(Path(data.held_out)):
+                pass
+        except InputError as error:
+            raise InputError(f"data.held_out: {error}") from None
 
 
 def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]]:

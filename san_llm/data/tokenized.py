@@ -77,6 +77,39 @@ def encode_rows(rows: Sequence[Row], encoding: Encoding) -> Encoded:
     )
 
 
+def kept_rows(encoded: Encoded, rows: Sequence[Row], encoding: Encoding) -> list[Row]:
+    """Return the rows, as they were read, that are among the encoded ones."""
+    if not encoded.dropped:
+        return list(rows)
+    labelled = zip(rows, label_rows(rows, encoding), strict=True)
+    return [row for row, kept in labelled if kept.fate != "dropped"]
+
+
+def refuse_longer(
+    encoded: Encoded, rows: Sequence[Row], encoding: Encoding, context: int | None
+) -> None:
+    """Refuse rows that a model cannot hold: it was not made for their last positions.
+
+    Args:
+        encoded: The rows as tokens.
+        rows: The rows as they were read.
+        encoding: How they became tokens.
+        context: Tokens that the model can hold; None: any number.
+
+    Raises:
+        InputError: naming the first of them, how many there are and the cutoff that helps.
+    """
+    lengths = Rows(encoded).lengths
+    longer = [number for number, length in enumerate(lengths) if length > (context or length)]
+    if longer:
+        first = kept_rows(encoded, rows, encoding)[longer[0]]
+        more = f", as in {len(longer) - 1:,} more rows" if longer[1:] else ""
+        raise InputError(
+            f"{first.where}: {lengths[longer[0]]:,} tokens, more than the model's context of "
+            f"{context:,}{more}: data.cutoff={context} cuts them there"
+        )
+
+
 def _key(rows: Sequence[Row], encoding: Encoding) -> str:
     """Return a name made of all that decides the tokens: never of a file's name or time."""
     tokenizer, style = encoding.tokenizer, encoding.style

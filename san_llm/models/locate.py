@@ -88,6 +88,20 @@ class FoundBase:
         """In which bits it is trained over: as the recipe says, or as it is stored."""
         return self.base.quantization or self.bits
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens its embedding has rows for, or None where its config does not say."""
+        return self._size("vocab_size")
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it can hold, or None: any number."""
+        return self._size("max_position_embeddings")
+
+    def _size(self, key: str) -> int | None:
+        value = self.config.get(key)
+        return value if type(value) is int else None
+
 
 def find_base(base: Base) -> FoundBase:
     """Return where a base is, and what its config says; a hub id is fetched into the hub's cache.

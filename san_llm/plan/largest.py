@@ -29,7 +29,7 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     rows, _, _ = split_held_out(recipe)
     found = find_base(recipe.base)
     tokenizer = load_tokenizer(found)
-    encoding = encoding_of(recipe.data, tokenizer, found.config["vocab_size"])
+    encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
     encoded = encode_rows(rows, encoding).rows
     lengths = [len(row) for row in encoded["input_ids"]]
     longest = nlargest(micro_batch, range(len(lengths)), key=lengths.__getitem__)

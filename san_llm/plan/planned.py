@@ -53,6 +53,7 @@ class Plan:
         sharded: Whether the base is spread over them.
         memory: What a step takes at its peak on each device, by method; the recipe's is first.
         traffic: Bytes that each device sends in a step, and as many that it receives.
+        doubts: What should be looked at before it is run.
     """
 
     recipe: Recipe
@@ -72,6 +73,7 @@ class Plan:
     sharded: bool
     memory: dict[str, Memory]
     traffic: int
+    doubts: tuple[str, ...]
 
     @property
     def adapter_bytes(self) -> int:
@@ -127,6 +129,7 @@ def as_values(plan: Plan, limit: int | None) -> dict[str, Any]:
         "sharded": plan.sharded,
         "memory": {name: {**vars(need), "total": need.total} for name, need in plan.memory.items()},
         "traffic": plan.traffic,
+        "warnings": list(plan.doubts),
         "limit": limit,
         "fits": None if limit is None else fits(plan, limit),
     }

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from san_llm.architectures.sizes import shape_of
-from san_llm.data.rows import stream_rows, training_files
-from san_llm.data.split import check_held_out
+from san_llm.data.split import count_rows, refuse_no_rows
 from san_llm.errors import InputError
 from san_llm.launch.engine import check_engine
 from san_llm.models.locate import Bits, stored_bits
@@ -30,9 +28,11 @@ from san_llm.plan.memory import (
 )
 from san_llm.plan.planned import Plan, Seen, fits
 from san_llm.plan.request import PlanRequest, bytes_of, find_device
+from san_llm.recipe.doubts import doubts
 from san_llm.recipe.read import given_keys, load_recipe
-from san_llm.recipe.schema import Base, LoraMethod, Recipe, SanMethod, Training, micro_batch
+from san_llm.recipe.schema import Base, LoraMethod, Method, Recipe, SanMethod, Training, micro_batch
 from san_llm.recipe.shipped import find_recipe
+from san_llm.recipe.steps import steps_of
 
 if TYPE_CHECKING:
     from san_llm.data.inspect import Inspection
@@ -71,8 +71,7 @@ def plan(request: PlanRequest) -> Planned:
     inspected = seen = None
     if request.data:
         at_once = micro_batch(recipe.training, request.devices)
-        for rows in training_files(recipe.data.train):
-            next(iter(stream_rows(rows)))  # what is not there is found before torch is loaded
+        refuse_no_rows(recipe.data)  # before torch is loaded
         from san_llm.data.inspect import inspect_recipe
         from san_llm.plan.largest import look_at
 
@@ -112,7 +111,7 @@ def make_plan(
     if sharded:
         _check_sharded(recipe, devices, bits)
     at_once, looked = micro_batch(training, devices), seen is not None
-    rows, missing = _count_rows(recipe) if seen is None else (seen.rows, None)
+    rows, missing = count_rows(recipe.data) if seen is None else (seen.rows, None)
     if seen is None:
         full = full_batch(at_once, recipe.data.cutoff, training.packing)
         seen = Seen(rows, full, full)
@@ -130,7 +129,9 @@ def make_plan(
         sharded=sharded,
     )
     lora = LoraMethod(name="lora")
-    beside = {_title(method): method, _title(lora): lora, "full fine-tuning": None}
+    beside: dict[str, Method | None] = {_title(method): method}
+    beside.setdefault(_title(lora), lora)  # the recipe's own is of other modules, perhaps
+    beside["full fine-tuning"] = None
     return Plan(
         recipe=recipe,
         given=frozenset(given),
@@ -152,6 +153,7 @@ def make_plan(
             for name, compared in beside.items()
         },
         traffic=traffic(setting, training.batch_size // (at_once * devices)),
+        doubts=(*doubts(recipe, rows), *(() if looked else _of_the_context(recipe, config))),
     )
 
 
@@ -179,8 +181,19 @@ def _steps(training: Training, rows: int | None) -> tuple[int | None, float | No
     if rows is None:
         return training.max_steps, None
     an_epoch = ceil(rows / training.batch_size)
-    steps = training.max_steps or ceil(training.epochs * an_epoch)
+    steps = steps_of(training, rows)
     return steps, steps / an_epoch
+
+
+def _of_the_context(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
+    """Return what a cutoff beyond the model's context lets in."""
+    context, cutoff = config.get("max_position_embeddings"), recipe.data.cutoff
+    if not isinstance(context, int) or cutoff <= context:
+        return []
+    return [
+        f"data.cutoff is {cutoff:,}, the model's context {context:,}: train refuses longer rows; "
+        "--data counts them"
+    ]
 
 
 def _title(method: Any) -> str:
@@ -189,18 +202,3 @@ def _title(method: Any) -> str:
     name = names[method.name] + ("" if carrier == "scale" else f" {carrier}")
     rank = getattr(method, "rank", None)
     return name if rank is None else f"{name} r{rank}"
-
-
-def _count_rows(recipe: Recipe) -> tuple[int | None, str | None]:
-    """Return the rows that are trained on, or the file that is not here to count them."""
-    data = recipe.data
-    files = training_files(data.train)
-    for file in files:
-        if not file.exists():
-            return None, str(file)
-    rows = sum(1 for _ in chain.from_iterable(map(stream_rows, files)))
-    rows = min(rows, data.limit or rows)
-    if isinstance(data.held_out, int):
-        check_held_out(data.held_out, rows)
-        rows -= data.held_out
-    return rows, None

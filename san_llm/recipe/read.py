@@ -17,6 +17,7 @@ from san_llm.recipe.schema import Recipe, leaves
 from san_llm.shown import masked
 
 LONGEST = 256 * 2**10  # bytes of a recipe: what YAML's parser reads in a second
+INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps"}  # two ways to say one
 # Asked after YAML's own resolver of whole numbers, which it would match, too.
 _NUMBER = (
     "tag:yaml.org,2002:float",
@@ -259,6 +260,9 @@ def _override(raw: dict[str, Any], argument: str, source: Source) -> None:
     if names[0] == "method" and names[-1] == "name" and section.get("name") != value:
         # Another method has other options: those written for the old one would all be unknown.
         section.clear()
+    other = (*names[:-1], INSTEAD.get(names[-1], ""))
+    if other not in source.arguments:
+        section.pop(other[-1], None)  # what the file says in the other way
     section[names[-1]] = value
     source.arguments[names] = argument
     for path in [path for path in source.lines if path[: len(names)] == names]:

@@ -6,9 +6,11 @@ misspelt key costs a tenth of a second, not a model load. All mistakes are repor
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from san_llm.architectures.decoders import DOWN, TARGETS, K, V
 from san_llm.architectures.entry import KINDS
@@ -22,8 +24,12 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Kind = Literal["attention", "mlp", "residual"]
 _Name = Annotated[str, Field(min_length=1)]
+_Path = Annotated[_Name, AfterValidator(os.path.expanduser)]  # no shell has read it
 # No run has more of them: what is larger is a slip, and would be counted up to.
 MOST, MOST_RANKS = 10**9, 2**16
+ROW_FILES = (".json", ".jsonl")  # what rows are read from
+# Of the steps: enough for AdamW to know its gradients, at any length of a run.
+USUAL_WARMUP = 0.1
 
 
 class _Section(BaseModel):
@@ -33,8 +39,7 @@ class _Section(BaseModel):
 class Base(_Section):
     """The frozen model that is tuned."""
 
-    model: str = Field(
-        min_length=1,
+    model: _Path = Field(
         description="a directory, a .gguf file, a name known to `san-llm download`, or a hub id",
     )
     revision: _Name | None = Field(default=None, description="branch, tag or commit of a hub id")
@@ -163,15 +168,20 @@ class SanMethod(_Targets):
 
     @model_validator(mode="after")
     def _trains_something(self) -> SanMethod:
-        options = self.options  # which refuses what does not go together
-        if options.carrier == "scale":
-            for key in ("rank", "alpha", "dropout"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key}: the scale carrier has none; lora and dora do")
+        for key in ("rank", "alpha", "dropout"):
+            if self.carrier == "scale" and getattr(self, key) is not None:
+                raise ValueError(f"{key}: the scale carrier has none; lora and dora do")
+        _ = self.options  # which refuses what does not go together
         return self
 
 
 class _LowRank(_Targets):
+    target_modules: tuple[str, ...] = Field(
+        default=TARGETS,
+        min_length=1,
+        description="the projections that are adapted, by name; in the published runs five: "
+        "q, k, v, up and down",
+    )
     rank: int = Field(default=32, ge=1, le=MOST_RANKS, description="rows of A, columns of B")
     alpha: float = Field(
         default=64.0, gt=0, le=1e6, description="the low-rank product counts alpha / rank"
@@ -182,13 +192,13 @@ class _LowRank(_Targets):
 
 
 class LoraMethod(_LowRank):
-    """LoRA (Hu et al. 2021) through PEFT; the defaults are those of LLM-Adapters and DoRA."""
+    """LoRA (Hu et al. 2021) through PEFT; rank, alpha and dropout as LLM-Adapters has them."""
 
     name: Literal["lora"]
 
 
 class DoraMethod(_LowRank):
-    """DoRA (Liu et al. 2024) through PEFT."""
+    """DoRA (Liu et al. 2024) through PEFT; rank, alpha and dropout as published."""
 
     name: Literal["dora"]
 
@@ -213,10 +223,10 @@ Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discri
 class Data(_Section):
     """What is learned from."""
 
-    train: _Name | Annotated[tuple[_Name, ...], Field(min_length=1)] = Field(
+    train: _Path | Annotated[tuple[_Path, ...], Field(min_length=1)] = Field(
         description="'pocket', or one or more JSON / JSONL files"
     )
-    held_out: _Name | int = Field(
+    held_out: _Path | int = Field(
         default=120,
         description="rows taken out of the training rows, or a file, to choose the best checkpoint",
     )
@@ -242,6 +252,12 @@ class Data(_Section):
     def _held_out_rows(cls, value: str | int) -> str | int:
         if isinstance(value, int) and value < 0:
             raise ValueError("expected 0 rows or more, or a file")
+        if isinstance(value, str) and Path(value).suffix.lower() not in ROW_FILES:
+            share = "; a share is not read" if value.endswith("%") else ""
+            raise ValueError(
+                f"expected a number of rows or a {' or '.join(ROW_FILES)} file, found "
+                f"{value!r}{share}"
+            )
         return value
 
 
@@ -266,16 +282,25 @@ class Training(_Section):
     learning_rate: float = Field(
         gt=0,
         lt=1,
-        description="AdamW's, at the end of the warmup; scales take 1e-3 to 5e-3 where matrices "
-        "take 2e-4",
+        description="AdamW's, at the end of the warmup; scales take about 2e-3, low-rank matrices "
+        "2e-4: ten times that, or a tenth, is a warning",
     )
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         default="linear",
         description="the rate after the warmup: linear and cosine fall to 0 by the end, "
         "constant_with_warmup stays",
     )
-    warmup_steps: int = Field(
-        default=100, ge=0, le=MOST, description="optimizer steps in which the rate rises from 0"
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST,
+        description="optimizer steps in which the rate rises from 0, instead of a share of them",
+    )
+    warmup_share: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the same as a share of the run's steps; 0.1 unless one of the two is told",
     )
     weight_decay: float = Field(
         default=0.0,
@@ -324,6 +349,20 @@ class Training(_Section):
         description="of the order of rows, the held-out rows, low-rank starts and dropout",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_warmup(cls, value: Any) -> Any:
+        keys = ("warmup_steps", "warmup_share")
+        if isinstance(value, dict) and all(value.get(key) is None for key in keys):
+            return value | {"warmup_share": USUAL_WARMUP}
+        return value
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Training:
+        if self.warmup_steps is not None and self.warmup_share is not None:
+            raise ValueError("warmup_steps and warmup_share say the same: take one of them out")
+        return self
+
 
 class Evaluation(_Section):
     """How the result is judged."""
@@ -331,7 +370,7 @@ class Evaluation(_Section):
     tasks: tuple[str, ...] = Field(
         default=tuple(TASKS), min_length=1, description="which of the eight are asked, in order"
     )
-    data: _Name = Field(
+    data: _Path = Field(
         default="pocket", description="'pocket', or a directory with <task>/test.json"
     )
     prompt: PromptStyle | None = Field(

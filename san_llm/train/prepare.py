@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from san_llm.data.batches import Pack, Pad, pad_id
-from san_llm.data.encode import encoding_of, label_rows
+from san_llm.data.encode import encoding_of
 from san_llm.data.rows import Row
 from san_llm.data.split import split_held_out
-from san_llm.data.tokenized import Encoded, encode_rows
+from san_llm.data.tokenized import Encoded, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import SanError
 from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.launch.malloc import spares_memory, without_holes
@@ -24,7 +25,9 @@ from san_llm.models.adapter import add_adapter, trainable_parameters
 from san_llm.models.load import load_base, load_tokenizer
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.progress import say
+from san_llm.recipe.doubts import doubts
 from san_llm.recipe.schema import Recipe, micro_batch
+from san_llm.recipe.steps import steps_of, warmup_of
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.train.samples import Samples
 
@@ -87,8 +90,8 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     found = found or find_base(recipe.base)
     tokenizer = load_tokenizer(found)
     samples = Samples(recipe, tokenizer)
-    data = token_rows(recipe, tokenizer, found.config["vocab_size"])
-    arguments = trainer_arguments(recipe, run, judged=data.held_out is not None)
+    data = token_rows(recipe, tokenizer, found)
+    arguments = trainer_arguments(recipe, run, data)
     set_seed(recipe.training.seed)
     if arguments.use_cpu and spares_memory(
         recipe.training.gradient_checkpointing, found.trained_bits
@@ -106,26 +109,30 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     return Prepared(engine, found, data, samples, arguments, model, vocabulary, collator, trained)
 
 
-def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> TokenRows:
+def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundBase) -> TokenRows:
     """Return a recipe's rows as tokens, and tell how many there are.
 
+    Args:
+        recipe: What to do.
+        tokenizer: The base's tokenizer.
+        found: The base.
+
     Raises:
-        InputError: when a file, a row or the tokenizer cannot serve.
+        InputError: when a file, a row or the tokenizer cannot serve, or a row is too long.
     """
     rows, held_out_rows, sha256 = split_held_out(recipe)
-    encoding = encoding_of(recipe.data, tokenizer, vocabulary)
+    encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
     train = encode_rows(rows, encoding)
     held_out = encode_rows(held_out_rows, encoding) if held_out_rows else None
 
-    def names() -> list[Row]:
-        if not train.dropped:
-            return rows
-        labelled = zip(rows, label_rows(rows, encoding), strict=True)
-        return [row for row, kept in labelled if kept.fate != "dropped"]
-
+    refuse_longer(train, rows, encoding, found.context)
+    if held_out:
+        refuse_longer(held_out, held_out_rows, encoding, found.context)
     if is_first():
         _tell_rows(train, held_out)
-    return TokenRows(train, held_out, sha256, names)
+        for doubt in doubts(recipe, len(train.rows)):
+            say(f"warning: {doubt}")
+    return TokenRows(train, held_out, sha256, partial(kept_rows, train, rows, encoding))
 
 
 def _tell_rows(train: Encoded, held_out: Encoded | None) -> None:
@@ -144,9 +151,9 @@ def _tell_rows(train: Encoded, held_out: Encoded | None) -> None:
     )
 
 
-def trainer_arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArguments:
+def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArguments:
     """Return what Trainer is told: the recipe's ``training``, by its own names."""
-    training = recipe.training
+    training, judged = recipe.training, data.held_out is not None
     micro = micro_batch(training, world_size())
     arguments = TrainingArguments(
         output_dir=str(run / "checkpoints"),
@@ -156,7 +163,7 @@ def trainer_arguments(recipe: Recipe, run: Path, judged: bool) -> TrainingArgume
         gradient_accumulation_steps=training.batch_size // (micro * world_size()),
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.schedule,
-        warmup_steps=training.warmup_steps,
+        warmup_steps=warmup_of(training, steps_of(training, len(data.train.rows))),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         activation_checkpointing=training.gradient_checkpointing,

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from san_llm.data.rows import read_rows, training_files
-from san_llm.data.split import row_files, rows_sha256
+from san_llm.data.rows import training_files
+from san_llm.data.split import count_rows, refuse_no_rows, row_files, rows_sha256
 from san_llm.errors import STOPPED, InputError, debugging
 from san_llm.files import folder_sha256, write_text
 from san_llm.launch.command import Ended, accelerate_command, machine_rank, run_launched
@@ -172,8 +172,8 @@ def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
     """
     if run is not None:
         _refuse_lost(recipe)
-    for file in training_files(recipe.data.train):
-        read_rows(file)
+    refuse_no_rows(recipe.data)
+    count_rows(recipe.data)
     say(to_yaml(recipe))
     found = find_base(recipe.base)
     if run is None:

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tiny import rows as boolq_rows
 from tiny import tiny_tokenizer, write_recipe, write_rows
 
@@ -24,6 +25,14 @@ SETTINGS = ("alpaca", "response")
 def look(rows, tests=None, cutoff=1000) -> Inspection:
     encoding = Encoding(tiny_tokenizer(), *SETTINGS, cutoff)
     return inspect(iter(rows), tests or {}, encoding, about={"files": "a.json"})
+
+
+def text_of(found: Inspection) -> str:
+    """Return what is printed of an inspection."""
+    with (console := Console(width=300)).capture() as capture:
+        for part in report(found, colour=False):
+            console.print(part)
+    return capture.get()
 
 
 def plain_lengths(rows) -> list[int]:
@@ -54,6 +63,20 @@ def test_one_very_long_row_leaves_the_histogram_readable():
     assert found.lengths["max"] > 100_000
     assert len(found.histogram) > 5
     assert found.histogram[-1]["rows"] <= 6  # the long one, and what stands at the 99th hundredth
+
+
+def test_rows_beyond_the_context_are_counted_after_the_cutoff():
+    lengths = plain_lengths(ROWS)
+    context = sorted(lengths)[20]
+    encoding = Encoding(tiny_tokenizer(), *SETTINGS, 1000)
+    found = inspect(iter(ROWS), {}, encoding, {"files": "a.json"}, context)
+    assert found.longer == sum(length > context for length in lengths) > 0
+    assert found.longer_at[0] == f"row {next(n for n, k in enumerate(lengths, 1) if k > context)}"
+    assert f"more tokens than the model's context of {context}" in text_of(found)
+    encoding = Encoding(tiny_tokenizer(), *SETTINGS, context)
+    found = inspect(iter(ROWS), {}, encoding, {"files": "a.json"}, context)
+    assert (found.longer, found.cut + found.dropped > 0) == (0, True)
+    assert "context" not in text_of(found)
 
 
 def test_the_cutoff_is_counted_as_training_counts_it():

@@ -175,16 +175,23 @@ def test_packing_changes_nothing(here: Path, recipe: Path, loss: str) -> None:
     assert packed.held_out_loss == pytest.approx(padded.held_out_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    ("schedule", "warmup"),
+    [
+        ("linear", "warmup_steps=2"),
+        ("cosine", "warmup_share=0.3"),
+        ("constant_with_warmup", "warmup_steps=2"),
+    ],
+)
 def test_the_logged_learning_rate_follows_the_schedule(
-    here: Path, recipe: Path, schedule: str
+    here: Path, recipe: Path, schedule: str, warmup: str
 ) -> None:
     start(
         recipe,
         here / "run",
         f"training.schedule={schedule}",
         "training.max_steps=6",
-        "training.warmup_steps=2",
+        f"training.{warmup}",
     )
     after = {
         "linear": lambda part: 1 - part,
@@ -197,8 +204,11 @@ def test_the_logged_learning_rate_follows_the_schedule(
     assert found == pytest.approx(expected)
 
 
-def test_a_warmup_longer_than_the_run_is_cut_off_by_its_end(here: Path, recipe: Path) -> None:
+def test_a_warmup_longer_than_the_run_is_told_and_cut_off_by_its_end(
+    here: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start(recipe, here / "run", "training.warmup_steps=100")
+    assert "warning: the warmup of 100 steps never ends in a run of 4" in capsys.readouterr().err
     found = [entry["learning_rate"] for entry in log(here / "run") if "learning_rate" in entry]
     assert found == pytest.approx([0, 1e-4, 2e-4, 3e-4])
 
