@@ -73,6 +73,9 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data", callback=lambda: quiet_libraries())
 
 
+LONGEST_NAME = 255  # bytes, on any file system that a model would lie on
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"san-llm {__version__}")
@@ -100,12 +103,32 @@ def _check_arguments(words: list[str]) -> None:
         if wrong is not None:
             kind = "a byte that is not UTF-8" if wrong > "\ud7ff" else "a control character"
             raise InputError(f"argument {number}: {word!r}: has {kind}")
+        of_a_path = "generate" not in words[:2] and (word.startswith("-") or "=" not in word)
+        if of_a_path and max(map(len, os.fsencode(word).split(b"/"))) > LONGEST_NAME:
+            raise InputError(
+                f"argument {number}: '{word[:40]}...': no file has a name of more than "
+                f"{LONGEST_NAME} bytes"
+            )
+
+
+def _at_home(words: list[str]) -> list[str]:
+    """Return paths with the home that ``~/`` stands for, where no shell has: ``--output=~/x``."""
+    found = []
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        # generate's prompt is no path, nor is its input.
+        path = option not in ("", "--input") or "generate" not in words[:2]
+        home = path and value.startswith("~/")
+        found.append(option + equals + os.path.expanduser(value) if home else word)
+    return found
 
 
 def _check_options(words: list[str]) -> None:
     """Refuse a recipe's key that is written as an option, such as ``train --epochs 2``."""
-    if words[:1] not in (["train"], ["plan"]) or {"-h", "--help"} & set(words):
+    takes_keys = words[:1] in (["train"], ["plan"]) or words[:2] == ["data", "inspect"]
+    if not takes_keys or {"-h", "--help"} & set(words):
         return
+    from san_llm.recipe.aliases import called_here
     from san_llm.recipe.schema import section_keys
 
     sections = section_keys()
@@ -113,9 +136,15 @@ def _check_options(words: list[str]) -> None:
         if words[0] == "plan" and word == "--data":
             continue  # an option of its own
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        for name in ("training", "data", "evaluation"):
-            if word.startswith("--") and key in sections[name]:
+        if not word.startswith("--") or key == "name":
+            continue
+        for name, keys in sections.items():
+            if key in keys:
                 raise InputError(f"{word}: a recipe's key is written without dashes: {name}.{key}=")
+        if place := called_here(key):
+            raise InputError(
+                f"{word}: no such option ({place}); a recipe's key is written KEY=VALUE"
+            )
 
 
 def main() -> None:
@@ -125,6 +154,7 @@ def main() -> None:
     try:
         try:
             _check_arguments(sys.argv[1:])
+            sys.argv[1:] = _at_home(sys.argv[1:])
             _check_options(sys.argv[1:])
             app(prog_name="san-llm")
         finally:

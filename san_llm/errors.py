@@ -31,10 +31,16 @@ DEBUG = "SAN_LLM_DEBUG"  # the environment's name for --debug
 STOPPED = {"SIGINT": 130, "SIGTERM": 75}
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the nearest known name, or an empty string."""
+def did_you_mean(given: str, known: Iterable[str], alike: float = 0.5) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the nearest known name, or an empty string.
+
+    Args:
+        given: What was written.
+        known: What may be.
+        alike: How much of two names must be the same, from 0 to 1.
+    """
     names = {name.lower(): name for name in known}
-    close = get_close_matches(given.lower(), list(names), n=1, cutoff=0.5)
+    close = get_close_matches(given.lower(), list(names), n=1, cutoff=alike)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 

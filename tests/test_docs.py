@@ -32,8 +32,10 @@ from tiny_gguf import gguf_model, write_gguf
 from san_llm.cli import app
 from san_llm.data.rows import POCKET
 from san_llm.models.from_gguf import convert_gguf
+from san_llm.recipe.aliases import ALIASES, NONE
 from san_llm.recipe.read import parse_recipe
-from san_llm.recipe.schema import LoraMethod, Recipe
+from san_llm.recipe.schema import LoraMethod, Recipe, section_keys
+from san_llm.recipe.steps import warmup_of
 from san_llm.san.formulas import merged_weight
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,6 +333,32 @@ def test_a_translated_command_line_of_llm_adapters_says_the_same():
     assert (training.warmup_steps, training.schedule, data.loss) == (100, "linear", "all")
 
 
+def test_the_tables_of_the_move_are_what_a_recipe_with_a_key_of_others_is_told():
+    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*) \| (.*) \|$", text, re.MULTILINE)
+    told = {
+        name: what
+        for names, what in rows
+        for name in re.findall(r"`-{0,2}(\w+)", names)
+        if name != "finetune"
+    }
+    ours = {key for keys in section_keys().values() for key in keys}
+    assert set(ALIASES) <= told.keys()
+    # The rest is called so here, too, or is no key but a command.
+    commands = {"WORLD_SIZE", "llamafactory", "chat", "export"}
+    assert told.keys() - set(ALIASES) - ours <= commands | {"dora"}
+    for name, place in ALIASES.items():
+        key = re.split("[:,]", place)[0].rpartition(".")[2]
+        assert key in told[name] or (place.startswith(NONE) and "(" in told[name]), name
+
+
+def test_every_key_that_another_program_has_is_called_something_that_a_recipe_has():
+    keys = {f"{section}.{key}" for section, keys in section_keys().items() for key in keys}
+    for place in ALIASES.values():
+        named = re.split("[:,]", place)[0]
+        assert named in keys or re.match(r"none$|--\w+|san-llm ", named), place
+
+
 def test_a_translated_file_of_llama_factory_says_the_same():
     _, _, told, recipe = translated()
     training, data, method = recipe.training, recipe.data, recipe.method
@@ -352,7 +380,7 @@ def test_a_translated_file_of_llama_factory_says_the_same():
     assert told["lr_scheduler_type"] == training.schedule
     assert told["save_steps"] == training.evaluate_every
     steps = training.epochs * math.ceil((91 + told["max_samples"]) / rows)
-    assert training.warmup_steps == math.ceil(told["warmup_ratio"] * steps)
+    assert warmup_of(training, steps) == math.ceil(told["warmup_ratio"] * steps)
 
 
 # --- sessions ---

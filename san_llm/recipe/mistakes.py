@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from san_llm.errors import did_you_mean, not_one_of
-from san_llm.recipe.schema import Method, Recipe, SanMethod
+from san_llm.recipe.aliases import called_here
+from san_llm.recipe.schema import Method, Recipe, SanMethod, section_keys
 
 PathInProject = tuple[str | int, ...]
 
@@ -98,18 +99,7 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
         path = ("method", "name")
     where, key, value = source.of(path), dotted(path), _listed(error["input"])
     if kind == "extra_forbidden":
-        known = _fields(path, raw)
-        name = str(path[-1])
-        elsewhere = next(
-            (
-                f" (it belongs to {section!r})"
-                for section, info in Recipe.model_fields.items()
-                if name in getattr(info.annotation, "model_fields", {})
-            ),
-            "",
-        )
-        hint = did_you_mean(name, known) or elsewhere or f": known here are {', '.join(known)}"
-        return f"{where}: {key}: unknown key{hint}"
+        return f"{where}: {key}: unknown key{_way_out(path, _fields(path, raw))}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{where}: {key}: missing"
     if kind == "union_tag_invalid":
@@ -129,6 +119,18 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
         hint = "; write it in quotes" if quoted and path not in _EITHER else ""
         return f"{where}: {key}: expected {expected}, found {shown}{hint}"
     return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {shown}"
+
+
+def _way_out(path: PathInProject, known: list[str]) -> str:
+    """Return where an unknown key belongs, what it is called here, or the nearest one."""
+    name = str(path[-1])
+    for section, keys in section_keys().items():
+        if name in keys and name != "name" and section != path[0]:
+            return f" (it belongs to {section!r})"
+    if place := called_here(name):
+        return f" ({place})"
+    # Long names of other programs are half alike to many: early_stopping_threshold, learning_rate.
+    return did_you_mean(name, known, alike=0.65) or f": known here are {', '.join(known)}"
 
 
 def _listed(value: Any) -> Any:

@@ -57,11 +57,12 @@ def test_a_short_recipe_gets_every_default():
 
 
 def test_the_published_settings_are_the_defaults():
-    # LLM-Adapters and DoRA: batch 16, 3 epochs, warmup 100, linear, cutoff 256, 120 held out,
-    # evaluated every 80 steps; LoRA of rank 32, alpha 64, dropout 0.05.
+    # LLM-Adapters and DoRA: batch 16, 3 epochs, linear, cutoff 256, 120 held out, evaluated every
+    # 80 steps; LoRA of rank 32, alpha 64, dropout 0.05. Their warmup of 100 steps suits long runs.
     recipe = parse(GOOD, "method.name=lora")
     training = recipe.training
-    assert (training.batch_size, training.epochs, training.warmup_steps) == (16, 3, 100)
+    assert (training.batch_size, training.epochs) == (16, 3)
+    assert (training.warmup_steps, training.warmup_share) == (None, 0.1)
     assert (training.schedule, training.evaluate_every) == ("linear", 80)
     assert (recipe.data.cutoff, recipe.data.held_out) == (256, 120)
     assert recipe.data.prompt == "llm-adapters"
@@ -126,6 +127,21 @@ def test_the_published_settings_are_the_defaults():
         (7, "  prompt: alpaca", ["mine.yaml:5: data.loss: missing"]),
         (9, "  learning_rate: 1e-3\n  loss: all", ["mine.yaml:10: training.loss: unknown key (it "
          "belongs to 'data')"]),
+        (9, "  learning_rate: 1e-3\n  warmup_steps: 5\n  warmup_share: 0.1", ["mine.yaml:8: "
+         "training: warmup_steps and warmup_share say the same: take one of them out"]),
+        (9, "  lr: 1e-3", ["mine.yaml:8: training.learning_rate: missing", "mine.yaml:9: "
+         "training.lr: unknown key (here it is training.learning_rate)"]),
+        (9, "  learning_rate: 1e-3\n  bf16: true", ["mine.yaml:10: training.bf16: unknown key "
+         "(here it is base.dtype: bfloat16)"]),
+        (9, "  learning_rate: 1e-3\n  early_stopping_patience: 3", ["mine.yaml:10: "
+         "training.early_stopping_patience: unknown key (there is none: the checkpoint with the "
+         "lowest held-out loss is kept)"]),
+        (4, "  name: lora\n  r: 8", ["mine.yaml:5: method.r: unknown key (here it is "
+         "method.rank)"]),
+        (6, "  train: pocket\n  held_out: 10%", ["mine.yaml:7: data.held_out: expected a number of "
+         "rows or a .json or .jsonl file, found '10%'; a share is not read"]),
+        (6, "  train: pocket\n  held_out: rows.csv", ["mine.yaml:7: data.held_out: expected a "
+         "number of rows or a .json or .jsonl file, found 'rows.csv'"]),
         (9, "  learning_rate: fast", ["mine.yaml:9: training.learning_rate: expected a number, "
          "found 'fast'"]),
         (9, "  learning_rate: 0", ["mine.yaml:9: training.learning_rate: input should be greater "
@@ -323,7 +339,9 @@ def test_another_method_starts_from_its_own_defaults():
         ("data.train.x=1", "'train' is a value, not a section"),
         ("training.epoch=1", "training.epoch: unknown key (did you mean 'epochs'?)"),
         ("learning_rate=1", "learning_rate: unknown key (it belongs to 'training')"),
-        ("optimizer.name=sgd", "optimizer: unknown key: known here are name, base, method, data, "),
+        ("optimizer.name=sgd", "optimizer: unknown key (there is none: the optimizer is AdamW)"),
+        ("lr=1e-3", "lr: unknown key (here it is training.learning_rate)"),
+        ("engine.name=x", "engine: unknown key: known here are name, base, method, data, training"),
         ("method.name=loro", "method.name: 'loro' is not one of san, lora, dora, ia3 (did you "),
         ("training.learning_rate=7", "training.learning_rate: input should be less than 1, found "),
         ("training.learning_rate=", "training.learning_rate: expected a number, found nothing"),
@@ -334,6 +352,34 @@ def test_another_method_starts_from_its_own_defaults():
 def test_a_wrong_override_is_named_by_itself(argument, message):
     (found,) = mistakes(GOOD, argument)
     assert found.startswith(f"argument {argument!r}: {message}")
+
+
+def test_an_argument_replaces_what_the_file_says_of_the_warmup_in_the_other_way():
+    by_share = GOOD + "  warmup_share: 0.2\n"
+    for text, argument, told in (
+        (by_share, "training.warmup_steps=7", (7, None)),
+        (GOOD + "  warmup_steps: 7\n", "training.warmup_share=0.2", (None, 0.2)),
+        (by_share, "training.warmup_share=0.3", (None, 0.3)),
+    ):
+        training = parse(text, argument).training
+        assert (training.warmup_steps, training.warmup_share) == told
+    (found,) = mistakes(GOOD, "training.warmup_steps=7", "training.warmup_share=0.2")
+    assert found.endswith("say the same: take one of them out")
+
+
+def test_a_home_is_found_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    recipe = parse(
+        GOOD,
+        "base.model=~/llama",
+        "data.train=[~/a.json, b.json]",
+        "data.held_out=~/c.jsonl",
+        "evaluation.data=~/tasks",
+    )
+    assert recipe.base.model == "/home/ann/llama"
+    assert recipe.data.train == ("/home/ann/a.json", "b.json")
+    assert recipe.data.held_out == "/home/ann/c.jsonl"
+    assert recipe.evaluation.data == "/home/ann/tasks"
 
 
 def test_a_key_given_twice_within_an_override_is_refused():
@@ -447,7 +493,7 @@ RECIPES = st.fixed_dictionaries(
                 "loss": st.sampled_from(["response", "all"]),
             },
             optional={
-                "held_out": st.integers(0, 10**6) | TEXTS,
+                "held_out": st.integers(0, 10**6) | TEXTS.map(lambda text: f"{text}0.json"),
                 "prompt": st.sampled_from(STYLES),
                 "cutoff": st.integers(8, 10**6),
                 "limit": st.none() | st.integers(1, 10**6),
@@ -458,6 +504,7 @@ RECIPES = st.fixed_dictionaries(
             optional={
                 "epochs": st.floats(1e-6, 1e6) | st.integers(1, 100),
                 "max_steps": st.none() | st.integers(1, 10**9),
+                "warmup_share": st.none() | st.floats(0, 0.99),
                 "weight_decay": st.floats(0, 1e6),
                 "seed": st.integers(0, 2**32 - 1),
             },
