@@ -25,6 +25,9 @@ NAMES = [
     "llama2_7b_commonsense",
     "llama3_8b_commonsense",
     "llama3_8b_commonsense_4bit",
+    "llama3_8b_commonsense_dora",
+    "llama3_8b_commonsense_lora",
+    "llama3_8b_commonsense_san_dora",
     "llama7b_commonsense",
     "llama7b_commonsense_4bit",
     "smollm2_demo",
@@ -41,7 +44,16 @@ SORTED = [
     "llama2_7b_commonsense",
     "llama3_8b_commonsense",
     "llama3_8b_commonsense_4bit",
+    "llama3_8b_commonsense_san_dora",
+    "llama3_8b_commonsense_dora",
+    "llama3_8b_commonsense_lora",
 ]
+# Those of low-rank matrices, in the five modules of the published runs.
+LOW_RANK = [name for name in NAMES if name.endswith(("_lora", "_dora"))]
+SCALES = [name for name in NAMES if name not in LOW_RANK]
+PUBLISHED = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# Inputs and outputs of LLaMA-3-8B's q, k, v, up and down.
+SIDES = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 14_336), (14_336, 4096)]
 # One number for each output of q, k, v, o, gate, up and down, in every block.
 TRAINED = {
     "7b": 32 * (4096 + 4096 + 4096 + 4096 + 11_008 + 11_008 + 4096),
@@ -57,6 +69,14 @@ PARAMETERS = {
     "meta-llama/Meta-Llama-3-8B": (TRAINED["8b"], 8_030_261_248),
     "smollm2-135m": (TRAINED["135m"], 134_515_008),
 }
+
+
+def trained_by(name: str) -> int:
+    """Return how many numbers a shipped recipe trains."""
+    if name in SCALES:
+        return PARAMETERS[recipe(name).base.model][0]
+    magnitudes = sum(d_out for _, d_out in SIDES) * name.endswith("dora")
+    return 32 * (32 * sum(map(sum, SIDES)) + magnitudes)
 
 
 def recipe(name: str) -> Recipe:
@@ -92,19 +112,24 @@ def test_a_shipped_recipe_is_valid_short_and_names_its_hardware(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_trains_the_published_count_on_the_real_shapes(name):
     chosen = recipe(name)
-    shape, (trained, whole) = KNOWN[chosen.base.model], PARAMETERS[chosen.base.model]
+    shape, (_, whole) = KNOWN[chosen.base.model], PARAMETERS[chosen.base.model]
     model = on_meta(shape)
     assert sum(p.numel() for p in model.parameters()) == whole
     model.requires_grad_(False)
     adapted = add_adapter(model, chosen.method)
-    assert trainable_parameters(adapted) == trained
+    assert trainable_parameters(adapted) == trained_by(name)
+    if name in LOW_RANK:
+        assert chosen.method.target_modules == PUBLISHED
+        share = {"lora": "0.70", "dora": "0.71"}[name[-4:]]  # as DoRA's README has them
+        assert f"{100 * trained_by(name) / (whole + trained_by(name)):.2f}" == share
+        return
     gammas = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert len(gammas) == 7 * shape["num_hidden_layers"]
     assert all(p.ndim == 1 for p in gammas.values())
     assert {n.split(".")[-3] for n in gammas} == set(TARGETS)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "smollm2_demo"])
+@pytest.mark.parametrize("name", [name for name in SCALES if name != "smollm2_demo"])
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_the_other_methods_fit_the_real_shapes_too(name, method):
     chosen = load_recipe(shipped_recipes()[name], [f"method.name={method}"])
@@ -149,6 +174,8 @@ def test_a_4bit_recipe_differs_from_its_full_one_by_base_and_memory_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_adapter_config_says_what_the_recipe_says(name, tmp_path):
     method = recipe(name).method
+    if name in LOW_RANK and method.name != "san":
+        return  # PEFT's own
     adapter_config(method).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "SAN"
@@ -169,7 +196,7 @@ def test_the_readme_has_the_figures_of_the_recipes():
         line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
         chosen = recipe(name)
         assert chosen.base.model in line
-        assert f"{PARAMETERS[chosen.base.model][0]:,}" in line
+        assert f"{trained_by(name):,}" in line
         memory = re.search(r"(\d+) GB", hardware(shipped_recipes()[name]))
         assert memory.group() in line
 
@@ -234,6 +261,23 @@ def test_copy_makes_a_recipe_to_change_and_never_overwrites_unasked(cli, here):
     assert load_recipe(here / "mine.yaml").base.model == "huggyllama/llama-7b"
 
 
+@pytest.mark.parametrize("target", ["~/mine.yaml", "~/"])
+def test_a_home_that_no_shell_has_named_is_found(command, here, monkeypatch, target):
+    monkeypatch.setenv("HOME", str(here / "ann"))
+    (here / "ann").mkdir()
+    done = command("recipes", "copy", "smollm2_demo", target)
+    name = "mine.yaml" if target.endswith("yaml") else "smollm2_demo.yaml"
+    assert (done.returncode, done.stdout) == (0, f"{here / 'ann' / name}\n")
+    assert list(here.iterdir()) == [here / "ann"]
+
+
+def test_an_option_finds_the_home_too(command, here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "ann"))
+    done = command("data", "build", "commonsense", "--from=~/raw")
+    assert done.returncode == 2
+    assert f"{here / 'ann' / 'raw'}: no such folder" in done.stderr
+
+
 def test_copy_keeps_the_name_where_no_other_is_given(cli, here):
     (here / "folder").mkdir()
     assert cli("recipes", "copy", "smollm2_demo").stdout == "smollm2_demo.yaml\n"
@@ -288,9 +332,23 @@ def test_check_names_every_mistake_of_every_file(command, here):
     done = command("recipes", "check", "bad.yaml", "good.yaml", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout) == {
-        "bad.yaml": {"ok": False, "errors": mistakes},
-        "good.yaml": {"ok": True, "errors": []},
+        "bad.yaml": {"ok": False, "errors": mistakes, "warnings": []},
+        "good.yaml": {"ok": True, "errors": [], "warnings": []},
     }
+
+
+def test_check_counts_what_is_probably_not_meant(command, here):
+    shipped = shipped_recipes()["smollm2_demo"].read_text()
+    (here / "slow.yaml").write_text(
+        shipped.replace("5e-3", "1e-4").replace("_steps: 6", "_steps: 99")
+    )
+    done = command("recipes", "check", "slow.yaml")
+    assert (done.returncode, done.stdout) == (0, "slow.yaml: ok, 2 warnings\n")
+    rate, warmup = done.stderr.splitlines()
+    assert rate.startswith("slow.yaml: warning: training.learning_rate is 0.0001, a 20th of ")
+    assert warmup.startswith("slow.yaml: warning: the warmup of 99 steps never ends in a run of 40")
+    done = command("recipes", "check", "slow.yaml", "--json")
+    assert len(json.loads(done.stdout)["slow.yaml"]["warnings"]) == 2
 
 
 # --- the schema for editors ---
