@@ -109,8 +109,17 @@ def cache_folder(kind: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: under a temporary name beside it, then renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a whole file or nothing: under a temporary name beside it, then renamed.
+
+    Raises:
+        InputError: when its folder takes no file.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no file can be made there: {error.strerror}; name another place"
+        ) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -174,12 +183,34 @@ def refuse_files(folder: Path, overwrite: bool) -> None:
     """Refuse to write where files are.
 
     Raises:
-        InputError: when ``folder`` has files and ``overwrite`` is not set, or is a file itself.
+        InputError: when ``folder`` has files and ``overwrite`` is not set, is a file itself or
+            cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file stands there; expected a folder to write to")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder}: has files in it; add --overwrite to replace them")
+    refuse_no_place(folder)
+
+
+def refuse_no_place(folder: Path) -> None:
+    """Refuse a folder that cannot be made, by making it and taking it away again.
+
+    Raises:
+        InputError: naming the folder, and why.
+    """
+    made: list[Path] = []
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: no folder can be made there: {error.strerror}; name another place"
+        ) from None
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

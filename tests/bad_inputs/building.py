@@ -645,6 +645,27 @@ def rows_of_which_the_second_file_is_bad(here: Path) -> None:
     (here / "more.json").write_text('[{"instruction": 1}]')
 
 
+@bad(
+    "train good.yaml", "rows.json: row 1: 37 tokens, more than the model's context of 32, as in 7 "
+)
+def rows_longer_than_the_context(here: Path) -> None:
+    patch(here / "model" / "config.json", {"max_position_embeddings": 32})
+
+
+@bad("train good.yaml data.held_out=held.json", "held.json: row 1: ")
+def held_out_rows_longer_than_the_context(here: Path) -> None:
+    row = {"instruction": "Is it " + "long " * 200 + "?", "input": "", "output": "yes"}
+    (here / "held.json").write_text(json.dumps([row]))
+    recipe = here / "good.yaml"
+    recipe.write_text(recipe.read_text().replace("loss:", "cutoff: 4096, loss:"))
+
+
+@bad("recipes check good.yaml", "good.yaml: data.held_out: held.json: cannot be read: No such file")
+def a_checked_recipe_with_held_out_rows_that_are_not_there(here: Path) -> None:
+    recipe = here / "good.yaml"
+    recipe.write_text(recipe.read_text().replace("held_out: 4", "held_out: held.json"))
+
+
 @bad("train good.yaml data.held_out=held.json", "held.json: row 1")
 def rows_held_out_that_are_bad(here: Path) -> None:
     (here / "held.json").write_text('[{"instruction": 1}]')
