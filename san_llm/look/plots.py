@@ -432,7 +432,9 @@ def _scores(scores: Scores) -> Figure:
     marks = [(100 * share, place) for share, place in known if share is not None]
     if marks:
         at, heights = np.transpose(marks)
-        label = "guessing" if last.guessing is None else f"guessing: {100 * last.guessing:.1f} %"
+        mean = " on average" if len(tasks) > 1 else ""
+        known_mean = "" if last.guessing is None else f": {100 * last.guessing:.1f} %{mean}"
+        label = f"guessing{known_mean}"
         axis.vlines(at, heights - 0.3, heights + 0.3, colors=INK, ls=":", lw=1.3, label=label)
     if len(tasks) > 1:
         axis.axhline(0.5, color=SOFT, lw=0.8)
