@@ -646,7 +646,8 @@ def rows_of_which_the_second_file_is_bad(here: Path) -> None:
 
 
 @bad(
-    "train good.yaml", "rows.json: row 1: 37 tokens, more than the model's context of 32, as in 7 "
+    "train good.yaml",
+    "tokens, more than the model's context of 32, as in 7 more rows: data.cutoff=32 ",
 )
 def rows_longer_than_the_context(here: Path) -> None:
     patch(here / "model" / "config.json", {"max_position_embeddings": 32})
