@@ -65,6 +65,8 @@ def load_tokenizer(found: FoundBase, adapter: Path | None = None) -> PreTrainedT
         AutoTokenizer.from_pretrained,
         trust_remote_code=found.base.trust_remote_code,
     )
+    if found.vocabulary is None:
+        return tokenizer
     rows = _rows(found, adapter)
     for role in ("eos_token", "pad_token"):  # what every row ends with, or is filled up with
         number = getattr(tokenizer, f"{role}_id")
