@@ -871,9 +871,6 @@ FSDP += "fsdp_activation_checkpointing fsdp_ignored_modules"
 add("accelerate", "", FSDP, ENGINE, lambda path: mention(last(path).upper(), LAUNCH))
 APART = "processes that would work apart are noticed"
 add("accelerate", "PartialState", "num_processes", APART, does(processes_are_counted))
-TOGETHER = "processes agree, and put their answers together"
-add("accelerate", "utils", "broadcast_object_list", TOGETHER, takes("object_list"))
-add("accelerate", "utils", "gather_object", TOGETHER, takes("object"))
 
 
 # The others
