@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from san_llm.errors import InputError
 from san_llm.evaluate.request import EvalRequest, check_request
 from san_llm.launch.command import Ended, accelerate_command, run_launched
+from san_llm.launch.devices import check_alone, let_memory_grow, tell_devices
 from san_llm.launch.processes import is_first, world_size
 from san_llm.models.cards import add_scores
 from san_llm.models.subject import Subject
@@ -25,6 +26,8 @@ def start(request: EvalRequest) -> Ended[EvalResult]:
         InputError: when something that was asked for cannot be right.
         SanError: when the evaluation fails.
     """
+    check_alone("eval")
+    let_memory_grow()
     task = check_request(request)
     launched = "WORLD_SIZE" in os.environ
     try:
@@ -33,6 +36,8 @@ def start(request: EvalRequest) -> Ended[EvalResult]:
             return Ended(1 if run_launched([*command, "--output", str(task.output)]) else 0)
         from san_llm.evaluate.run import evaluate
 
+        if not launched:
+            tell_devices("eval")
         result = evaluate(task)
     except KeyboardInterrupt:
         if is_first() and not (launched and world_size() > 1):

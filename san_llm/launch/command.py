@@ -22,9 +22,11 @@ from typing import Generic, TypeVar
 import psutil
 
 from san_llm.errors import STOPPED, InputError, SanError, debugging
+from san_llm.launch.devices import check_processes
 from san_llm.launch.engine import engine_of, read_config
 from san_llm.launch.notes import FAILURE, NOTES, READY, REFUSED, STOPPED_BY, VERDICT, send
 from san_llm.progress import say
+from san_llm.recipe.shipped import shipped_configs
 
 Result = TypeVar("Result")
 
@@ -54,7 +56,8 @@ def accelerate_command(
 
     Raises:
         InputError: when the config file cannot serve: most of what is wrong with one makes
-            Accelerate start a single process, or processes that train apart, without a word.
+            Accelerate start a single process, or processes that train apart, without a word. And
+            when there are more processes than GPUs.
     """
     worker = ["-m", "san_llm", *arguments]
     if config is None and processes == 1:
@@ -62,7 +65,11 @@ def accelerate_command(
     launch = [sys.executable, "-m", "san_llm.launch.launcher"]
     if config is not None:
         launch += ["--config_file", str(config), *_settings(config, processes)]
+        check_processes(_here(config, processes), f"{config}", _chosen(config))
     else:
+        check_processes(processes or 1, "--processes")
+        # A file of ours, or Accelerate reads the one in its cache, which may choose GPUs.
+        launch += ["--config_file", str(shipped_configs()["ddp"])]
         launch += ["--num_machines", "1", "--main_process_port", str(_free_port())]
         launch += ["--num_cpu_threads_per_process", "1", "--multi_gpu"]
     if processes is not None:
@@ -122,6 +129,24 @@ def _settings(config: Path, processes: int | None) -> list[str]:
             f"the numbers 0 to {machines - 1}, each in its own file"
         )
     return flags[engine]
+
+
+def _here(config: Path, processes: int | None) -> int:
+    """Return how many processes a config file of Accelerate's starts on this machine."""
+    values = read_config(config)
+    return int((processes or values["num_processes"]) // (values.get("num_machines") or 1))
+
+
+def _chosen(config: Path) -> int | None:
+    """Return how many GPUs of this machine a config file of Accelerate's chooses; None: all."""
+    chosen = str(read_config(config).get("gpu_ids") or "all")
+    return None if chosen == "all" else len(chosen.split(","))
+
+
+def machines(config: Path | None) -> int:
+    """Return on how many machines a config file of Accelerate's starts processes."""
+    count = 1 if config is None else read_config(config).get("num_machines") or 1
+    return count if isinstance(count, int) else 1
 
 
 def machine_rank(config: Path | None) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 from san_llm.errors import InputError, check_one_of
+from san_llm.launch.devices import has_driver
 from san_llm.plan.memory import Device
 from san_llm.shown import parse_size
 
@@ -46,7 +46,7 @@ def find_device(name: str | None) -> Device:
     if name is not None:
         check_one_of("--device", name, DEVICES)
         return "cuda" if name == "cuda" else "cpu"
-    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+    return "cuda" if has_driver() else "cpu"
 
 
 def bytes_of(memory: str) -> int:

@@ -18,7 +18,14 @@ from san_llm.data.rows import training_files
 from san_llm.data.split import count_rows, refuse_no_rows, row_files, rows_sha256
 from san_llm.errors import STOPPED, InputError, debugging
 from san_llm.files import folder_sha256, write_text
-from san_llm.launch.command import Ended, accelerate_command, machine_rank, run_launched
+from san_llm.launch.command import (
+    Ended,
+    accelerate_command,
+    machine_rank,
+    machines,
+    run_launched,
+)
+from san_llm.launch.devices import check_alone, let_memory_grow, tell_devices
 from san_llm.launch.engine import check_engine, engine_of, find_config, read_config
 from san_llm.launch.processes import agree, is_first
 from san_llm.models.locate import FoundBase, find_base
@@ -93,10 +100,13 @@ def start(request: TrainRequest) -> Ended[TrainResult]:
         InputError: when something that was asked for cannot be right.
         SanError: when the training fails.
     """
+    let_memory_grow()
     launched, config = "WORLD_SIZE" in os.environ, find_config(request.accelerate)
     # On several machines, as in several processes, the first alone knows the run.
     if launched and not is_first():
         return _join()
+    if machines(config) == 1:
+        check_alone("train")
     if not launched and machine_rank(config):
         return _run_launched(accelerate_command(["train"], request.processes, config))
     run, recipe = new_or_resumed(request)
@@ -211,6 +221,7 @@ def _train_here(
     from san_llm.train.run import train
 
     if not launched:
+        tell_devices("train")
         signal.signal(signal.SIGTERM, _stop_at_once)
     run, recipe = agree((run, recipe))
     say(f"run: {run}")
