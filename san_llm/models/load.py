@@ -104,7 +104,9 @@ def _check_words(
 def device() -> torch.device:
     """Return the device of this process: its own GPU, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # The one that Accelerate takes; some launchers show each process only its own.
+        number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        return torch.device("cuda", number)
     return torch.device("cpu")
 
 
@@ -123,6 +125,7 @@ def load_base(
         InputError: when it cannot be loaded or its family is not supported.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     base, config = found.base, load_config(found)
     chosen = dtype or getattr(torch, base.dtype)
@@ -141,7 +144,11 @@ def load_base(
         stored["bnb_4bit_compute_dtype"] = str(chosen).removeprefix("torch.")
     elif base.quantization is not None and dtype is None:
         settings["quantization_config"] = quantization_config(base)
-    if stored or "quantization_config" in settings:
+    quantized = stored or "quantization_config" in settings
+    shared_out = sharded or is_deepspeed_zero3_enabled()
+    # To the GPU tensor by tensor, from files that all processes share in memory. A CPU's stay
+    # where they are read; and weights that are loaded to be merged are for the CPU's memory.
+    if quantized or (dtype is None and not shared_out and device().type != "cpu"):
         settings["device_map"] = {"": device()}
     model, loading = load_or_refuse(
         "weights",
@@ -160,8 +167,6 @@ def load_base(
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(chosen)
-    if "device_map" not in settings and dtype is None and not sharded:
-        model.to(device())
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not is_finite(parameter):

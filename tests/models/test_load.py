@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
 from san.adapted import adapt, logits, text
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from san_llm import SanConfig
 from san_llm.errors import InputError, SanError
+from san_llm.models import load as loading
 from san_llm.models.adapter import (
     adapter_config,
     add_adapter,
@@ -53,6 +55,35 @@ def told(kind, call, *arguments):
     assert type(caught.value) is kind
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def settings_of(monkeypatch, named, **options):
+    """Return what transformers is told where this process has the GPU number 1."""
+    seen = {}
+
+    def told(folder, **settings):
+        seen.update(settings)
+        raise SanError("stop here")
+
+    monkeypatch.setattr(loading, "device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", told)
+    with pytest.raises(SanError):
+        load_base(find_base(named), **options)
+    return seen
+
+
+def test_a_base_is_read_to_its_gpu_at_once_and_its_shares_or_what_is_merged_are_not(
+    tiny_base, monkeypatch
+):
+    whole = base(tiny_base, "bfloat16")
+    to_gpu = {"": torch.device("cuda", 1)}
+    assert settings_of(monkeypatch, whole)["device_map"] == to_gpu
+    assert settings_of(monkeypatch, base(tiny_base, quantization="4bit"))["device_map"] == to_gpu
+    assert "device_map" not in settings_of(monkeypatch, whole, dtype=torch.float32)
+    monkeypatch.setattr(loading, "world_size", lambda: 2)
+    assert "device_map" not in settings_of(monkeypatch, whole, sharded=True)
+    monkeypatch.setattr(transformers.integrations, "is_deepspeed_zero3_enabled", lambda: True)
+    assert "device_map" not in settings_of(monkeypatch, whole)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
