@@ -73,7 +73,11 @@ Compare = Annotated[
     bool, typer.Option("--compare", help="Show the answers without and with the adapter.")
 ]
 DType = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the run's.")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16. Default: the run's; without one the checkpoint's own "
+        "on a GPU, float32 on a CPU."
+    ),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from san_llm.errors import InputError, check_one_of
+from san_llm.launch.devices import gpus
 from san_llm.models.adapter import named_base
+from san_llm.models.locate import find_base
 from san_llm.progress import say
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 from san_llm.recipe.schema import DTYPES, Base, Recipe
@@ -72,7 +74,7 @@ def find_subject(
     if run is not None and adapter is not None:
         raise InputError(f"{run} and --adapter {adapter}: both name an adapter; give one of them")
     if run is None and adapter is None and model is not None:
-        return Subject(Base(model=model, dtype="float32"), None, None, None)
+        return Subject(_base_alone(model), None, None, None)
     if run is None and adapter is None:
         run = told_last_run()
     if run is not None and not (run / "recipe.yaml").is_file():
@@ -90,8 +92,22 @@ def find_subject(
     if owners_recipe is not None and model is None:
         base = owners_recipe.base
     else:
-        base = Base(model=model or named_base(adapter), dtype="float32")
+        base = _base_alone(model or named_base(adapter))
     return Subject(base, None if base_only else adapter, owner, owners_recipe)
+
+
+def _base_alone(model: str) -> Base:
+    """Return a base of which no recipe says how it is computed with.
+
+    A CPU computes best in fp32. On a GPU that would be twice the memory for numbers that the
+    checkpoint does not have, so there its own dtype is taken.
+    """
+    base = Base(model=model, dtype="float32")
+    if not gpus():
+        return base
+    config = find_base(base).config
+    own = config.get("dtype") or config.get("torch_dtype")
+    return base.model_copy(update={"dtype": own}) if own in DTYPES else base
 
 
 def told_last_run() -> Path:

@@ -7,6 +7,7 @@ import pytest
 from tiny import write_recipe
 
 from san_llm.errors import InputError
+from san_llm.models import subject as subjects
 from san_llm.models.adapter import named_base
 from san_llm.models.subject import find_subject
 from san_llm.recipe.read import load_recipe
@@ -38,6 +39,28 @@ def test_by_default_it_is_the_last_runs_adapter_over_its_recipes_base(run):
     assert (subject.adapter, subject.run) == (run / "adapter", run)
     assert subject.recipe is not None
     assert str(subject) == f"models/mine + {run}/adapter"
+
+
+@pytest.mark.parametrize(
+    ("config", "on_gpu"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "float64"}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_a_model_without_a_run_has_its_own_dtype_on_a_gpu_and_fp32_on_a_cpu(
+    run, here, monkeypatch, config, on_gpu
+):
+    (here / "own").mkdir()
+    (here / "own" / "config.json").write_text(json.dumps(config))
+    alone = adapter(here / "alone", base_model_name_or_path="own")
+    for gpus, dtype in ((0, "float32"), (1, on_gpu)):
+        monkeypatch.setattr(subjects, "gpus", lambda count=gpus: count)
+        assert find_subject("own").base.dtype == dtype
+        assert find_subject(adapter=alone).base.dtype == dtype
+        assert find_subject("own", dtype="float16").base.dtype == "float16"
 
 
 def test_base_only_leaves_the_adapter_out_and_keeps_how_the_base_is_loaded(run):
