@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from san_llm.data.tokenized import Rows
 from san_llm.errors import SanError, of_the_disk, unexpected
@@ -82,6 +85,7 @@ def fit(recipe: Recipe, run: Path, prepared: Prepared, resume: Path | None) -> T
     resumed_at = 0 if resume is None else step_of(resume)
     try:
         with (
+            short_factors(recipe.base.dtype),
             reported(recipe, run) if first else nullcontext(),
             watching(quiet=not first) as view,
             peers_watched(),
@@ -117,6 +121,22 @@ def fit(recipe: Recipe, run: Path, prepared: Prepared, resume: Path | None) -> T
         tell_stopped(stop.name)
     seconds = time.monotonic() - began
     return _result(run, prepared, trainer.state, stop, resumed_at, seconds)
+
+
+@contextmanager
+def short_factors(dtype: str) -> Iterator[None]:
+    """Multiply matrices in TF32 on GPUs that can, where the base has 16 bits a number.
+
+    Then what is left in fp32 are the low-rank paths of LoRA, DoRA and SAN's carriers. Their inputs
+    have no more bits than TF32 takes, and whole fp32 products take several times as long there.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = before or dtype != "float32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def keep(run: Path, prepared: Prepared, result: TrainResult, facts: RunManifest) -> None:

@@ -645,3 +645,20 @@ def test_a_half_written_checkpoint_is_not_gone_on_from(here: Path, recipe: Path)
     assert result.finished
     assert apart(here / "whole", here / "killed") == 0
     assert log(here / "killed") == log(here / "whole")
+
+
+@pytest.mark.parametrize(("dtype", "short"), [("bfloat16", True), ("float32", False)])
+def test_low_rank_products_of_a_16_bit_run_may_be_short_on_a_gpu_and_no_others(
+    here: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, short: bool
+) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    seen = []
+    step = SanTrainer.training_step
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(matmul.allow_tf32)
+        return step(*arguments)
+
+    monkeypatch.setattr(SanTrainer, "training_step", noted)
+    start(recipe, here / "run", "training.max_steps=1", f"base.dtype={dtype}")
+    assert (set(seen), matmul.allow_tf32) == ({short}, False)
