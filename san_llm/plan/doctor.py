@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 from packaging.requirements import Requirement
@@ -28,6 +28,7 @@ from rich.filesize import decimal
 
 from san_llm.errors import first_line, unexpected
 from san_llm.files import cache_folder
+from san_llm.launch.devices import unused_gpu
 from san_llm.shown import plain
 
 GB = 10**9
@@ -37,9 +38,9 @@ HUB_SECONDS, PAIR_SECONDS = 3.0, 120.0
 # The numbers of the two processes, 1 and 2, are added up by both.
 PAIR = """
 import sys, torch, torch.distributed as dist
-rank, meeting = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-numbers = torch.full((4,), float(rank + 1))
+rank, meeting, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=2)
+numbers = torch.full((4,), float(rank + 1), device="cpu" if backend == "gloo" else f"cuda:{rank}")
 dist.all_reduce(numbers)
 dist.destroy_process_group()
 sys.exit(0 if numbers.tolist() == [3.0] * 4 else "the sum is wrong")
@@ -76,6 +77,7 @@ def diagnose() -> Iterator[Finding]:
         "bfloat16": _bfloat16,
         "4 bits": _four_bits,
         "two processes": _pair,
+        "two GPUs": _pair_of_gpus,
     }
     for name, check in checks.items():
         try:
@@ -234,6 +236,13 @@ def _devices() -> Iterator[Finding]:
             "install torch for the driver's CUDA (nvidia-smi names it), and look at "
             "CUDA_VISIBLE_DEVICES",
         )
+    if kind := unused_gpu():
+        yield Finding(
+            "devices",
+            "warning",
+            f"the GPU here ({kind}) is not used: torch's CUDA is, NVIDIA's and AMD's, or the CPU",
+            "train small models here, and large ones on such a GPU",
+        )
     yield Finding("cpu", "ok", f"{cores}; no GPU: small models only")
 
 
@@ -242,18 +251,24 @@ def _bfloat16() -> Iterator[Finding]:
 
     from san_llm.models.load import device
 
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 64, 64, device=device())
-    error = float(((a.bfloat16() @ b.bfloat16()).float() - a @ b).norm() / (a @ b).norm())
+    error = _product_error(device())
     where = device().type
     text = f"a product on the {where} is right to {error:.1g}"
     if error > 0.02:  # 8 bits of mantissa allow half of that
         yield Finding("bfloat16", "error", text, "set base.dtype to float32")
     elif where == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        remedy = "set base.dtype to float16 or float32"
+        remedy = "set base.dtype to float32; with base.quantization 4bit the weights stay small"
         yield Finding("bfloat16", "warning", f"{text}, but emulated", remedy)
     else:
         yield Finding("bfloat16", "ok", text)
+
+
+def _product_error(device: Any) -> float:
+    import torch
+
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 64, 64, device=device)
+    return float(((a.bfloat16() @ b.bfloat16()).float() - a @ b).norm() / (a @ b).norm())
 
 
 def _four_bits() -> Iterator[Finding]:
@@ -273,10 +288,40 @@ def _four_bits() -> Iterator[Finding]:
 
 def _pair() -> Iterator[Finding]:
     """Add numbers up between two processes, as every step of a training on several does."""
+    failure = _failure_of_pair("gloo")
+    if failure:
+        remedy = (
+            "train in one process; or name the network interface they are to use, such as lo, in "
+            "GLOO_SOCKET_IFNAME"
+        )
+        yield Finding("two processes", "warning", plain(failure), remedy)
+    else:
+        yield Finding("two processes", "ok", "have added their numbers up (gloo)")
+
+
+def _pair_of_gpus() -> Iterator[Finding]:
+    """Do it over NCCL, where there are two GPUs: another library, other wires, other drivers."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        return
+    if failure := _failure_of_pair("nccl"):
+        remedy = (
+            "train on one GPU; or look closer with NCCL_DEBUG=INFO: NCCL_P2P_DISABLE=1 and "
+            "NCCL_IB_DISABLE=1 leave two of its ways out, NCCL_SOCKET_IFNAME names a network"
+        )
+        yield Finding("two GPUs", "warning", plain(failure), remedy)
+        return
+    number = ".".join(map(str, torch.cuda.nccl.version()))
+    yield Finding("two GPUs", "ok", f"have added their numbers up (NCCL {number})")
+
+
+def _failure_of_pair(backend: str) -> str:
+    """Return why two processes cannot add numbers up over a backend, or nothing where they can."""
     with tempfile.TemporaryDirectory(prefix="san-llm-") as folder, ExitStack() as stack:
         pair = [
             subprocess.Popen(
-                [sys.executable, "-c", PAIR, str(rank), str(Path(folder) / "meeting")],
+                [sys.executable, "-c", PAIR, str(rank), str(Path(folder) / "meeting"), backend],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -286,20 +331,12 @@ def _pair() -> Iterator[Finding]:
         ]
         for process in pair:
             stack.callback(process.kill)
-        failure = ""
         try:
             for process in pair:
                 _, stderr = process.communicate(timeout=PAIR_SECONDS)
-                if process.returncode and not failure:
+                if process.returncode:
                     lines = stderr.strip().splitlines()
-                    failure = lines[-1] if lines else f"exit code {process.returncode}"
+                    return lines[-1] if lines else f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            failure = f"no sum in {PAIR_SECONDS:.0f} s"
-    if failure:
-        remedy = (
-            "train in one process; or name the network interface they are to use, such as lo, in "
-            "GLOO_SOCKET_IFNAME"
-        )
-        yield Finding("two processes", "warning", plain(failure), remedy)
-    else:
-        yield Finding("two processes", "ok", "have added their numbers up (gloo)")
+            return f"no sum in {PAIR_SECONDS:.0f} s"
+    return ""

@@ -1,6 +1,7 @@
 """The doctor looks at what is there: a real hub that answers or not, real folders, real sums."""
 
 import json
+import re
 import socket
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,9 +9,11 @@ from importlib.metadata import version
 from threading import Thread
 
 import pytest
+import torch
 from huggingface_hub import constants
 from packaging.version import Version
 
+from san_llm.models import load as loading
 from san_llm.plan import doctor
 
 
@@ -134,3 +137,33 @@ def test_little_disk_is_told(monkeypatch):
             state,
             "make room there, or work in a folder of your own",
         )
+
+
+def test_two_gpus_are_tried_over_nccl_and_what_ails_it_is_a_warning(monkeypatch):
+    assert list(doctor._pair_of_gpus()) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # none is here: it has to fail
+    (finding,) = doctor._pair_of_gpus()
+    assert (finding.what, finding.state) == ("two GPUs", "warning")
+    assert re.search("nccl", finding.found, re.IGNORECASE), finding.found
+    assert "NCCL_DEBUG=INFO" in finding.remedy
+    monkeypatch.setattr(doctor, "PAIR", "import sys; sys.exit(sys.argv[3] != 'nccl')")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    (finding,) = doctor._pair_of_gpus()
+    assert (finding.state, finding.found) == ("ok", "have added their numbers up (NCCL 2.28.3)")
+
+
+def test_a_gpu_of_another_make_is_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    first, cpu = doctor._devices()
+    assert (first.state, "(mps) is not used" in first.found, cpu.what) == ("warning", True, "cpu")
+
+
+def test_bf16_that_a_gpu_emulates_is_not_exchanged_for_what_cannot_be_trained_in(monkeypatch):
+    monkeypatch.setattr(doctor, "_product_error", lambda device: 0.003)
+    monkeypatch.setattr(loading, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    (finding,) = doctor._bfloat16()
+    assert (finding.state, "emulated" in finding.found) == ("warning", True)
+    assert finding.remedy.startswith("set base.dtype to float32")
+    assert "float16" not in finding.remedy
