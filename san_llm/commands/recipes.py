@@ -113,6 +113,7 @@ def check(
     from san_llm.data.split import count_rows
     from san_llm.recipe.doubts import doubts
     from san_llm.recipe.read import load_recipe
+    from san_llm.recipe.schema import check_learnable
     from san_llm.recipe.shipped import find_recipe
 
     wrong: dict[str, list[str]] = {}
@@ -121,6 +122,7 @@ def check(
         wrong[file] = doubtful[file] = []
         try:
             recipe = load_recipe(find_recipe(file))
+            check_learnable(recipe)
         except InputError as error:
             wrong[file] = str(error).splitlines()
             continue

@@ -30,7 +30,16 @@ from san_llm.plan.planned import Plan, Seen, fits
 from san_llm.plan.request import PlanRequest, bytes_of, find_device
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.read import given_keys, load_recipe
-from san_llm.recipe.schema import Base, LoraMethod, Method, Recipe, SanMethod, Training, micro_batch
+from san_llm.recipe.schema import (
+    Base,
+    LoraMethod,
+    Method,
+    Recipe,
+    SanMethod,
+    Training,
+    check_learnable,
+    micro_batch,
+)
 from san_llm.recipe.shipped import find_recipe
 from san_llm.recipe.steps import steps_of
 
@@ -68,6 +77,7 @@ def plan(request: PlanRequest) -> Planned:
     device = find_device(request.device)
     file, overrides = find_recipe(request.recipe), list(request.overrides)
     recipe = load_recipe(file, overrides)
+    check_learnable(recipe)
     inspected = seen = None
     if request.data:
         at_once = micro_batch(recipe.training, request.devices)

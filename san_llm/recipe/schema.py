@@ -44,7 +44,9 @@ class Base(_Section):
     )
     revision: _Name | None = Field(default=None, description="branch, tag or commit of a hub id")
     dtype: DType = Field(
-        default="bfloat16", description="dtype of the weights; with 4 or 8 bits, of the arithmetic"
+        default="bfloat16",
+        description="dtype of the weights; with 4 or 8 bits, of the arithmetic; float16 answers, "
+        "but cannot be trained in",
     )
     quantization: Literal["4bit", "8bit"] | None = Field(
         default=None,
@@ -403,6 +405,19 @@ def leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= leaves(item, f"{above}{key}.") if isinstance(item, dict) else {above + key: item}
     return flat
+
+
+def check_learnable(recipe: Recipe) -> None:
+    """Refuse what a base can be asked in, but not trained in.
+
+    Raises:
+        InputError: naming the key and what works.
+    """
+    if recipe.base.dtype == "float16":
+        raise InputError(
+            "base.dtype float16: gradients of less than 6e-8 would be 0 there without a word (no "
+            "loss is scaled up here); use bfloat16, or float32 on a GPU older than Ampere"
+        )
 
 
 def micro_batch(training: Training, processes: int) -> int:

@@ -31,7 +31,7 @@ from san_llm.launch.processes import agree, is_first
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.progress import say
 from san_llm.recipe.read import load_recipe, to_yaml
-from san_llm.recipe.schema import Recipe, leaves
+from san_llm.recipe.schema import Recipe, check_learnable, leaves
 from san_llm.recipe.shipped import find_recipe
 from san_llm.runs.folder import begun, last_run, new_run, recipe_of
 from san_llm.runs.lock import refuse_busy
@@ -112,6 +112,7 @@ def start(request: TrainRequest) -> Ended[TrainResult]:
     run, recipe = new_or_resumed(request)
     if busy := run or request.output:
         refuse_busy(busy)
+    check_learnable(recipe)
     check_trackers(recipe)
     command = None if launched else _launcher(request.processes, config, recipe)
     found = None if launched and request.resume else _look_ahead(recipe, run)

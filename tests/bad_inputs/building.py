@@ -615,6 +615,14 @@ def test_rows_of_a_gib(here: Path) -> None:
     endless(here / "big" / "boolq" / "test.json", b'[{"instruction": "')
 
 
+@bad("train half.yaml", "base.dtype float16: gradients of less than 6e-8 would be 0")
+@bad("plan half.yaml", "use bfloat16, or float32")
+@bad("recipes check half.yaml", "base.dtype float16: gradients of less than 6e-8 would be 0")
+def recipe_of_a_dtype_that_loses_small_gradients(here: Path) -> None:
+    text = (here / "good.yaml").read_text()
+    (here / "half.yaml").write_text(text.replace("float32", "float16"))
+
+
 @bad("train huge.yaml", "huge.yaml: more than 256 KiB; a recipe is a small file")
 def recipe_of_a_gib(here: Path) -> None:
     endless(here / "huge.yaml", b"base: {model: '")
