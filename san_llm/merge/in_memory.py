@@ -11,9 +11,9 @@ from san_llm.files import sha256_of
 from san_llm.merge.checked import answered, check_answers
 from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep, round_plain
-from san_llm.merge.stock_logits import in_fp32
+from san_llm.merge.stock_logits import in_fp32, place_in_fp32
 from san_llm.models.adapter import load_adapter
-from san_llm.models.load import load_base
+from san_llm.models.load import load_base, numbers_in
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import dequantize
 from san_llm.progress import bar
@@ -68,10 +68,11 @@ def merge_in_memory(
 def _adapted(way: str | None, found: FoundBase, adapter: Path) -> Any:
     if way is None:
         return load_adapter(load_base(found, dtype=torch.float32), adapter)
-    model = load_base(found)
     if way == "dequantize":
-        return load_adapter(dequantize(model), adapter)
-    adapted = load_adapter(model, adapter)
+        # Four bits may fit on a GPU that has no room for what they are made into.
+        wide = load_base(found, place=place_in_fp32(numbers_in(found)))
+        return load_adapter(dequantize(wide), adapter)
+    adapted = load_adapter(load_base(found), adapter)
     in_fp32(adapted)
     return adapted
 

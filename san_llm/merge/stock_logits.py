@@ -1,6 +1,6 @@
 """What a model folder answers in stock transformers: a script that imports none of ours.
 
-``python -P stock_logits.py FOLDER PROMPTS.json OUT.safetensors``
+``python -P stock_logits.py FOLDER PROMPTS.json OUT.safetensors [DEVICE]``
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from transformers import AutoModelForCausalLM
 NEW_TOKENS = 32
 
 
-def main(folder: str, prompts: str, out: str) -> None:
+def main(folder: str, prompts: str, out: str, device: str = "cpu") -> None:
     """Write the fp32 logits (tokens, vocabulary) of each prompt, named by its number.
 
     Beside them, as ``new.NUMBER``, the likeliest next tokens.
     """
     model, problems = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map=None if device == "cpu" else {"": device},
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems.get(kind):
@@ -35,6 +39,16 @@ def main(folder: str, prompts: str, out: str) -> None:
     save_file(tensors, out)
     if "san_llm" in sys.modules:
         sys.exit("san_llm was imported: this was not a stock load")
+
+
+def place_in_fp32(numbers: int) -> torch.device:
+    """Return where a model of so many numbers is held in fp32: on a GPU with room, else the CPU."""
+    if torch.cuda.is_available():
+        # Beside the weights: a block's copies, the answers, and the context.
+        free, needed = torch.cuda.mem_get_info()[0], 4 * numbers * 1.1 + 2e9
+        if needed < free:
+            return torch.device("cuda", 0)
+    return torch.device("cpu")
 
 
 def in_fp32(model: Any) -> None:

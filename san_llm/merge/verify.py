@@ -24,12 +24,13 @@ from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_e
 from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep
 from san_llm.merge.request import MergeTask, as_trained
-from san_llm.merge.stock_logits import in_fp32, logits
+from san_llm.merge.stock_logits import in_fp32, logits, place_in_fp32
 from san_llm.models.adapter import base_parameters, load_adapter
-from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.load import load_base, load_tokenizer, numbers_in
 from san_llm.models.locate import find_base
 from san_llm.models.quantize import dequantize
 from san_llm.progress import bar
+from san_llm.recipe.schema import Base
 from san_llm.runs.record import VerifyResult
 
 PROMPTS = (
@@ -62,18 +63,20 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
     with bar("Verifying", 4, "parts") as progress:
         tokenizer = load_tokenizer(found, adapter)
         tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        # In a process that has ended before the other model is loaded: there is one at a time.
+        got, new = _stock_answers(merged, tokens)
+        progress.advance(note="merged model computed")
+        place = place_in_fp32(numbers_in(found))
         if quantized is None:
-            model: Any = load_base(found, dtype=torch.float32)
+            model: Any = load_base(found, dtype=torch.float32, place=place)
         else:
-            model = dequantize(load_base(found))
+            model = dequantize(load_base(found, place=place))
         adapted: Any = load_adapter(model, adapter)
         wanted = _logits(adapted, tokens)
         with adapted.disable_adapter():
             plain = _logits(adapted, tokens)
-        progress.advance(note="base + adapter computed")
-        got, new = _stock_answers(merged, tokens)
         same_greedy = sum(map(partial(_shared, adapted), tokens, new)) / sum(map(len, new))
-        progress.advance(note="merged model computed")
+        progress.advance(note="base + adapter computed")
         errors = None
         if quantized != "keep" and task.adapter.method == "SAN":
             errors = _weight_errors(adapted, task, merged)
@@ -185,7 +188,9 @@ def _stock_answers(
         prompts, out = Path(temporary) / "prompts.json", Path(temporary) / "logits.safetensors"
         prompts.write_text(json.dumps(tokens), encoding="utf-8")
         # -P keeps the script's folder, which is this package, out of the import path.
+        device = place_in_fp32(numbers_in(find_base(Base(model=str(merged), dtype="float32"))))
         command = [sys.executable, "-P", str(script), str(merged), str(prompts), str(out)]
+        command.append(str(device))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

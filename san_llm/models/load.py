@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,7 @@ from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
 from san_llm.models.tokenizer_files import TOKENIZERS, template_files, tokenizer_folder
+from san_llm.models.weights import read_weights
 from san_llm.san.model import keep_4bit_layout
 
 if TYPE_CHECKING:
@@ -111,7 +113,10 @@ def device() -> torch.device:
 
 
 def load_base(
-    found: FoundBase, dtype: torch.dtype | None = None, sharded: bool = False
+    found: FoundBase,
+    dtype: torch.dtype | None = None,
+    sharded: bool = False,
+    place: torch.device | None = None,
 ) -> PreTrainedModel:
     """Return the frozen base model, on this process's device.
 
@@ -120,6 +125,7 @@ def load_base(
         dtype: Instead of the recipe's, and without its quantization: for merging.
         sharded: Load this process's share only, by FSDP2; what the base computes with is gathered
             block by block. Adapters that are put on later are whole in every process.
+        place: The device; None: this process's own, and for merging the CPU.
 
     Raises:
         InputError: when it cannot be loaded or its family is not supported.
@@ -146,10 +152,11 @@ def load_base(
         settings["quantization_config"] = quantization_config(base)
     quantized = stored or "quantization_config" in settings
     shared_out = sharded or is_deepspeed_zero3_enabled()
-    # To the GPU tensor by tensor, from files that all processes share in memory. A CPU's stay
-    # where they are read; and weights that are loaded to be merged are for the CPU's memory.
-    if quantized or (dtype is None and not shared_out and device().type != "cpu"):
-        settings["device_map"] = {"": device()}
+    place = place or (device() if quantized or dtype is None else torch.device("cpu"))
+    # To the GPU tensor by tensor, from files that all processes share in memory; what a CPU reads
+    # stays where it is.
+    if quantized or (not shared_out and place.type != "cpu"):
+        settings["device_map"] = {"": place}
     model, loading = load_or_refuse(
         "weights",
         str(found.folder),
@@ -172,6 +179,12 @@ def load_base(
         if parameter.is_floating_point() and not is_finite(parameter):
             raise InputError(f"{base.model}: {name} has numbers that are not finite")
     return model
+
+
+def numbers_in(found: FoundBase) -> int:
+    """Return how many numbers a base's weights have, by its files; two to a byte in 4 bits."""
+    stored = sum(prod(tensor.shape) for tensor in read_weights(found.folder))
+    return stored * (2 if found.bits == "4bit" else 1)
 
 
 def load_model(found: FoundBase, adapter: Path | None) -> PreTrainedModel:

@@ -13,9 +13,11 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 import san_llm.merge.run
+import san_llm.merge.verify as verifying
 from san_llm.errors import SanError
 from san_llm.merge.request import MergeRequest, check_request
 from san_llm.merge.run import merge
+from san_llm.merge.stock_logits import place_in_fp32
 from san_llm.merge.verify import verify
 from san_llm.models.subject import find_subject
 
@@ -165,3 +167,33 @@ def test_the_stock_process_imports_nothing_of_ours_and_would_say_so(pair, tmp_pa
     done = stock("out", PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "san_llm was imported: this was not a stock load"
+
+
+def test_one_model_is_in_memory_at_a_time_and_on_a_gpu_that_has_room_for_it(pair, monkeypatch):
+    merge(MergeRequest(pair, Path("m"), "float32"))
+    order = []
+    stock, load = verifying._stock_answers, verifying.load_base
+
+    def answered(*arguments):
+        answers = stock(*arguments)
+        order.append("the merged model's process has ended")
+        return answers
+
+    def loaded(*arguments, **settings):
+        order.append(settings["place"])
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(verifying, "_stock_answers", answered)
+    monkeypatch.setattr(verifying, "load_base", loaded)
+    check("m", "float32")
+    assert order == ["the merged model's process has ended", torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("free", "place"), [(80e9, "cuda:0"), (38e9, "cuda:0"), (36e9, "cpu"), (0, "cpu")]
+)
+def test_a_model_of_8_billion_numbers_is_held_in_fp32_where_there_is_room(monkeypatch, free, place):
+    assert place_in_fp32(8 * 10**9) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+    assert place_in_fp32(8 * 10**9) == torch.device(place)
