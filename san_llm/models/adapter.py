@@ -208,12 +208,15 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     """
     from peft import get_peft_model
 
+    from san_llm.models.quantize import keep_dtype
+
     try:
         adapted: PeftModel = get_peft_model(model, adapter_config(method, model.config.model_type))
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"method {method.name}: {str(error).splitlines()[0]}") from error
+    keep_dtype(adapted)
     return adapted
 
 
@@ -232,6 +235,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    from san_llm.models.quantize import keep_dtype
     from san_llm.models.reading import is_finite, load_or_refuse
 
     adapter = open_adapter(folder)
@@ -243,6 +247,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     adapted: PeftModel = load_or_refuse(
         "adapter", str(folder), lambda name: PeftModel.from_pretrained(model, name)
     )
+    keep_dtype(adapted)
     # PEFT warns of what is missing, and goes on with the numbers that an adapter begins with.
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     wanted = set(tensors)

@@ -34,6 +34,23 @@ def is_quantized(linear: nn.Module) -> bool:
     return type(linear).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
+def keep_dtype(model: nn.Module) -> None:
+    """Let PEFT's IA3 put out, over quantized Linears, the dtype that it reads.
+
+    Where nothing autocasts it computes in fp32 there and stays in it, and attention refuses queries
+    that are not scaled beside keys that are.
+    """
+    from peft.tuners.ia3 import IA3Layer
+
+    for module in model.modules():
+        if isinstance(module, IA3Layer) and is_quantized(module.get_base_layer()):
+            module.register_forward_hook(_as_read)
+
+
+def _as_read(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(arguments[0].dtype)
+
+
 def dequantized_weight(linear: Any) -> Tensor:
     """Return the weight (d_out, d_in) of one of bitsandbytes' Linears in fp32, not rounded."""
     from bitsandbytes.functional import dequantize_4bit

@@ -57,6 +57,17 @@ def told(kind, call, *arguments):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_ia3_over_a_quantized_base_answers_in_the_dtype_that_it_reads(here, quantization):
+    folder = save_tiny(here / "wide", hidden_size=64, intermediate_size=128)
+    named = base(folder, "bfloat16", quantization=quantization)
+    adapted = add_adapter(load_base(find_base(named)), Ia3Method(name="ia3"))
+    adapted.save_pretrained(here / "saved")
+    read = load_adapter(load_base(find_base(named)), here / "saved")
+    for model in (adapted, read):
+        assert logits(model.eval()).dtype == torch.bfloat16
+
+
 def settings_of(monkeypatch, named, **options):
     """Return what transformers is told where this process has the GPU number 1."""
     seen = {}
