@@ -1,6 +1,8 @@
 # make demo   set everything up, tune a real small LLaMA, evaluate, merge, verify
 # make test   linters, types and all tests
 # make docs   the documentation as a site, in site/
+# make gpu    tests and step benchmark on a CUDA device, ten minutes; PYTHON=python3.12 takes that
+#             one with what is installed there, and installs nothing
 #
 # TORCH=cpu takes PyTorch's CPU build (a few hundred MB) where the default build for Linux would
 # bring several GB of CUDA; TORCH=cu126, cu128, ... take another CUDA version.
@@ -14,7 +16,7 @@ MODEL := models/smollm2-135m/config.json
 TORCH_FROM := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint constraints.txt
 
-.PHONY: demo test docs setup check pytest clean
+.PHONY: demo test docs gpu setup check pytest clean
 
 demo: setup
 	@$(BIN)/python examples/demo.py
@@ -24,6 +26,15 @@ test: setup check pytest
 docs: setup
 	$(BIN)/python scripts/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# A PYTHON that somebody names is used as it is.
+ifeq ($(origin PYTHON),file)
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py $(GPU)
+else
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
+endif
 
 setup: $(INSTALLED)
 
