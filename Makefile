@@ -3,12 +3,15 @@
 # make docs   the documentation as a site, in site/
 # make gpu    tests and step benchmark on a CUDA device, ten minutes; PYTHON=python3.12 takes that
 #             one with what is installed there, and installs nothing
+# make mutants SEED=1 DRAW=300   small edits of the code, each tried on the tests that should notice
 #
 # TORCH=cpu takes PyTorch's CPU build (a few hundred MB) where the default build for Linux would
 # bring several GB of CUDA; TORCH=cu126, cu128, ... take another CUDA version.
 
 PYTHON ?= python3
 TORCH ?=
+SEED ?= 1
+DRAW ?= 300
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -16,7 +19,7 @@ MODEL := models/smollm2-135m/config.json
 TORCH_FROM := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint constraints.txt
 
-.PHONY: demo test docs gpu setup check pytest clean
+.PHONY: demo test docs gpu setup check pytest mutants clean
 
 demo: setup
 	@$(BIN)/python examples/demo.py
@@ -52,6 +55,10 @@ check: setup
 
 pytest: setup $(MODEL)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 15
+
+mutants: setup
+	$(PIP) --quiet --editable '.[mutants]'
+	nice $(BIN)/python scripts/mutants.py --seed $(SEED) --draw $(DRAW)
 
 $(MODEL): | setup
 	$(BIN)/san-llm download smollm2-135m
