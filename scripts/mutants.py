@@ -54,6 +54,7 @@ FAST = 5.0  # seconds: a test that takes longer is left out
 AT_MOST = 60.0  # seconds of tests for an edit
 FEWEST = 2  # edits of a module, however short
 CAUGHT = ("caught", "ran too long")
+ENDED = ["the process of the tests ended"]
 
 
 # --- the edits --------------------------------------------------------------------------------
@@ -283,11 +284,11 @@ class Tree:
             with open(os.devnull, "r+b") as nothing:
                 for number in range(3):
                     os.dup2(nothing.fileno(), number)
-            _fork_from_here()
-            tempfile.tempdir = None
-            value = work()
-            told.write_text(json.dumps(value))
-            os._exit(0)
+            try:
+                _fork_from_here()
+                told.write_text(json.dumps(work()))
+            finally:
+                os._exit(0)
         late = time.monotonic() + seconds
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             if time.monotonic() > late:
@@ -296,7 +297,7 @@ class Tree:
                 return None
             time.sleep(0.05)
         _end_group(child)
-        return json.loads(told.read_text()) if told.exists() else ["ended"]
+        return json.loads(told.read_text()) if told.exists() else ENDED
 
     def known(self, part: str) -> Runs:
         """Return which of a part's tests run which lines, from before where nothing changed."""
@@ -317,7 +318,9 @@ class Tree:
                 told = self.run(1800, lambda name=name: watch(name, self.folder))
                 for old in KNOWN.glob(f"{file.stem}-*.json"):
                     old.unlink()
-                kept.write_text(json.dumps(told or {}))
+                if told in (None, ENDED):
+                    raise SystemExit(f"{name}: its tests do not come to an end")
+                kept.write_text(json.dumps(told))
             runs |= json.loads(kept.read_text())
         return {test: told for test, told in runs.items() if told[0] < FAST}
 
@@ -439,22 +442,27 @@ def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
 def try_all(edits: list[tuple[Edit, int]], results: dict[str, dict[str, Any]]) -> None:
     """Try edits, one after the other, and keep each result at once."""
     parts = modules()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Tree(Path(folder).resolve())
+    # Not a TemporaryDirectory: each process that is forked from here would remove it at its end.
+    folder = Path(tempfile.mkdtemp(prefix="mutants-")).resolve()
+    try:
+        tree = Tree(folder)
         known = {part: tree.known(part) for part in sorted({parts[e.module] for e, _ in edits})}
         for number, (edit, seed) in enumerate(edits, 1):
             began = time.monotonic()
             outcome, by = tree.outcome(edit, known[parts[edit.module]])
-            place = {"module": edit.module, "function": edit.function, "line": edit.lines}
-            place["line"] = edit.lines[0] if edit.lines else 0
+            place = {"module": edit.module, "function": edit.function}
             told = {"seed": seed, **place, "was": edit.was, "now": edit.now}
             results[edit.key] = told | {"outcome": outcome, "by": by}
             write(results)
             spent = time.monotonic() - began
             print(f"{number}/{len(edits)} {spent:.1f} s {outcome}: {edit.module}", file=sys.stderr)
             if outcome == "survived":
-                line = place["line"]
-                print(f"  {edit.key} line {line}: {edit.was}\n  -> {edit.now}", file=sys.stderr)
+                print(
+                    f"  {edit.key} {edit.function} {edit.lines}\n  {edit.was}\n  -> {edit.now}",
+                    file=sys.stderr,
+                )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
