@@ -11,9 +11,10 @@ import os
 import sys
 import traceback
 import unicodedata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.markup import escape
 
 from san_llm import __version__
@@ -34,11 +35,29 @@ from san_llm.commands.runs import runs_app
 from san_llm.commands.show import show_app
 from san_llm.commands.train import train_app
 from san_llm.errors import DEBUG, InputError, SanError, debugging, of_the_disk, unexpected
+from san_llm.launch.processes import is_first
 from san_llm.progress import quiet_libraries
 from san_llm.shown import masked, plain
 
+
+class Interrupted(BaseException):
+    """Ctrl-C while a command ran."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands. Typer itself would end one that Ctrl-C has met without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
     name="san-llm",
+    cls=_Commands,
     help="Instruction-tune LLaMA-family models with SAN: train, evaluate, merge.",
     epilog="""A first run, on any laptop:
 
@@ -172,8 +191,9 @@ def main() -> None:
         for line in str(error).splitlines():
             stderr.print(f"[bold red]error:[/] {escape(plain(line))}", markup=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("interrupted")
+    except (KeyboardInterrupt, Interrupted):  # before a command, or in it
+        if is_first():
+            stderr.print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of stdout (head, say) has seen enough. As typer and rich, where they notice it.

@@ -199,6 +199,27 @@ def test_no_arguments_show_the_help_and_the_version_is_one_line(cli):
     assert cli().returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("san_llm.cli._check_options", "runs"),  # before the command
+        ("san_llm.runs.listing.list_runs", "runs"),
+        ("san_llm.plan.doctor.diagnose", "doctor"),
+        ("san_llm.recipe.shipped.shipped_recipes", "recipes list"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_ends_a_command_with_one_line(command, monkeypatch, where, words, rank):
+    def pressed(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, pressed)
+    monkeypatch.setenv("RANK", rank)  # of several processes one speaks
+    done = command(*words.split())
+    said = "interrupted\n" if rank == "0" else ""
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
+
+
 # --- terminals and pipes ---
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import fields
 
@@ -59,6 +60,14 @@ def test_the_defaults_are_the_papers_method_on_all_seven_projections():
         ({"modules_to_save": ["embed_tokens"], "adapt_embedding": True}, "is also adapted"),
         ({"carrier": "lora", "r": 0}, "r: expected a rank"),
         ({"carrier": "lora", "r": "8"}, "r: expected a rank"),
+        ({"carrier": "lora", "r": True}, "r: expected a rank from 1 to 1,048,576, found True"),
+        ({"carrier": "lora", "r": 2**20 + 1}, "r: expected a rank"),
+        ({"carrier": "lora", "lora_alpha": math.nan}, "up to 1,048,576, found nan"),
+        ({"carrier": "lora", "lora_alpha": math.inf}, "up to 1,048,576, found inf"),
+        ({"carrier": "lora", "lora_alpha": 0}, "lora_alpha: expected a number above 0"),
+        ({"carrier": "dora", "lora_alpha": True}, "lora_alpha: expected a number above 0"),
+        ({"carrier": "dora", "lora_dropout": math.nan}, "lora_dropout: expected 0 <= p < 1"),
+        ({"carrier": "dora", "lora_dropout": -0.1}, "lora_dropout: expected 0 <= p < 1"),
         ({"carrier": "lora", "lora_alpha": "16"}, "lora_alpha: expected a number"),
         ({"carrier": "dora", "lora_dropout": 1}, "lora_dropout: expected"),
         ({"carrier": "dora", "lora_dropout": "0.1"}, "lora_dropout: expected"),
