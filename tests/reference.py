@@ -160,10 +160,12 @@ def low_rank_weight(
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``(W' before its columns are scaled, gamma)`` of one Linear of ``lora`` or ``dora``.
 
-    To dora's gradient the norm of V is a constant (arXiv:2402.09353, section 4.3).
+    To dora's gradient the norm of V is a constant (arXiv:2402.09353, section 4.3). Of a row of W
+    that is all zeros both norms count as 1.
     """
     v = weight + c * (b @ a)
-    norm, adapted = (matrix.pow(2).sum(1).sqrt() for matrix in (weight, v))
+    zeros = (weight == 0).all(1)
+    norm, adapted = (torch.where(zeros, 1.0, matrix.pow(2).sum(1)).sqrt() for matrix in (weight, v))
     if carrier == "dora":
         adapted = adapted.detach()
         gamma = None if m is None else m / norm

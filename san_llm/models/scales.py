@@ -18,7 +18,7 @@ from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
 from san_llm.models.weights import Numbers, Stored, read_rows, read_weights, row_blocks
-from san_llm.san.formulas import carried, scales, squared_row_norms
+from san_llm.san.formulas import carried, row_norms, scales, squared_row_norms
 from san_llm.san.graph import Node, PropagationGraph, propagation_graph
 
 
@@ -147,7 +147,8 @@ class Scales:
             rows = self._rows(weight, first, last)
             squares = squared[first:last] = (rows * rows).sum(-1)
             adapted[first:last] = squared_row_norms(squares, rows @ a.T, a, b[first:last], self._c)
-        return np.sqrt(squared), np.sqrt(adapted)
+        norms: tuple[Numbers, Numbers] = row_norms(squared, adapted)
+        return norms
 
     @property
     def _c(self) -> float:

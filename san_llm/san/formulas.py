@@ -32,7 +32,7 @@ def scales(carrier: str, mode: str, own: Any, norms: Callable[[], tuple[Any, Any
         carrier: ``scale``, ``lora`` or ``dora``.
         mode: ``both``, ``neuron`` or ``synapse``.
         own: The vector that the carrier trains: gamma of ``scale``, m of ``dora``, or None.
-        norms: Computes ``(norm(W), norm(V))``; called where they are needed.
+        norms: Computes what :func:`row_norms` returns; called where it is needed.
     """
     if carrier == "scale":
         return (None if mode == "synapse" else own), own
@@ -104,6 +104,22 @@ def squared_row_norms(weight_squared: Any, projected: Any, a: Any, b: Any, c: fl
     cross = (projected * b).sum(-1)
     square = ((b @ (a @ a.T)) * b).sum(-1)
     return weight_squared + 2 * c * cross + c * c * square
+
+
+def row_norms(weight_squared: Any, adapted_squared: Any) -> tuple[Any, Any]:
+    """Return ``(norm(W), norm(V))`` of each row, (d_out,).
+
+    A row of zeros in W, pruned or never used, has no norm to compare with. Both count as 1 there:
+    its gamma starts at 1 as all do, where it would be 0 / 0, and with ``lora`` it stays there.
+
+    Args:
+        weight_squared: ``|W_i|^2``, (d_out,).
+        adapted_squared: ``|V_i|^2``, (d_out,).
+    """
+    zeros = weight_squared == 0
+    # Before the root, whose derivative at 0 is none.
+    norm, adapted = ((s * ~zeros + zeros) ** 0.5 for s in (weight_squared, adapted_squared))
+    return norm, adapted
 
 
 STILL = 1e-6  # a scale this near to 1 did not move: norms in fp32 are not known better

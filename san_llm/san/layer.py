@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from san_llm.architectures.entry import Carry
 from san_llm.errors import SanError
 from san_llm.ops.scale import Scaled, scaled
-from san_llm.san.formulas import carried, merged_bias, merged_weight, scales, squared_row_norms
+from san_llm.san.formulas import (
+    carried,
+    merged_bias,
+    merged_weight,
+    row_norms,
+    scales,
+    squared_row_norms,
+)
 from san_llm.san.merging import bias_dtype
 from san_llm.san.options import Options
 from san_llm.san.rows import Projected, wide_rows
@@ -118,7 +125,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
                 torch.zeros(self.d_out, options.rank, **like)
             )
             if options.carrier == "dora" and gamma:
-                self.san_magnitude[adapter_name] = nn.Parameter(self.squared_norms().sqrt().clone())
+                squares = self.squared_norms()
+                self.san_magnitude[adapter_name] = nn.Parameter(row_norms(squares, squares)[0])
         if beta:
             self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **like))
 
@@ -139,14 +147,17 @@ class SanLayer(nn.Module, BaseTunerLayer):
         weight: Tensor = self.get_base_weight().detach()
         return weight if weight.dtype == torch.float64 else weight.float()
 
-    def adapted_norm(self, adapter: str) -> Tensor:
-        """Return norm(W + c B A) of each row, (d_out,); its gradient reaches A and B."""
+    def norms(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return norm(W) and norm(W + c B A) of each row, (d_out,); A and B get its gradient."""
         a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
         base = self.get_base_layer()
         projected = Projected.apply(a, base, base.weight)
         c = self.san_options[adapter].scaling
-        norm: Tensor = squared_row_norms(self.squared_norms(), projected, a, b, c).sqrt()
-        return norm
+        squares = self.squared_norms()
+        pair: tuple[Tensor, Tensor] = row_norms(
+            squares, squared_row_norms(squares, projected, a, b, c)
+        )
+        return pair
 
     def scales(self, adapter: str) -> tuple[Tensor | None, Tensor | None]:
         """Return ``(row scale, gamma)`` of an adapter, each (d_out,) or None for 1.
@@ -161,7 +172,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
         def norms() -> tuple[Tensor, Tensor]:
             with constant():
-                return self.squared_norms().sqrt(), self.adapted_norm(adapter)
+                return self.norms(adapter)
 
         pair: tuple[Tensor | None, Tensor | None] = scales(
             options.carrier, options.mode, own, norms

@@ -34,8 +34,13 @@ def trained(
     changes: Any = None,
     **options: Any,
 ) -> Any:
-    """Save a base and a moved adapter; return the adapted model."""
-    family_model(family, dtype=dtype, **(changes or {})).save_pretrained(folder / "base")
+    """Save a base and a moved adapter; return the adapted model.
+
+    Some rows of the base are zeros, as in a pruned one.
+    """
+    plain = family_model(family, dtype=dtype, **(changes or {}))
+    plain.model.layers[1].mlp.down_proj.weight.data[3:5] = 0
+    plain.save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     model = shake(get_peft_model(base, SanConfig(**options)))
     model.save_pretrained(folder / "adapter")

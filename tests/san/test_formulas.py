@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from reference import low_rank_logits, trained_tensors
-from san.adapted import adapt, family_model, relative, text, vectors
+from reference import SEVEN, low_rank_logits, module_name, trained_tensors
+from san.adapted import adapt, family_model, relative, shake, text, vectors
 from torch.func import functional_call
 
 from san_llm import SanConfig
@@ -97,6 +97,27 @@ def test_logits_and_gradients_are_those_of_the_dense_formula(family, changes, ca
     for name, one, other in zip(trained, mine, theirs, strict=True):
         assert other.abs().max() > 0, name
         assert relative(one, other) < 1e-10, name
+
+
+@pytest.mark.parametrize("form", ["plain", "lean"])
+@pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_a_row_of_zeros_starts_as_the_base_and_trains(carrier, mode, form):
+    plain = family_model("llama", torch.float64, num_hidden_layers=2, attention_bias=True)
+    for projection in SEVEN:
+        plain.get_submodule(module_name(1, projection)).weight.data[3] = 0
+    plain.model.layers[0].mlp.down_proj.weight.data[5:7] = 0
+    options = {"carrier": carrier, "mode": mode}
+    model = get_peft_model(deepcopy(plain), SanConfig(form=form, **options, **LOW_RANK))
+    assert relative(model(text()).logits, plain(text()).logits) < 1e-12
+    model(text()).logits.pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    trained = trained_tensors(centered(shake(model)))
+    c = LOW_RANK["lora_alpha"] / LOW_RANK["r"]
+    expected = low_rank_logits(plain, text(), trained, c=c, **options)
+    assert_same(model(text()).logits, expected, trained)
+    with torch.no_grad():
+        assert relative(model.merge_and_unload()(text()).logits, expected) < 1e-10
 
 
 @pytest.mark.parametrize("form", ["plain", "lean"])
