@@ -24,6 +24,18 @@ from san_llm.models.locate import find_base
 from san_llm.models.weights import DTYPES
 from san_llm.recipe.schema import Base
 
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight is several pieces, and each piece several blocks, of unequal numbers of rows."""
+    for where, numbers in (
+        ("merge.write.BLOCK", 100),
+        ("merge.write.PIECE", 1500),
+        ("models.weights.BLOCK", 100),
+    ):
+        monkeypatch.setattr(f"san_llm.{where}", numbers)
+
+
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 

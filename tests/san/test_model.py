@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from transformers import (
 
 from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError, SanError
+from san_llm.san.options import CARRIERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:shift=True:UserWarning")
 
@@ -443,6 +444,32 @@ def test_any_two_adapters_act_alone_and_together(first, second, order, merge):
     if merge:
         merged = model.merge_and_unload()
         assert relative(logits(merged), expected) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["lean", "plain"])
+@pytest.mark.parametrize("modes", [("both", "both"), ("both", "synapse"), ("neuron", "both")])
+@pytest.mark.parametrize(("first", "second"), product(CARRIERS, repeat=2))
+def test_any_two_carriers_together_answer_as_they_merge(first, second, modes, form):
+    plain = family_model(
+        dtype=torch.float64, num_hidden_layers=2, attention_bias=True, mlp_bias=True
+    )
+    model = plain
+    for number, (carrier, mode) in enumerate(zip((first, second), modes, strict=True)):
+        options = {"mode": mode, "form": form, "adapt_embedding": bool(number)}
+        low_rank = {"shift": True} if carrier == "scale" else {"r": 3, "lora_alpha": 2}
+        config = SanConfig(carrier=carrier, **options, **low_rank)
+        if number:
+            model.add_adapter(str(number), config)
+        else:
+            model = get_peft_model(plain, config, "0")
+        shake(model, number, str(number))
+    for order in (["0", "1"], ["1", "0"]):  # shifts and products know which comes first
+        model.base_model.set_adapter(order)
+        expected = logits(model)
+        model.merge_adapter(order)
+        assert relative(logits(model), expected) < 1e-12
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), expected)
 
 
 def double(pair: tuple[dict[str, torch.Tensor], ...]) -> list[dict[str, torch.Tensor]]:
