@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import forking
 import pytest
@@ -32,6 +33,27 @@ def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """The processes of a test are forked, or come from fresh interpreters where it says so."""
     fresh = request.node.get_closest_marker("fresh") is not None
     monkeypatch.setattr(forking, "switched_on", not fresh)
+
+
+@pytest.fixture
+def told_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the disk is told, in order: ``("flush", path)``, ``("rename", the new name)``."""
+    told: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def flushed(handle: int) -> None:
+        told.append(("flush", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    for name, plain in (("rename", os.rename), ("replace", os.replace)):
+
+        def renamed(old: Any, new: Any, plain: Any = plain, **how: Any) -> None:
+            plain(old, new, **how)
+            told.append(("rename", os.fspath(new)))
+
+        monkeypatch.setattr(os, name, renamed)
+    return told
 
 
 @pytest.fixture

@@ -2,13 +2,27 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import pytest
 import tokenizers
 
 from san_llm import files as fingerprint
-from san_llm.files import LARGE, code_sha256, file_sha256, folder_sha256, key_of
+from san_llm.errors import InputError
+from san_llm.files import (
+    LARGE,
+    LARGEST_JSON,
+    cache_folder,
+    code_sha256,
+    file_sha256,
+    folder_sha256,
+    key_of,
+    read_json,
+    refuse_link,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +88,90 @@ def test_a_folder_is_what_is_loaded_from_it_through_links_too(tmp_path):
     }
     (blobs / "0000").write_bytes(b"wEights")
     assert folder_sha256(folder) != found
+
+
+def test_new_text_takes_the_place_of_the_old_and_never_overwrites_it(tmp_path):
+    path, other = tmp_path / "value.json", tmp_path / "other"
+    write_text(path, "old\n")
+    os.link(path, other)
+    write_json(path, {"ü": [1, None]})
+    assert other.read_text() == "old\n", "a kill half way would have left half of the new one"
+    assert path.read_text() == '{\n  "ü": [\n    1,\n    null\n  ]\n}\n'
+    assert read_json(path) == {"ü": [1, None]}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert sorted(tmp_path.iterdir()) == [other, path]
+
+
+def test_text_that_cannot_be_written_leaves_the_old(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_text(path, "old\n")
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full") as error:
+        write_text(path, "new\n")
+    assert error.value.filename == str(path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "not valid JSON"),
+        ("[" * 10**5, "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        (" " * (LARGEST_JSON + 1), "not a file of a model's or adapter's settings"),
+    ],
+    ids=["none", "half", "deep", "list", "large"],
+)
+def test_what_is_no_json_object_is_refused_with_its_name(tmp_path, content, said):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError) as error:
+        read_json(path)
+    assert str(error.value) == f"{path}: {said}"
+
+
+def test_a_pipe_is_no_file_of_settings(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match="not a file of a model's"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "where"),
+    [
+        ("mine", "theirs", "mine/gguf"),
+        ("", "theirs", "theirs/san-llm/gguf"),
+        ("", "", ".cache/san-llm/gguf"),
+    ],
+)
+def test_the_cache_lies_where_it_is_said_to(tmp_path, monkeypatch, own, xdg, where):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in (("SAN_LLM_CACHE", own), ("XDG_CACHE_HOME", xdg)):
+        monkeypatch.setenv(name, value and str(tmp_path / value))
+    assert cache_folder("gguf") == tmp_path / where
+
+
+@pytest.mark.parametrize(
+    ("target", "inside"),
+    [("model/real", True), ("blobs/1", True), ("key", False), ("model/../key", False)],
+)
+def test_a_link_leads_into_the_folder_or_the_hubs_blobs(tmp_path, target, inside):
+    # The hub's cache: snapshots/COMMIT/FILE links to blobs/SUM.
+    model = tmp_path / "snapshots" / "model"
+    for folder in (model, tmp_path / "blobs"):
+        folder.mkdir(parents=True)
+    to = {"model": model, "blobs": tmp_path / "blobs"}
+    head, _, rest = target.partition("/")
+    aim = to[head] / rest if head in to else tmp_path / target
+    aim.resolve().write_text("x")
+    (model / "link").symlink_to(aim)
+    if inside:
+        refuse_link(model / "link")
+        return
+    with pytest.raises(InputError, match="a symbolic link out of the folder"):
+        refuse_link(model / "link")
 
 
 def test_a_key_does_not_depend_on_the_order_of_names_and_code_has_one_hash():

@@ -230,6 +230,18 @@ def test_a_chat_template_without_an_end_token_gets_one_learned(tokenizer):
     assert bare.decode(tokens).endswith("assistant: See you\n</s>")
 
 
+def test_a_last_turn_without_the_end_token_that_earlier_ones_have_gets_one_learned(tokenizer):
+    bare = tiny_tokenizer()
+    bare.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if m.content != 'See you' %}</s>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokens, labels = one(CHAT, bare, "chat")
+    assert runs(bare, labels) == ["Hello</s>", "See you</s>"]
+    assert bare.decode(tokens).endswith("Hello</s>user: Bye</s>assistant: See you</s>")
+
+
 def test_a_conversation_cut_after_its_first_response_is_kept_and_counted(tokenizer):
     first = len("<|system|>Be kind.") + 2 + len("<|user|>Hi") + 2 + len("<|assistant|>Hello") + 1
     encoded = encode_rows([CHAT], Encoding(tokenizer, "chat", "response", first))
@@ -579,6 +591,45 @@ def test_other_settings_rows_or_tokenizers_are_tokenized_anew(tokenizer):
         rows, *settings = change
         encode_rows(rows, Encoding(*settings))
         assert len(cached()) == number, change
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("style", ["alpaca", "chat"])
+def test_special_tokens_over_the_same_backend_are_tokenized_anew(tokenizer, style):
+    other, start = tiny_tokenizer(), tiny_tokenizer()
+    other.eos_token, start.bos_token = "<pad>", "<unk>"
+    for one_of in (other, start):
+        assert one_of.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        one_of.chat_template = tokenizer.chat_template = (
+            "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        )
+    ends = {}
+    for one_of in (tokenizer, other, start):
+        tokens, labels = one(ROW, one_of, style)
+        ends[one_of.eos_token, one_of.bos_token] = tokens[0], tokens[-1], labels[-1]
+    first = (0, 3) if style == "chat" else (ends["</s>", "<s>"][0],) * 2
+    assert ends == {
+        ("</s>", "<s>"): (first[0], EOS, EOS),
+        ("<pad>", "<s>"): (first[0], 2, 2),
+        ("</s>", "<unk>"): (first[1], EOS, EOS),
+    }
+    assert len(cached()) == 3
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_other_turns_of_a_conversation_are_tokenized_anew(tokenizer):
+    system, user, answer, more, last = CHAT.messages
+    conversations = (
+        CHAT.messages,
+        (user, answer, more, last),
+        (system, user, answer),
+        (("system", "Be short."), user, answer, more, last),
+        (("user", "Be kind."), user, answer, more, last),
+        (system, user, ("assistant", "No"), more, last),
+    )
+    for number, messages in enumerate(conversations, start=1):
+        encode_rows([Row(messages=messages)], Encoding(tokenizer, "chat", "response", 200))
+        assert len(cached()) == number, messages
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from tiny import rows, save_tiny, tiny_tokenizer, write_recipe, write_rows
+from tokenizers.processors import TemplateProcessing
 
 from san_llm.data.encode import evaluation_text
 from san_llm.data.rows import Row
@@ -110,14 +111,21 @@ def said(folder: Path) -> str:
     return out.getvalue()
 
 
+@pytest.mark.parametrize("starts", [False, True])
 @pytest.mark.parametrize("style", STYLES)
-def test_a_card_writes_the_prompt_of_every_style_as_it_is_asked(style):
+def test_a_card_writes_the_prompt_of_every_style_as_it_is_asked(style, starts):
     tokenizer = tiny_tokenizer()
+    if starts:  # and so does the template: a text that it wrote must not get a second one
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     lines = "\n".join(asking_section(style, []))
     code = re.search("```python\n(.*?)answer = ", lines, re.DOTALL)[1]
     exec(code, names := {"tokenizer": tokenizer})
     _, tokens = evaluation_text(style, Row(instruction="QUESTION"), tokenizer)
     assert names["tokens"]["input_ids"].tolist() == [tokens]
+    assert tokens.count(0) == starts
 
 
 @pytest.mark.slow

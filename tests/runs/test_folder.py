@@ -67,6 +67,20 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExce
     assert names(tmp_path) == []
 
 
+def test_a_folder_gets_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, told_disk: list[tuple[str, str]]
+) -> None:
+    target = tmp_path / "target"
+    with files.whole_folder(target, overwrite=False) as folder:
+        (folder / "sub").mkdir()
+        for name in ("one", "sub/two"):
+            (folder / name).write_text(name)
+        assert told_disk == []
+    first = {("flush", str(folder / name)) for name in ("", "one", "sub", "sub/two")}
+    assert set(told_disk[:-2]) == first
+    assert told_disk[-2:] == [("rename", str(target)), ("flush", str(tmp_path))]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_replacement_that_fails_leaves_the_old_folder(
     tmp_path: Path, error: type[BaseException]

@@ -84,6 +84,15 @@ def test_an_error_in_the_block_frees_the_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("change", [{"process": 1}, {"place": "elsewhere"}, {"since": "now"}])
+def test_the_lock_of_another_owner_stays(tmp_path: Path, change: dict[str, object]) -> None:
+    with sole_writer(tmp_path):
+        mine = json.loads((tmp_path / NAME).read_text())
+        (tmp_path / NAME).unlink()  # as a user may who takes it for stale
+        (tmp_path / NAME).write_text(json.dumps(mine | change))
+    assert json.loads((tmp_path / NAME).read_text()) == mine | change
+
+
 def test_another_process_is_named(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         assert seems_busy(tmp_path)

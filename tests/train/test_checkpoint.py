@@ -45,6 +45,23 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_it_gets_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, told_disk: list[tuple[str, str]], again: bool
+) -> None:
+    if again:
+        checkpoint_of(tmp_path, 3).mkdir()  # a damaged one
+    write(tmp_path, 3)
+    hidden = tmp_path / ".checkpoint-3"
+    named = told_disk.index(("rename", str(checkpoint_of(tmp_path, 3))))
+    flushed = {path for what, path in told_disk[:named] if what == "flush"}
+    written = ("half", "adapter.bin", "deep/optimizer.bin", SEAL)
+    assert flushed == {str(hidden), *(str(hidden / name) for name in written)}
+    # The list of all others is written when they are, under its name when it is whole.
+    assert ("rename", str(hidden / SEAL)) in told_disk[:named]
+    assert told_disk[named + 1 :] == [("flush", str(tmp_path))]
+
+
 def test_only_the_first_process_makes_and_names_it(tmp_path: Path) -> None:
     met = []
     (tmp_path / ".checkpoint-3").mkdir()  # made by the first
