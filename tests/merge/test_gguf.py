@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from san.adapted import adapt, family_model, text
 from tiny import save_tiny, tiny_model
 from tiny_gguf import VOCABULARY, gguf_model, write_gguf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from san_llm.errors import InputError, SanError
 from san_llm.merge.request import MergeRequest
@@ -60,6 +60,48 @@ def test_transformers_reads_the_same_model_back(here, kind, changes):
         assert read(words)["input_ids"] == own(words)["input_ids"]
         assert read.decode(read(words)["input_ids"]) == own.decode(own(words)["input_ids"])
     assert (read.eos_token_id, read.bos_token_id) == (own.eos_token_id, own.bos_token_id)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rms_norm_eps": 1e-6, "max_position_embeddings": 77, "rope_theta": 123456.0},
+        {"head_dim": 32, "num_key_value_heads": 1, "intermediate_size": 64},
+        {"num_hidden_layers": 1, "num_attention_heads": 8},
+    ],
+)
+def test_every_size_and_number_of_the_header_is_the_sources(here, changes):
+    subject = make(here)
+    config = json.loads((here / "base" / "config.json").read_text())
+    changes = {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0} | changes
+    config |= {key: value for key, value in changes.items() if key != "rope_theta"}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": changes["rope_theta"]}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**config))
+    model.save_pretrained(here / "base")
+    adapt(model).save_pretrained(here / "adapter")
+    merge(MergeRequest(subject, Path("out"), "float32", gguf="bf16"))
+    fields = GGUFReader("out/model.gguf").fields
+    said = {
+        key.removeprefix("llama."): field.contents()
+        for key, field in fields.items()
+        if key.startswith("llama.")
+    }
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    assert said == {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.dimension_count": head,
+        "rope.freq_base": changes["rope_theta"],
+        "attention.layer_norm_rms_epsilon": pytest.approx(changes["rms_norm_eps"], rel=1e-6),
+        "vocab_size": config["vocab_size"],
+    }
 
 
 @pytest.mark.parametrize("heads", [4, 1])

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from san.adapted import family_model
 from tiny import tiny_model
 from torch.nn import functional as F
 
 from san_llm import SanConfig
+from san_llm.data.batches import Pack, Pad
 from san_llm.data.encode import IGNORE
-from san_llm.train.loss import token_losses
+from san_llm.train.loss import learned_tokens, share_of_loss, token_losses
+from san_llm.train.packed_attention import use_packed_attention
 
 
 def batch(learned: str) -> dict[str, torch.Tensor]:
@@ -56,6 +59,41 @@ def test_loss_and_gradients_are_those_of_all_logits(learned, at_once, tied, monk
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_capped_logits_give_their_loss_and_the_cap_stays_in_the_config(trained):
+    model = family_model("gemma2", final_logit_softcapping=2.0)
+    model.requires_grad_(trained)
+    inputs = batch("some")
+    uncapped = family_model("gemma2", final_logit_softcapping=None)
+    expected = plain_loss(model, inputs)
+    assert abs(plain_loss(uncapped, inputs) - expected) > 1e-2
+    assert token_losses(model, inputs).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.config.final_logit_softcapping == 2.0
+
+
+@pytest.mark.parametrize("share", [None, False, True])
+def test_shares_of_micro_batches_add_up_to_the_loss_per_token(share):
+    model = tiny_model()
+    rows = [
+        {"input_ids": [4, 5, 6, 7, 8], "labels": [4, IGNORE, IGNORE, 7, 8]},
+        {"input_ids": [4, 5, 9], "labels": [IGNORE, 5, 9]},
+        {"input_ids": [7, 7, 7, 7], "labels": [IGNORE] * 4},
+    ]
+    collate = Pad(2) if share is None else Pack(share)
+    if share is not None:
+        use_packed_attention(model)
+    parts = [collate([row]) for row in rows]
+    learned = [int(learned_tokens(part)) for part in parts]
+    assert learned == [2, 2, 0], "a row's first token is predicted by none"
+    total = sum(plain_loss(tiny_model(), Pad(2)([row])).item() for row in rows[:2])
+    assert int(learned_tokens(collate(rows))) == 4
+    together = share_of_loss(model, collate(rows), 4, 1).item()
+    assert together == pytest.approx(total / 4, rel=1e-5)
+    # Of two processes each has a part; the mean of their gradients is that of the sum.
+    shares = [share_of_loss(model, part, 4, 2).item() for part in parts]
+    assert sum(shares) / 2 == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_a_head_that_is_trained_itself_gets_its_gradient():

@@ -25,6 +25,7 @@ from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, recipe_of
 from san_llm.runs.record import TrainResult
 from san_llm.train.batches import GroupedByLength
+from san_llm.train.prepare import prepare
 from san_llm.train.run import train
 from san_llm.train.trainer import SanTrainer
 
@@ -513,6 +514,43 @@ def test_the_end_token_is_learned_so_that_generation_stops_by_itself(
         out = model.generate(**ids, max_new_tokens=20, do_sample=False)[0]
         answer = out[ids["input_ids"].shape[1] :]
         assert tokenizer.decode(answer) == row["output"] + "</s>"
+
+
+def test_every_micro_batch_of_every_step_throws_dice_of_its_own(
+    here: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(here / "rows.json", rows(8))  # the same rows in every step
+    path = write_recipe(here / "r.yaml", tiny_base, data, method={"name": "lora", "dropout": 0.5})
+    still = ("training.learning_rate=1e-9", "training.max_steps=2", "data.held_out=0")
+    thrown: list[int] = []
+    forward = torch.nn.Dropout.forward
+
+    def watched(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        if module.training and module.p == 0.5:
+            thrown.append(torch.initial_seed())
+        return forward(module, x)
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", watched)
+    for seed in (1, 2):
+        how = ("training.batch_size=8", "training.micro_batch_size=4", f"training.seed={seed}")
+        start(path, here / f"by{seed}", *still, *how)
+    assert len(set(thrown)) == 2 * 4, "two steps of two micro-batches, by two seeds"
+    first, second = (entry["grad_norm"] for entry in log(here / "by1") if "loss" in entry)
+    assert first != second
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_rows_share_a_beginning_only_where_nothing_is_drawn(
+    here: Path, tiny_base: Path, dropout: float
+) -> None:
+    data = write_rows(here / "rows.json", rows(8))
+    path = write_recipe(
+        here / "r.yaml", tiny_base, data, method={"name": "lora", "dropout": dropout}
+    )
+    collator = prepare(load_recipe(path), here, None).collator
+    row = {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7]}
+    once, twice = (collator([row] * count)["input_ids"].numel() for count in (1, 2))
+    assert twice == (2 * once if dropout else once)
 
 
 # --- going on ---------------------------------------------------------------------------------
