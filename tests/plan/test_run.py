@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from san_llm.plan.bases import KNOWN
 from san_llm.plan.largest import look_at
 from san_llm.plan.memory import (
     LOGITS_AT_ONCE,
+    RUNTIME,
     Batch,
     Setting,
     _kept_by_block,
@@ -212,6 +214,98 @@ def test_a_share_of_the_base_and_its_traffic_follow_from_the_devices():
     assert traffic(copies, micro_batches=3) == traffic(copies)
     gathered = traffic(shared, micro_batches=2) - traffic(shared)
     assert traffic(shared) == pytest.approx(gathered + traffic(copies), abs=2)
+
+
+# numbers of all weights in Linears of blocks, of all others, and rows of those Linears
+LINEAR, OTHER = 106_168_320, (49_152 + 2 * 30 + 1) * 576
+ROWS = 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
+
+
+@pytest.mark.parametrize(
+    ("how", "weights"),
+    [
+        ({}, 4 * (LINEAR + OTHER)),
+        ({"dtype": "bfloat16"}, 2 * (LINEAR + OTHER)),
+        ({"bits": "4bit", "dtype": "bfloat16"}, LINEAR * 9 // 16 + 2 * OTHER),
+        ({"bits": "4bit", "double_quant": True}, round(LINEAR * (33 / 64 + 1 / 4096)) + 4 * OTHER),
+        ({"bits": "8bit"}, LINEAR + 4 * ROWS + 4 * OTHER),
+        ({"devices": 3}, 4 * (LINEAR + OTHER)),
+        ({"devices": 3, "sharded": True}, 4 * (LINEAR + OTHER) // 3),
+    ],
+    ids=str,
+)
+def test_the_weights_of_a_device_by_hand(how, weights):
+    method, batch = recipe_of(METHODS["san"]).method, full_batch(1, 64, packed=True)
+    found = memory(setting(method, KNOWN["smollm2-135m"], batch, **how))
+    assert found.weights == weights
+    copies = 1 + (how.get("devices", 1) > 1)  # of gradients, in the buckets that are exchanged
+    trained = 4 * 155_520
+    states = (found.adapter, found.gradients, found.optimizer)
+    assert states == (trained, copies * trained, 2 * trained)
+    parts = vars(found)
+    assert found.total == sum(parts.values())
+    assert replace(found, cache=7).total == found.total + 7
+
+
+@pytest.mark.parametrize(
+    ("how", "gradients", "optimizer"),
+    [
+        ({}, 4, 8),
+        ({"dtype": "bfloat16"}, 2, 12),
+        ({"bits": "4bit"}, 4, 8),  # which no full fine-tuning has
+        ({"devices": 2}, 2 * 4, 8),
+        ({"devices": 2, "sharded": True}, 4 / 2, 8 / 2),
+        ({"dtype": "bfloat16", "devices": 4, "sharded": True}, 2 / 4, 12 / 4),
+    ],
+    ids=str,
+)
+def test_what_full_fine_tuning_holds_by_hand(how, gradients, optimizer):
+    found = memory(setting(None, KNOWN["smollm2-135m"], full_batch(1, 64, packed=True), **how))
+    whole = LINEAR + OTHER
+    states = (found.adapter, found.gradients, found.optimizer)
+    assert states == (0, int(whole * gradients), int(whole * optimizer))
+    assert found.weights == (2 if "dtype" in how else 4) * whole // (
+        how["devices"] if "sharded" in how else 1
+    )
+
+
+def test_a_full_fine_tuning_sends_all_gradients_and_a_sharded_one_its_weights_too():
+    config, batch = KNOWN["smollm2-135m"], full_batch(1, 64, packed=True)
+    whole = 4 * (LINEAR + OTHER)
+    copies = setting(None, config, batch, devices=4)
+    assert traffic(copies, micro_batches=5) == 2 * whole * 3 // 4
+    shared = setting(None, config, batch, devices=4, sharded=True)
+    gathered = 4 * (2 * LINEAR + OTHER)
+    assert traffic(shared, micro_batches=5) == (whole + 5 * gathered) * 3 // 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_largest_batch_by_hand(packed):
+    seen = 63 if packed else 64  # the last token of a packed row is only predicted
+    assert full_batch(3, 64, packed) == Batch(
+        tokens=3 * seen,
+        learned=3 * 63,
+        keys=3 * seen,
+        queries=3 * seen,
+        longest=seen,
+        packed=packed,
+        masked=True,
+    )
+
+
+def test_holes_are_a_cpus_and_of_runs_that_spare_no_memory():
+    config, method = KNOWN["smollm2-135m"], recipe_of(METHODS["san"]).method
+    batch = full_batch(8, 128, packed=True)
+    for how, some in (
+        ({}, True),
+        ({"device": "cuda"}, False),
+        ({"checkpointing": True}, False),
+        ({"bits": "4bit"}, False),
+    ):
+        found = memory(setting(method, config, batch, **how))
+        assert (found.holes > 0) == some, how
+        assert found.runtime == RUNTIME[how.get("device", "cpu")]
+        assert found.holes < 0.4 * found.activations
 
 
 def test_checkpointing_and_4_bits_take_less_and_longer_rows_more():
