@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,57 @@ def test_who_shares_a_forward_is_in_the_key_where_it_can_change_a_bit(
     one = key(1, 1)
     for name, other in (("batch_size", key(2, 1)), ("processes", key(1, 2))):
         assert {field for field in one if one[field] != other[field]} == {name} & matters
+
+
+def test_all_that_an_answer_depends_on_is_in_the_key_and_no_name(
+    here, data, tiny_base, monkeypatch
+):
+    subject = find_subject(str(tiny_base), dtype="bfloat16")
+    adapt(tiny_model()).save_pretrained(here / "adapter")
+    pocket, found = str(data), find_base(subject.base)
+    settings = Settings("generate", "alpaca", 1)
+
+    def key(subject: Any = subject, tasks: str = "boolq", rows: int = 2, **how: Any) -> Any:
+        questions = read_questions([TASKS[name] for name in tasks.split()], pocket, rows)
+        task = EvalTask(subject, questions, replace(settings, **how), {"title": "x"}, here)
+        return identity(task, found)
+
+    def of_base(**changes: Any) -> Any:
+        return key(replace(subject, base=subject.base.model_copy(update=changes)))
+
+    one = key()
+    assert one["model"].keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert one["adapter"] is None
+    assert one["data"]["boolq"]["rows"] == 2
+    assert {"san_llm", "torch", "transformers"} <= {n.replace("-", "_") for n in one["versions"]}
+    for part, other in (
+        ("load", of_base(dtype="float32")),
+        ("load", of_base(quantization="4bit")),
+        ("load", of_base(quantization="4bit", double_quant=True)),
+        ("data", key(rows=3)),
+        ("data", key(tasks="piqa")),
+        ("data", key(tasks="boolq piqa")),
+        ("adapter", key(replace(subject, adapter=here / "adapter"))),
+        ("protocol", key(prompt="llm-adapters")),
+        ("protocol", key(protocol="loglik")),
+        ("protocol", key(answers_only=True)),
+        ("protocol", key(strict=True)),
+        ("batch_size", key(batch_size=2)),
+    ):
+        differ = {name for name in one | other if one.get(name) != other.get(name)}
+        assert part in differ, part
+        assert differ <= {part, "batch_size", "processes"}, part
+    assert of_base(model="elsewhere", revision="main") == one
+    (data / "boolq" / "moved.json").write_text((data / "boolq" / "test.json").read_text())
+    assert key() == one
+    for name, value in (("BEAMS", 5), ("NEW_TOKENS", 33), ("FORMAT", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"san_llm.evaluate.identity.{name}", value)
+            assert key() != one, name
+    for name in ("code_sha256", "versions"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"san_llm.evaluate.identity.{name}", lambda: {"other": "0"})
+            assert key() != one, name
 
 
 @pytest.mark.slow
