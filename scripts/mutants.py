@@ -54,6 +54,7 @@ FAST = 5.0  # seconds: a test that takes longer is left out
 AT_MOST = 60.0  # seconds of tests for an edit
 FEWEST = 2  # edits of a module, however short
 CAUGHT = ("caught", "ran too long")
+NOT_RUN = ["the tests were not run"]
 ENDED = ["the process of the tests ended"]
 
 
@@ -339,6 +340,8 @@ class Tree:
         finally:
             path.write_bytes(original)
             os.utime(path, (before.st_atime, before.st_mtime))
+        if told == NOT_RUN:
+            raise SystemExit(f"{edit.module}: pytest does not run {tests}")
         if told is None:
             return "ran too long", ""
         return ("caught", told[0]) if told else ("survived", f"{len(tests)} tests")
@@ -392,19 +395,19 @@ def noticed(tests: Sequence[str]) -> list[str]:
     """Run tests up to the first that fails, and return it."""
     import pytest
 
-    class FailedError(Exception):
-        pass
-
     class First:
+        found: list[str] = []  # noqa: RUF012
+
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.failed:
-                raise FailedError(report.nodeid)  # all that pytest does at its end is left out
+                self.found.append(report.nodeid)
+                raise KeyboardInterrupt  # ends pytest without a look at the failure
 
-    try:
-        ended = pytest.main([*PYTEST, *tests], plugins=[First()])
-    except FailedError as failed:
-        return [str(failed)]
-    return [] if ended == 0 else ["the tests cannot be read"]
+        pytest_collectreport = pytest_runtest_logreport  # a module that cannot be imported
+
+    first = First()
+    ended = pytest.main([*PYTEST, *tests], plugins=[first])
+    return first.found or ([] if ended == 0 else NOT_RUN)
 
 
 # --- what was seen ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
 import signal
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_what_is_appended_is_in_the_file(tmp_path, monkeypatch, sizes, segment):
     monkeypatch.setattr(direct_file, "SEGMENT", segment)
     whole = written(tmp_path / "file", sizes)
     assert (tmp_path / "file").read_bytes() == whole
+
+
+def test_it_is_whole_before_it_is_flushed(tmp_path, monkeypatch):
+    monkeypatch.setattr(direct_file, "SEGMENT", 2**12)
+    flush, sizes = os.fsync, []
+
+    def flushed(handle: int) -> None:
+        sizes.append(os.fstat(handle).st_size)
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    whole = written(tmp_path / "file", [5000, 1, 70000])
+    assert sizes == [len(whole)]
 
 
 def test_a_longer_file_of_that_name_is_replaced(tmp_path):

@@ -27,10 +27,10 @@ from san_llm.recipe.schema import Base
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each weight is several pieces, and each piece several blocks, of unequal numbers of rows."""
+    """A weight is several pieces, of several blocks of rows; a bias is several blocks."""
     for where, numbers in (
-        ("merge.write.BLOCK", 100),
-        ("merge.write.PIECE", 1500),
+        ("merge.write.BLOCK", 40),
+        ("merge.write.PIECE", 300),
         ("models.weights.BLOCK", 100),
     ):
         monkeypatch.setattr(f"san_llm.{where}", numbers)
