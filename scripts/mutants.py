@@ -40,14 +40,14 @@ KNOWN = ROOT / ".mutants"  # which test runs which statements; made anew where c
 # A part: its modules, and where the tests lie that are about them.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "san": (["san/*.py"], ["san", "ops"]),
-    "merge": (["merge/*.py"], ["merge", "san/test_formulas.py"]),
+    "merge": (["merge/*.py"], ["merge", "models/test_weights.py", "san/test_formulas.py"]),
     "gguf": (["merge/gguf.py"], ["merge/test_gguf.py", "merge/test_expected.py"]),
     "data": (["data/*.py"], ["data", "protocol"]),
     "loss, packing": (
         ["train/loss.py", "train/packed_attention.py", "train/batches.py"],
         ["train/test_loss.py", "train/test_batches.py", "data/test_batches.py", "ops"],
     ),
-    "evaluate": (["evaluate/*.py"], ["evaluate", "runs/test_record.py"]),
+    "evaluate": (["evaluate/*.py"], ["evaluate", "ask", "runs/test_record.py"]),
     "files": (["files.py"], ["test_files.py", "runs", "merge/test_direct_file.py"]),
 }
 FAST = 5.0  # seconds: a test that takes longer is left out

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from unrender import REAL, raw_of, write_jsonl
 
-from san_llm.data.build import build_commonsense
+from san_llm.data.build import HUB, PARQUET, build_commonsense
 from san_llm.data.raw import find_raw, read_raw
 from san_llm.data.rows import POCKET
 from san_llm.errors import InputError, SanError
@@ -265,6 +265,28 @@ def test_tables_with_tabs_are_read(tmp_path):
     assert not (tmp_path / "out" / "commonsense_170k.json").exists()  # no training rows at all
 
 
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [(word, "train") for word in ("train", "trn", "TRAIN")]
+    + [(word, "test") for word in ("dev", "val", "valid", "validation", "x-dev_2")],
+)
+@pytest.mark.parametrize("name", ["piqa/{}.jsonl", "{}/physicaliqa.jsonl", "xl/PIQA-{}.jsonl"])
+def test_a_split_is_told_by_any_of_its_words(tmp_path, name, word, split):
+    path = tmp_path / name.format(word)
+    write_jsonl(path, RAW["piqa"])
+    (found,) = find_raw(tmp_path)
+    assert (found.task.name, found.split, found.files) == ("piqa", split, (path,))
+
+
+@pytest.mark.parametrize("word", ["test", "tests", "tst"])
+def test_only_where_test_answers_are_public_tests_are_taken_from_there(tmp_path, word):
+    for task in ("ARC-Easy", "boolq"):
+        write_jsonl(tmp_path / task / f"{word}.jsonl", RAW[task])
+        write_jsonl(tmp_path / task / "dev.jsonl", RAW[task])
+    found = {part.task.name: part.files[0].name for part in find_raw(tmp_path)}
+    assert found == {"ARC-Easy": f"{word}.jsonl", "boolq": "dev.jsonl"}
+
+
 def test_a_jsonl_is_taken_before_other_formats_of_the_same_rows(tmp_path):
     write_jsonl(tmp_path / "piqa" / "train.jsonl", RAW["piqa"])
     parquet(tmp_path / "piqa" / "train-00000-of-00001.parquet", RAW["piqa"][:1])
@@ -331,6 +353,27 @@ def test_another_set_is_refused_with_the_nearest_name(command):
     done = command("data", "build", "comonsense", "--from", "hub")
     assert done.returncode == 2
     assert "known: commonsense (did you mean 'commonsense'?)" in done.stderr
+
+
+def test_what_the_hub_gives_is_what_a_folder_would(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repository, **how):
+        asked[repository] = how
+        for task in (task for task, own in HUB.items() if own == repository):
+            split = "test" if task in SCIENCE else "validation"
+            name = task if task.startswith("ARC") else "default"
+            rows = [hub_row(task, raw) for raw in RAW[task]]
+            parquet(tmp_path / repository / name / split / "0000.parquet", rows)
+        return str(tmp_path / repository)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "data").mkdir()
+    build_commonsense("hub", tmp_path / "data" / "out", False)
+    how = {"repo_type": "dataset", "revision": PARQUET, "allow_patterns": ["*.parquet"]}
+    assert asked == dict.fromkeys(HUB.values(), how)
+    for task, rows in ROWS.items():
+        assert read(tmp_path / "data" / "out" / task / "test.json") == rows, task
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):

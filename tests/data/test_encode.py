@@ -633,6 +633,17 @@ def test_other_turns_of_a_conversation_are_tokenized_anew(tokenizer):
 
 
 @pytest.mark.usefixtures("empty_cache")
+def test_a_folder_of_the_cache_that_is_not_whole_is_made_anew(tokenizer):
+    encoding = Encoding(tokenizer, "alpaca", "response", 200)
+    first = encode_rows([ROW], encoding)
+    (folder,) = (Path(os.environ["SAN_LLM_CACHE"]) / "tokenized" / name for name in cached())
+    (folder / "fates.json").unlink()
+    again = encode_rows([ROW], encoding)
+    assert again.rows[:] == first.rows[:]
+    assert (folder / "fates.json").is_file()
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_rows_that_are_refused_leave_nothing_in_the_cache(tokenizer):
     with pytest.raises(InputError):
         encode_rows([ROW, CHAT], Encoding(tokenizer, "alpaca", "response", 200))

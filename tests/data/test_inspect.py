@@ -1,6 +1,7 @@
 """What is said of training rows: each number beside a plain count of the same."""
 
 import gc
+import io
 import json
 import re
 import weakref
@@ -14,7 +15,7 @@ from tiny import rows as boolq_rows
 from tiny import tiny_tokenizer, write_recipe, write_rows
 
 from san_llm.data.encode import IGNORE, Encoding, label_rows
-from san_llm.data.inspect import GRAM, Inspection, inspect, report
+from san_llm.data.inspect import GRAM, Inspection, Overlap, inspect, report
 from san_llm.data.rows import POCKET, Row, read_rows
 from san_llm.errors import InputError
 from san_llm.protocol.row_text import LEADS
@@ -182,6 +183,69 @@ def test_the_example_is_the_first_rows_text_with_its_response_marked():
     assert green == ["yes</s>"]
 
 
+REPORT = """\
+files         rows.json
+loss          response
+rows          43
+tokens a row  min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.65
+learned       129 of 1,234 tokens (10.5 %)
+cut           1: the cutoff takes their response's end: row 3
+dropped       7: their prompt fills the cutoff, nothing of the response is left: row 1, row 2, ...
+duplicates    1,002
+disputed      5 with the question of another, answered otherwise
+  tokens   rows
+ 10 - 19      1  ▏
+ 20 - 29      0
+30 - 140  1,000  ████████████████████████████████████████
+answers  rows  most frequent  share of each
+boolq       4         75.0 %  false 25.0, true 75.0
+piqa        1        100.0 %  solution1 100.0
+test rows in training  test rows  exact  13 words alike
+boolq                      3,270      1           1,002
+ARC-Easy                       9      0               0
+The first row; what is learned is between » and «:
+Ask: [it]»yes«"""
+
+
+def test_every_line_of_the_report_is_as_it_is_meant():
+    found = Inspection(
+        about={"files": "rows.json", "loss": "response"},
+        rows=43,
+        lengths={"min": 9, "5 %": 9, "median": 10, "95 %": 14, "99 %": 1400, "max": 1400}
+        | {"mean": 42.65},
+        histogram=[
+            {"from": 10, "to": 19, "rows": 1},
+            {"from": 20, "to": 29, "rows": 0},
+            {"from": 30, "to": 140, "rows": 1000},
+        ],
+        cut=1,
+        dropped=7,
+        cut_at=["rows.json: row 3"],
+        dropped_at=["rows.json: row 1", "rows.json: row 2"],
+        tokens=1234,
+        supervised=129,
+        duplicates=1002,
+        disputed=5,
+        answers={"boolq": {"false": 1, "true": 3}, "piqa": {"solution1": 1}},
+        overlap={"ARC-Easy": Overlap(9, 0, 0), "boolq": Overlap(3270, 1, 1002)},
+        example=[("Ask: [it]", False), ("yes", True)],
+    )
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    for part in report(found, colour=False):
+        console.print(part)
+    shown = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert shown == REPORT.splitlines()
+
+
+def test_a_question_that_holds_the_words_before_the_answers_counts_whole():
+    words = " ".join(f"w{number}" for number in range(GRAM - 1))
+    asked = f"{words} Answer format: end of the question. Answer format: true/false"
+    # 13 words in a row only with those that follow the first "Answer format".
+    test = [Row(f"{words} Answer format: other", "", "x"), Row(f"{words} Answer", "", "x")]
+    found = look([Row(asked, "", "x")], {"boolq": test}).overlap["boolq"]
+    assert (found.test_rows, found.exact, found.grams) == (2, 0, 1)
+
+
 def test_rows_are_looked_at_one_by_one_and_never_all_held(monkeypatch):
     monkeypatch.setattr("san_llm.data.encode.CHUNK", 50)
     alive: weakref.WeakSet[Row] = weakref.WeakSet()
@@ -219,7 +283,18 @@ def test_a_recipe_is_looked_at_as_it_would_be_trained(command, here, tiny_base):
     assert done.returncode == 0
     found = json.loads(done.stdout)
     assert found["rows"] == 20
-    assert found["about"]["cutoff"] == 160
+    assert found["about"] == {
+        "files": str(train),
+        "tokenizer": str(tiny_base),
+        "prompt": "alpaca",
+        "loss": "response",
+        "cutoff": 160,
+        "test rows": "mine",
+    }
+    assert "not compared" not in done.stderr
+    other = command("data", "inspect", recipe, "evaluation.tasks=[piqa]", "--json")
+    assert json.loads(other.stdout)["overlap"] == {}
+    assert re.search(r"not compared with test rows: .*mine.*piqa.*test\.json", other.stderr)
     assert found["overlap"]["boolq"] == {"test_rows": 3, "exact": 3, "grams": 0}
     assert found["answers"] == {"other": {"false": 10, "true": 10}}
     shown = command("data", "inspect", recipe)
