@@ -185,13 +185,21 @@ def asking_section(style: PromptStyle, load: list[str]) -> list[str]:
         about, special = "the text below, not its chat template", ""
         text = evaluation_prompt(style, "QUESTION").splitlines(keepends=True)
         prompt = ["prompt = (", *(f"    {json.dumps(line)}" for line in text), ")"]
+    tokens = [f'tokens = tokenizer(prompt, return_tensors="pt"{special})']
+    if style == "llm-adapters-aligned":  # as data.encode.evaluation_text
+        tokens = [
+            "# The last space is read as a part of the answer's first word.",
+            'tokens = tokenizer(prompt + "the", return_tensors="pt", return_offsets_mapping=True)',
+            'read = tokens.pop("offset_mapping")[0, :, 1] <= len(prompt)',
+            "tokens = {name: values[:, read] for name, values in tokens.items()}",
+        ]
     return [
         f"It learned to answer in {about} (prompt style `{style}`). In Python:",
         "",
         "```python",
         *load,
         *prompt,
-        f'tokens = tokenizer(prompt, return_tensors="pt"{special})',
+        *tokens,
         "answer = model.generate(**tokens, max_new_tokens=256, do_sample=False)[0]",
         'new = answer[tokens["input_ids"].shape[1] :]',
         "print(tokenizer.decode(new, skip_special_tokens=True))",

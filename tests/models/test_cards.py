@@ -11,8 +11,13 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
-from tiny import rows, save_tiny, tiny_tokenizer, write_recipe, write_rows
+from tiny import CHAT_TEMPLATE, rows, save_tiny, tiny_tokenizer, write_recipe, write_rows
+from tiny_gguf import MERGES, VOCABULARY
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from san_llm.data.encode import evaluation_text
 from san_llm.data.rows import Row
@@ -111,21 +116,37 @@ def said(folder: Path) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("starts", [False, True])
-@pytest.mark.parametrize("style", STYLES)
-def test_a_card_writes_the_prompt_of_every_style_as_it_is_asked(style, starts):
+def with_start():
+    """Return a tokenizer that puts a start token before texts, as its chat template does."""
     tokenizer = tiny_tokenizer()
-    if starts:  # and so does the template: a text that it wrote must not get a second one
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    return tokenizer
+
+
+def with_spaces():
+    """Return a tokenizer with a word that takes the space before it along."""
+    words = {word: number for number, word in enumerate(VOCABULARY)}
+    backend = Tokenizer(BPE(words, [tuple(merge.split()) for merge in MERGES]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.mark.parametrize("made", [tiny_tokenizer, with_start, with_spaces])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_card_writes_the_prompt_of_every_style_as_it_is_asked(style, made):
+    tokenizer = made()
     lines = "\n".join(asking_section(style, []))
     code = re.search("```python\n(.*?)answer = ", lines, re.DOTALL)[1]
     exec(code, names := {"tokenizer": tokenizer})
     _, tokens = evaluation_text(style, Row(instruction="QUESTION"), tokenizer)
     assert names["tokens"]["input_ids"].tolist() == [tokens]
-    assert tokens.count(0) == starts
+    assert names["tokens"].keys() == {"input_ids", "attention_mask"}
+    assert tokens.count(tokenizer.bos_token_id) == (made == with_start)
 
 
 @pytest.mark.slow
