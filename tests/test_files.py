@@ -81,7 +81,13 @@ def test_a_folder_is_what_is_loaded_from_it_through_links_too(tmp_path):
     (folder / "model.safetensors").symlink_to(blobs / "0000")
     (folder / "config.json").write_text("{}")
     (folder / "README.md").write_text("not loaded")
+    (folder / "folder.json").mkdir()
+    others = ("template.jinja", "tokenizer.model", "merges.txt", "modeling.py")
+    for name in others:
+        (folder / name).write_text(name)
     found = folder_sha256(folder)
+    for name in others:
+        assert found.pop(name) == hashlib.sha256(name.encode()).hexdigest()
     assert found == {
         "config.json": hashlib.sha256(b"{}").hexdigest(),
         "model.safetensors": hashlib.sha256(b"weights").hexdigest(),

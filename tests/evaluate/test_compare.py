@@ -249,6 +249,7 @@ def test_markdown_and_latex_hold_the_same_cells(command, pair, here):
     tabular = command("compare", *pair, "--latex").stdout
     assert r"boolq & 50.0 $\pm$ 22.4 & 83.3 $\pm$ 16.7 \\" in tabular
     assert tabular.count(r"\begin{tabular}") == tabular.count(r"\end{tabular}") == 2
+    assert r"\begin{tabular}{lrr}" + "\n" + r"\toprule" in tabular
     assert r"95\% interval" in tabular
     assert "% B  b_1: model of b_1" in tabular
     assert latex(result).count("quoted") == 10 + 2

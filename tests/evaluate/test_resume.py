@@ -22,7 +22,7 @@ from san_llm.errors import InputError
 from san_llm.evaluate.identity import identity
 from san_llm.evaluate.questions import Settings, read_questions
 from san_llm.evaluate.request import EvalTask
-from san_llm.evaluate.store import Progress, read_evaluation
+from san_llm.evaluate.store import Progress, progress_of, read_evaluation
 from san_llm.models.locate import find_base
 from san_llm.models.subject import find_subject
 from san_llm.protocol.tasks import TASKS
@@ -144,6 +144,23 @@ def test_all_that_an_answer_depends_on_is_in_the_key_and_no_name(
         with monkeypatch.context() as patch:
             patch.setattr(f"san_llm.evaluate.identity.{name}", lambda: {"other": "0"})
             assert key() != one, name
+
+
+def test_a_progress_says_what_it_is_of_and_vanishes_where_nothing_was_answered(cache):
+    for answered in (False, True, False):
+        with progress_of({"a": 1}) as progress:
+            (folder,) = (path for path in cache.iterdir() if path.is_dir())
+            assert progress.folder == folder
+            assert json.loads((folder / "identity.json").read_text()) == {"a": 1}
+            if answered:
+                (folder / "identity.json").write_text('{"a":   1}')  # not written anew
+                (folder / "part-0.jsonl").write_text("")
+        kept = (folder / "part-0.jsonl").exists()
+        assert folder.exists() == kept
+        if kept:
+            assert (folder / "identity.json").read_text() == '{"a":   1}'
+    with progress_of({"a": 2}) as other:
+        assert other.folder != folder
 
 
 @pytest.mark.slow

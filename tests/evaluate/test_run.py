@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import sys
+from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from san_llm.data.rows import POCKET
 from san_llm.errors import InputError
-from san_llm.evaluate.pose import judged_answers, pose, units
+from san_llm.evaluate.pose import SCORED_AT_ONCE, _strictly, judged_answers, pose, units
 from san_llm.evaluate.questions import Settings, read_questions
+from san_llm.evaluate.request import EvalRequest, check_request
+from san_llm.evaluate.start import start
 from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, point_latest
@@ -204,6 +209,92 @@ def test_json_alone_is_on_stdout_and_says_what_was_evaluated(
     assert [task["n"] for task in value["tasks"]] == [4]
     stored = json.loads((here / "scores" / "results.json").read_text())
     assert stored | value == stored
+    piqa = data / "piqa" / "test.json"
+    assert stored["sha256"] == {str(piqa): sha256(piqa.read_bytes()).hexdigest()}
+
+
+def test_each_word_of_a_request_reaches_the_way_it_is_asked(here, data, tiny_base):
+    words = {
+        "prompt": "alpaca",
+        "batch_size": 3,
+        "strict": True,
+        "answers_only": True,
+        "protocol": "generate",
+    }
+    more = {"tasks": ["boolq"], "model": str(tiny_base), "data": str(data), "limit": 2}
+    task = check_request(EvalRequest(**words, **more, output=here / "out", fresh=True))
+    assert task.settings == Settings(**words)
+    assert [len(rows) for rows in task.questions.rows.values()] == [2]
+    assert (task.output, task.overwrite, task.fresh) == (here / "out", False, True)
+    assert task.about["title"] == f"{tiny_base} on {data}"
+    assert (task.about["limit"], task.about["adapter"]) == (2, None)
+    plain = check_request(EvalRequest(**more, protocol="loglik", overwrite=True))
+    assert plain.settings == Settings(protocol="loglik")
+    assert (plain.overwrite, plain.fresh) == (True, False)
+    for protocol in ("loglik", "lm-eval"):
+        with pytest.raises(InputError, match=f"--answers-only: protocol {protocol} generates"):
+            check_request(EvalRequest(**more, protocol=protocol, answers_only=True))
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_several_processes_are_launched_with_the_output_that_was_chosen(
+    here, data, tiny_base, monkeypatch, launched
+):
+    seen = []
+    monkeypatch.setattr("san_llm.evaluate.start.run_launched", lambda words: seen.append(words))
+    monkeypatch.setattr("san_llm.evaluate.run.evaluate", lambda task: seen.append(task))
+    monkeypatch.setattr(sys, "argv", ["san-llm", "eval", "--fresh"])
+    if launched:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = {"tasks": ["boolq"], "model": str(tiny_base), "data": str(data), "processes": 2}
+    ended = start(EvalRequest(**asked, output=here / "out"))
+    assert (ended.code, ended.result) == (0, None)
+    if launched:
+        assert seen[0].output == here / "out"
+    else:
+        assert seen[0][-4:] == ["eval", "--fresh", "--output", str(here / "out")]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_strict_evaluation_shortens_no_sums_and_leaves_the_settings_as_they_were(strict):
+    matmul = torch.backends.cuda.matmul
+    names = ["allow_tf32"]
+    names += [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before, threads = [getattr(matmul, name) for name in names], torch.get_num_threads()
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        torch.set_num_threads(2)
+        with _strictly(strict):
+            assert [bool(getattr(matmul, name)) for name in names] == [not strict] * 3
+            assert torch.get_num_threads() == (1 if strict else 2)
+        assert all(getattr(matmul, name) for name in names)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        (Settings("generate", batch_size=4), [1] * 70),
+        (Settings("loglik", strict=True, batch_size=4), [1] * 70),
+        (Settings("lm-eval", strict=True), [1] * 70),
+        (Settings("loglik", batch_size=4), [4] * 17 + [2]),
+        (Settings("loglik"), [SCORED_AT_ONCE] * 4 + [6]),
+        (Settings("lm-eval", batch_size=4), [35, 35]),
+    ],
+)
+def test_rows_are_answered_together_by_protocol_the_longest_first(settings, sizes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lengths = [(number * 37) % 50 for number in range(70)]
+    items = [SimpleNamespace(tokens=[0] * length) for length in lengths]
+    found = units(items, settings)
+    assert [len(unit) for unit in found] == sizes
+    order = [number for unit in found for number in unit]
+    assert order == sorted(range(70), key=lambda number: (-lengths[number], number))
 
 
 def test_base_model_and_adapter_answer_as_themselves(command, here, data, tiny_base, adapter):

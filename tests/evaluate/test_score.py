@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from san_llm.evaluate.score import Judged, TaskScore, average, parse_answer, score
+from san_llm.evaluate.score import Judged, TaskScore, average, judge_text, parse_answer, score
 from san_llm.protocol.tasks import TASKS, find_tasks
 
 # task; generated text; the published extraction's answer
@@ -84,6 +84,19 @@ def test_the_answer_is_the_one_whose_first_mention_comes_first(name, data):
 
 def judged(parsed, answer="true", task="boolq", row=0):
     return Judged(task, row, "prompt", "output", parsed, answer, parsed == answer)
+
+
+def test_a_generated_answer_says_nothing_of_likelihoods():
+    row = judge_text(TASKS["boolq"], 3, "asked", "the correct answer is true", "true")
+    assert row.to_json() == {
+        "task": "boolq",
+        "row": 3,
+        "prompt": "asked",
+        "output": "the correct answer is true",
+        "parsed": "true",
+        "answer": "true",
+        "correct": True,
+    }
 
 
 def test_a_score_counts_right_wrong_and_unparseable_rows():

@@ -32,6 +32,9 @@ def drawn(result, width=100):
 def test_the_table_has_a_line_for_each_task_and_the_average_over_tasks():
     lines = [line.strip(" │┃").replace("│", "").split() for line in drawn(RESULT).splitlines()]
     assert lines[0] == ["base", "+", "adapter", "on", "pocket"]
+    assert [word for word in lines[2] if word != "┃"] == [
+        *("task", "accuracy", "%", "std", "error", "rows", "no", "answer")
+    ]
     assert ["boolq", "70.0", "0.8", "3270", "12"] in lines
     assert ["ARC-Challenge", "25.0", "25.0", "4", "3"] in lines
     # (0.7 + 0.25) / 2 and sqrt(0.008014^2 + 0.25^2) / 2

@@ -70,7 +70,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExce
 def test_a_folder_gets_its_name_when_all_of_it_is_on_the_disk(
     tmp_path: Path, told_disk: list[tuple[str, str]]
 ) -> None:
-    target = tmp_path / "target"
+    target = tmp_path / "new" / "deep" / "target"
     with files.whole_folder(target, overwrite=False) as folder:
         (folder / "sub").mkdir()
         for name in ("one", "sub/two"):
@@ -78,7 +78,7 @@ def test_a_folder_gets_its_name_when_all_of_it_is_on_the_disk(
         assert told_disk == []
     first = {("flush", str(folder / name)) for name in ("", "one", "sub", "sub/two")}
     assert set(told_disk[:-2]) == first
-    assert told_disk[-2:] == [("rename", str(target)), ("flush", str(tmp_path))]
+    assert told_disk[-2:] == [("rename", str(target)), ("flush", str(target.parent))]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
