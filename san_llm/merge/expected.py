@@ -93,6 +93,7 @@ class Expected:
             both = self._adapted(node, first, last)
             norms.append(np.stack([np.linalg.norm(rows, axis=1) for rows in both]))
         norm, adapted = np.concatenate(norms, axis=1)
+        adapted[norm == 0] = norm[norm == 0] = 1  # a row of zeros has none to compare with
         if node.carrier == "lora":
             return (norm / adapted if synapse else 1.0), adapted / norm
         magnitude = self._vector(f"{node.name}.san_magnitude")

@@ -257,6 +257,11 @@ def test_a_conversation_cut_after_its_first_response_is_kept_and_counted(tokeniz
         ("{{ 1 // 0 }}", CHAT.messages, "refuses it: "),
         ("{% for m in messages %}", CHAT.messages, "refuses it: "),
         (
+            "{% if messages | length == 3 %}{{ raise_exception('three') }}{% endif %}",
+            CHAT.messages,
+            "refuses it: three",
+        ),
+        (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
             CHAT.messages,
             "rewrites earlier turns",

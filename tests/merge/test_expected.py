@@ -29,7 +29,9 @@ def made(here):
     """Save a base of a family and an adapter over it, and merge them into ``merged``."""
 
     def make(dtype, family="llama", changes=None, **options):
-        family_model(family, **(changes or {})).save_pretrained("base")
+        model = family_model(family, **(changes or {}))
+        model.model.layers[1].mlp.down_proj.weight.data[3:5] = 0  # as in a pruned base
+        model.save_pretrained("base")
         tiny_tokenizer().save_pretrained("base")
         adapt(AutoModelForCausalLM.from_pretrained("base"), **options).save_pretrained("adapter")
         merge(MergeRequest(find_subject("base", Path("adapter")), Path("merged"), dtype))
