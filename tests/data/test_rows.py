@@ -159,7 +159,8 @@ def test_a_malformed_file_is_refused_with_its_row(tmp_path, content, message):
         (json.dumps([GOOD], indent=1), "; one list of all rows? then name it .json"),
         (f"{json.dumps(GOOD)}\n" + "[" * 100_000, ":2: not valid rows: nested too deeply"),
         (f"{json.dumps(GOOD)}\n" + "9" * 5000, ":2: not valid rows: a number of too many digits"),
-        (json.dumps(GOOD).encode() + b"\n\n\xff", ":3: not UTF-8: byte 0xff"),
+        (b"  \n\n\xff", ":3: not UTF-8: byte 0xff at offset 4; convert the file first"),
+        (f"{json.dumps(GOOD)}\n\ufeff{json.dumps(GOOD)}", ":2: not valid JSON: "),
     ],
 )
 def test_a_malformed_jsonl_file_is_refused_with_its_line(tmp_path, content, message):

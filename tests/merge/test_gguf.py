@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 from san.adapted import adapt, family_model, text
 from tiny import save_tiny, tiny_model
 from tiny_gguf import VOCABULARY, gguf_model, write_gguf
@@ -208,6 +209,26 @@ def test_a_row_that_is_not_whole_blocks_is_stored_in_f16(here):
     kinds = {t.name: t.tensor_type.name for t in GGUFReader("out/model.gguf").tensors}
     assert kinds["blk.0.ffn_down.weight"] == "F16"
     assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize(("size", "fits"), [(65504.0, True), (65536.0, False)])
+def test_numbers_beyond_f16_are_refused_in_f16_alone(here, size, fits):
+    subject = make(here, intermediate_size=72)
+    path = here / "base" / "model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    # Of an embedding, which no scale of this adapter touches; and a row that q8_0 cannot hold.
+    tensors["lm_head.weight"][5, 7] = -size
+    tensors["model.norm.weight"][3] = 1e6  # a vector stays fp32
+    save_file(tensors, path, {"format": "pt"})
+    merge(MergeRequest(subject, Path("bf16"), "float32", gguf="bf16"))
+    for kind in ("f16", "q8_0"):
+        asked = MergeRequest(subject, Path(kind), "float32", gguf=kind)
+        if fits or kind == "q8_0":
+            merge(asked)
+            continue
+        with pytest.raises(SanError, match=r"lm_head\.weight has numbers that f16 cannot hold"):
+            merge(asked)
+        assert not Path(kind).exists()
 
 
 def test_the_file_of_many_shards_is_that_of_one(here):
