@@ -190,9 +190,12 @@ def test_what_is_no_size_is_refused_with_an_example(text):
         parse_size(text)
 
 
-def test_a_merge_is_cut_into_files_of_the_size_asked_for(command, here):
+@pytest.mark.parametrize("method", ["san", "lora"])
+def test_a_merge_is_cut_into_files_of_the_size_asked_for(command, here, method):
     save_tiny(here / "base")
-    adapt(tiny_model()).save_pretrained("adapter")
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = adapt(tiny_model()) if method == "san" else get_peft_model(tiny_model(), lora)
+    adapted.save_pretrained("adapter")
     asked = ("merge", "--adapter", "adapter", "--model", "base", "--output", "out")
     done = command(*asked, "--shard-size", "huge")
     assert (done.returncode, done.stdout) == (2, "")

@@ -283,13 +283,18 @@ def test_what_cannot_be_written_is_refused_before_the_merge(here):
     refused(subject, "config.json: hidden_act 'gelu' is not written: readers compute silu")
 
 
-def test_a_file_that_came_out_otherwise_is_refused(here, monkeypatch):
+@pytest.mark.parametrize("shape", [1, 2], ids=["vectors", "matrices"])
+def test_a_file_that_came_out_otherwise_is_refused(here, monkeypatch, shape):
     subject = make(here)
     right = gguf.quants.quantize
 
     def wrong(numbers, kind):
         made = right(numbers, kind)
-        made.reshape(-1)[-1] += 1
+        if numbers.ndim == shape:  # two steps of the format, of one number
+            flat = made.reshape(-1)
+            flat.view(np.uint32 if shape == 1 else np.uint8 if kind.name == "Q8_0" else np.uint16)[
+                -1
+            ] += 2
         return made
 
     monkeypatch.setattr(gguf.quants, "quantize", wrong)

@@ -235,6 +235,17 @@ def test_what_4_bits_cannot_hold_is_refused_and_dequantized_instead(full, here, 
         assert apart(load("out")(text()).logits, expected) < 1e-4
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_files_are_cut_to_the_size_asked_for(full, here, way):
+    subject = find_subject(str(full / "4bit"), adapter_for(full, here / "adapter"))
+    merge(MergeRequest(subject, Path("out"), quantized=way, shard_size=20_000))
+    sizes = [path.stat().st_size for path in Path("out").glob("*.safetensors")]
+    largest = load("out").model.embed_tokens.weight
+    allowed = max(20_000, largest.numel() * largest.element_size()) + 5_000  # and a header
+    assert len(sizes) > 2
+    assert max(sizes) < allowed
+
+
 def test_rows_that_share_a_block_are_refused_by_name(here):
     tiny_model(**(WHOLE | {"intermediate_size": 96})).save_pretrained("full")
     quantize(here / "base", here / "full", **DOUBLE)
