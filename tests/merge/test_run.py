@@ -29,7 +29,7 @@ from tiny import rows, save_tiny, tiny_config, tiny_model, tiny_tokenizer, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from san_llm.errors import InputError, SanError
-from san_llm.merge.request import MergeRequest
+from san_llm.merge.request import MergeRequest, merge_request
 from san_llm.merge.run import merge
 from san_llm.models.subject import find_subject
 from san_llm.models.weights import read_header
@@ -810,6 +810,22 @@ def test_the_tokenizer_and_its_template_work_from_the_merged_folder(merged):
     shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert shown == "<|user|>Hi</s>\n<|assistant|>"
     assert tokenizer.decode(tokenizer("a b?")["input_ids"]) == "a b?"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"dtype": "float33"}, "--dtype: 'float33' is not one of"),
+        ({"quantized": "kept"}, r"--quantized: 'kept' is not one of .* \(did you mean 'keep'"),
+        ({"gguf": "q4"}, "--gguf: 'q4' is not one of"),
+        ({"private": True}, "--private: says how to --push"),
+    ],
+)
+def test_a_wrong_word_is_told_before_any_run_is_looked_for(here, how, said):
+    with pytest.raises(InputError, match=f"^{said}"):
+        merge_request(None, None, None, **how)
+    with pytest.raises(InputError, match="no run yet"):
+        merge_request(None, None, None)
 
 
 def test_nothing_to_merge_is_an_error():
