@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,8 @@ from san_llm.launch.processes import world_size
 from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.load import load_config, load_tokenizer
 from san_llm.models.locate import FoundBase, find_base
-from san_llm.models.subject import Subject
+from san_llm.models.subject import Subject, checked_date
+from san_llm.models.template_date import ASKS
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class Posed:
         style: The prompt style, or ``none``.
         text: The exact text.
         tokens: The text's tokens.
+        date: What the chat template wrote as today's; None where it wrote none.
     """
 
     found: FoundBase
@@ -115,9 +118,27 @@ class Posed:
     style: str
     text: str
     tokens: list[int]
+    date: str | None
 
 
-def posed(subject: Subject, words: str, style: str | None, context: str = "") -> Posed:
+def words_of(
+    found: FoundBase, subject: Subject, date: str | None
+) -> tuple[PreTrainedTokenizerFast, str | None]:
+    """Return the tokenizer to ask a model with, and the date in its chat template, if it has one.
+
+    Args:
+        found: The base.
+        subject: The model.
+        date: What is told as today's; default: the training's, else today's.
+    """
+    told = (date and checked_date(date)) or subject.date or f"{datetime.now():%Y-%m-%d}"
+    tokenizer = load_tokenizer(found, subject.adapter, told)
+    return tokenizer, told if ASKS in str(tokenizer.chat_template) else None
+
+
+def posed(
+    subject: Subject, words: str, style: str | None, context: str = "", date: str | None = None
+) -> Posed:
     """Return a prompt in the style a model was trained in, checked before its weights are loaded.
 
     Args:
@@ -125,20 +146,21 @@ def posed(subject: Subject, words: str, style: str | None, context: str = "") ->
         words: What is asked.
         style: The prompt style, instead of the usual one.
         context: What a training row has as ``input``.
+        date: What a chat template writes as today's; see :func:`words_of`.
 
     Raises:
         InputError: when the style has no place for the context, there is no chat template, or the
             prompt leaves no room for an answer.
     """
     found = find_base(subject.base)
-    tokenizer = load_tokenizer(found, subject.adapter)
+    tokenizer, told = words_of(found, subject, date)
     style = style or usual_style(subject, tokenizer)
     if context and style == NO_STYLE:
         raise InputError("--input: prompt style none has no place for one; put it in the prompt")
     named = None if style == NO_STYLE else prompt_style(style)
     text, tokens = question(words, named, tokenizer, context)
     room(tokens, load_config(found, subject.adapter), tokenizer)
-    return Posed(found, tokenizer, style, text, tokens)
+    return Posed(found, tokenizer, style, text, tokens, told if style == "chat" else None)
 
 
 def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:

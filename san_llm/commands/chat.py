@@ -13,6 +13,7 @@ from san_llm.commands.options import (
     Adapter,
     BaseOnly,
     Compare,
+    Date,
     DType,
     Model,
     NewTokens,
@@ -49,6 +50,7 @@ def chat(
     adapter: Adapter = None,
     base_only: BaseOnly = False,
     compare: Compare = False,
+    date: Date = None,
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -59,16 +61,25 @@ def chat(
     subject = find_subject(model, adapter, base_only, dtype, run)
     names = voices(subject, compare)
 
-    from san_llm.ask.respond import Sampling, refuse_no_template, respond, talk, usual_style
-    from san_llm.models.load import load_model, load_tokenizer
+    from san_llm.ask.respond import (
+        Sampling,
+        refuse_no_template,
+        respond,
+        talk,
+        usual_style,
+        words_of,
+    )
+    from san_llm.models.load import load_model
     from san_llm.models.locate import find_base
 
     found = find_base(subject.base)
-    tokenizer = load_tokenizer(found, subject.adapter)
+    tokenizer, told = words_of(found, subject, date)
     refuse_no_template(tokenizer)
     trained = usual_style(subject, tokenizer)
     if trained != "chat":
         say(f"trained in prompt style {trained}, as `san-llm generate` asks; this is chat")
+    if told is not None:
+        say(f"the chat template is told that today is {told}")
     loaded = load_model(found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
     turns: dict[str, list[dict[str, str]]] = {voice: [] for voice in names}

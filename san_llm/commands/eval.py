@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from san_llm.commands.options import Json, Overwrite, Run, results, stdout
+from san_llm.commands.options import Date, Json, Overwrite, Run, results, stdout
 from san_llm.progress import quiet_libraries
 
 eval_app = typer.Typer(rich_markup_mode=None)
@@ -58,6 +58,7 @@ def evaluate(
             help="llm-adapters, llm-adapters-aligned, alpaca or chat. Default: as it was trained."
         ),
     ] = None,
+    date: Date = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first rows of each task.")
     ] = None,
@@ -103,6 +104,7 @@ def evaluate(
             data=data,
             protocol=protocol,
             prompt=prompt,
+            date=date,
             limit=limit,
             batch_size=batch_size,
             dtype=dtype,

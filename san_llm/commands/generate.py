@@ -16,6 +16,7 @@ from san_llm.commands.options import (
     Adapter,
     BaseOnly,
     Compare,
+    Date,
     DType,
     Json,
     Model,
@@ -74,6 +75,7 @@ def generate(
             "stands. Default: the run's, else chat where the model has a template, else none.",
         ),
     ] = None,
+    date: Date = None,
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -91,9 +93,10 @@ def generate(
     from san_llm.ask.respond import Sampling, posed, respond
     from san_llm.models.load import load_model
 
-    question = posed(subject, words, style, context)
+    question = posed(subject, words, style, context, date)
     if not as_json:
-        say(f"asking {subject} in prompt style {question.style}")
+        day = f", told that today is {question.date}" if question.date else ""
+        say(f"asking {subject} in prompt style {question.style}{day}")
     loaded = load_model(question.found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
 
@@ -106,6 +109,7 @@ def generate(
             "model": subject.base.model,
             "adapter": str(subject.adapter) if subject.adapter else None,
             "style": question.style,
+            **({"date": question.date} if question.date else {}),
             "prompt": question.text,
         }
         print(json.dumps(about | {"answers": [asdict(answer) for answer in answers]}))

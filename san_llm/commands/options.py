@@ -79,6 +79,13 @@ DType = Annotated[
         "on a GPU, float32 on a CPU."
     ),
 ]
+Date = Annotated[
+    str | None,
+    typer.Option(
+        metavar="YYYY-MM-DD",
+        help="What a chat template writes as today's date. Default: the training's.",
+    ),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[
     float,

@@ -168,7 +168,8 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     }
     rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
     found = find_base(recipe.base)
-    encoding = encoding_of(data, load_tokenizer(found), found.vocabulary)
+    tokenizer = load_tokenizer(found, date=data.date)
+    encoding = encoding_of(data, tokenizer, found.vocabulary)
     return inspect(rows, tests, encoding, about, found.context)
 
 

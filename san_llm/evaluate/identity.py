@@ -33,6 +33,8 @@ def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
     if not exact and settings.protocol != "loglik":
         shared["processes"] = world_size()
     protocol: dict[str, Any] = {"name": settings.protocol, "prompt": settings.prompt}
+    if settings.date is not None:
+        protocol["date"] = settings.date
     if generated:
         protocol |= {
             "beams": BEAMS,

@@ -69,6 +69,7 @@ class Settings:
         batch_size: Rows at once; None: chosen by memory.
         strict: Compute each row alone, so that its answer depends on nothing else, in any dtype.
         answers_only: Generate no further than an answer is certain.
+        date: What a chat template writes as today's date; None: one that does so is refused.
     """
 
     protocol: Protocol = "generate"
@@ -76,6 +77,7 @@ class Settings:
     batch_size: int | None = None
     strict: bool = False
     answers_only: bool = False
+    date: str | None = None
 
 
 def find_protocol(name: str) -> Protocol:

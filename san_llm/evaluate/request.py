@@ -10,7 +10,7 @@ from san_llm.errors import InputError
 from san_llm.evaluate.questions import Questions, Settings, find_protocol, read_questions
 from san_llm.files import refuse_files
 from san_llm.launch.processes import is_first
-from san_llm.models.subject import Subject, find_subject
+from san_llm.models.subject import Subject, checked_date, find_subject
 from san_llm.protocol.prompts import prompt_style
 from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.recipe.schema import Evaluation
@@ -30,6 +30,7 @@ class EvalRequest:
         data: ``pocket``, or a folder with ``<task>/test.json``.
         protocol: ``generate``, ``loglik`` or ``lm-eval``.
         prompt: The prompt style.
+        date: What a chat template writes as today's date.
         limit: Only the first rows of each task.
         batch_size: Rows at once.
         dtype: The dtype to load weights in, instead of the base's.
@@ -49,6 +50,7 @@ class EvalRequest:
     data: str | None = None
     protocol: str = "generate"
     prompt: str | None = None
+    date: str | None = None
     limit: int | None = None
     batch_size: int | None = None
     dtype: str | None = None
@@ -92,6 +94,7 @@ def check_request(request: EvalRequest) -> EvalTask:
     named = None if request.tasks is None else find_tasks(request.tasks)
     style = None if request.prompt is None else prompt_style(request.prompt)
     protocol = find_protocol(request.protocol)
+    date = request.date and checked_date(request.date)
     if request.answers_only and protocol != "generate":
         raise InputError(f"--answers-only: protocol {protocol} generates nothing")
     subject = find_subject(
@@ -110,7 +113,8 @@ def check_request(request: EvalRequest) -> EvalTask:
         subject=subject,
         questions=read_questions(tasks, data, limit),
         settings=Settings(
-            protocol, style, request.batch_size, request.strict, request.answers_only
+            *(protocol, style, request.batch_size, request.strict, request.answers_only),
+            date=date or subject.date if style == "chat" else None,
         ),
         about={
             "title": f"{subject} on {data}",

@@ -46,7 +46,7 @@ def evaluate(task: EvalTask) -> EvalResult | None:
         if task.settings.protocol == "lm-eval":
             check_installed()
         found = find_base(task.subject.base)
-        tokenizer = load_tokenizer(found, task.subject.adapter)
+        tokenizer = load_tokenizer(found, task.subject.adapter, task.settings.date)
         config = load_config(found, task.subject.adapter)
         items = pose(task.questions, task.settings, tokenizer, config)
         progress: Progress | None = None

@@ -148,6 +148,7 @@ def _options(stored: Stored, facts: Facts) -> list[str]:
         ("--tasks", tasks, ",".join(defaults.tasks)),
         ("--data", results.data, defaults.data),
         ("--prompt", asking.prompt, defaults.prompt or recipe.data.prompt),
+        ("--date", asking.date, recipe.data.date),
         ("--limit", results.limit, defaults.limit),
         ("--dtype", identity.load.dtype, recipe.base.dtype),
         ("--batch-size", manifest.batch_size, None),

@@ -73,6 +73,7 @@ def merge(request: MergeRequest) -> MergeResult:
             **manifest(),
             base=task.found.base.model,
             prompt=recipe.data.prompt if recipe else None,
+            date=recipe.data.date if recipe else None,
             sha256={
                 "base config": sha256_of(task.found.folder / "config.json"),
                 "adapter": sha256_of(task.adapter.weights),

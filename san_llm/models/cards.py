@@ -80,7 +80,7 @@ def write_card(run: Path, folder: Path) -> None:
         _BEGIN,
         _END,
         "",
-        *asking_section(recipe.data.prompt, load),
+        *asking_section(recipe.data.prompt, load, recipe.data.date),
         "",
         "`san-llm generate --adapter` writes prompts so by itself.",
         "",
@@ -166,15 +166,17 @@ def trained_on(recipe: Recipe) -> str:
     return train if isinstance(train, str) else ", ".join(train)
 
 
-def asking_section(style: PromptStyle, load: list[str]) -> list[str]:
+def asking_section(style: PromptStyle, load: list[str], date: str | None = None) -> list[str]:
     """Return the lines of a card that ask a model in Python as it was asked in training.
 
     Args:
         style: The prompt style of its training.
         load: The lines of Python behind which ``model`` and ``tokenizer`` are loaded.
+        date: What the chat template wrote as today's in training, where it was told one.
     """
     if style == "chat":
         about, special = "its chat template", ", add_special_tokens=False"
+        about += f" with {date} for today's date" if date else ""
         prompt = [
             'turns = [{"role": "user", "content": "QUESTION"}]',
             "prompt = tokenizer.apply_chat_template(",
@@ -255,7 +257,7 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
         lines += [
             f"- Data: {trained_on(recipe)}; prompt style `{recipe.data.prompt}`.",
             "",
-            *asking_section(recipe.data.prompt, LOAD),
+            *asking_section(recipe.data.prompt, LOAD, recipe.data.date),
             "",
             *recipe_section(recipe),
         ]

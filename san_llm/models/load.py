@@ -16,6 +16,7 @@ from san_llm.models.agree import check_base, refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
+from san_llm.models.template_date import with_date
 from san_llm.models.tokenizer_files import TOKENIZERS, template_files, tokenizer_folder
 from san_llm.models.weights import read_weights
 from san_llm.san.model import keep_4bit_layout
@@ -49,8 +50,15 @@ def load_config(found: FoundBase, adapter: Path | None = None) -> Any:
     return config
 
 
-def load_tokenizer(found: FoundBase, adapter: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    found: FoundBase, adapter: Path | None = None, date: str | None = None
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a base, or of an adapter that brings its own; likewise its template.
+
+    Args:
+        found: The base.
+        adapter: The adapter's folder.
+        date: What a chat template writes as today's; None: one that does so refuses.
 
     Raises:
         InputError: when there is none that can be used, or an adapter's has tokens that the
@@ -67,21 +75,16 @@ def load_tokenizer(found: FoundBase, adapter: Path | None = None) -> PreTrainedT
         AutoTokenizer.from_pretrained,
         trust_remote_code=found.base.trust_remote_code,
     )
-    if found.vocabulary is None:
-        return tokenizer
-    rows = _rows(found, adapter)
-    for role in ("eos_token", "pad_token"):  # what every row ends with, or is filled up with
-        number = getattr(tokenizer, f"{role}_id")
-        if number is not None:
-            where = f"{folder / 'tokenizer_config.json'}: {role}"
-            refuse_past_embedding([number], rows, where, tokenizer)
-    if adapter is None:
-        return tokenizer
     for file in template_files(found.folder, adapter):
         if file.parent != folder and file.suffix == ".jinja":
             tokenizer.chat_template = file.read_text(encoding="utf-8")
-    if folder == adapter:
-        _check_words(tokenizer, found, adapter, rows)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: with_date(text, date) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = with_date(template, date)
+    if found.vocabulary is not None:
+        _check_words(tokenizer, found, folder, adapter)
     return tokenizer
 
 
@@ -92,8 +95,17 @@ def _rows(found: FoundBase, adapter: Path | None) -> int:
 
 
 def _check_words(
-    tokenizer: PreTrainedTokenizerFast, found: FoundBase, adapter: Path, rows: int
+    tokenizer: PreTrainedTokenizerFast, found: FoundBase, folder: Path, adapter: Path | None
 ) -> None:
+    """Refuse tokens of a tokenizer in ``folder`` that will be met and have no row."""
+    rows = _rows(found, adapter)
+    for role in ("eos_token", "pad_token"):  # what every row ends with, or is filled up with
+        number = getattr(tokenizer, f"{role}_id")
+        if number is not None:
+            where = f"{folder / 'tokenizer_config.json'}: {role}"
+            refuse_past_embedding([number], rows, where, tokenizer)
+    if folder != adapter:
+        return
     word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= rows and word not in load_tokenizer(found).get_vocab():
         raise InputError(

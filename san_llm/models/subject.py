@@ -12,7 +12,7 @@ from san_llm.models.adapter import named_base
 from san_llm.models.locate import find_base
 from san_llm.progress import say
 from san_llm.protocol.prompts import PromptStyle, prompt_style
-from san_llm.recipe.schema import DTYPES, Base, Recipe
+from san_llm.recipe.schema import DTYPES, Base, Recipe, check_date
 from san_llm.runs.folder import adapter_of, last_run, recipe_of, run_of
 from san_llm.runs.record import ADAPTER_CONFIG, read_merge_manifest
 
@@ -40,6 +40,14 @@ class Subject:
             return self.recipe.data.prompt
         merge = read_merge_manifest(Path(self.base.model)) if self.adapter is None else None
         return None if merge is None or merge.prompt is None else prompt_style(merge.prompt)
+
+    @property
+    def date(self) -> str | None:
+        """The date that its chat template wrote in training, as its run or its merge says."""
+        if self.recipe is not None:
+            return self.recipe.data.date
+        merge = read_merge_manifest(Path(self.base.model)) if self.adapter is None else None
+        return None if merge is None else merge.date
 
     def __str__(self) -> str:
         """Return ``base`` or ``base + adapter``."""
@@ -108,6 +116,18 @@ def _base_alone(model: str) -> Base:
     config = find_base(base).config
     own = config.get("dtype") or config.get("torch_dtype")
     return base.model_copy(update={"dtype": own}) if own in DTYPES else base
+
+
+def checked_date(date: str) -> str:
+    """Return what ``--date`` says.
+
+    Raises:
+        InputError: when it is no date.
+    """
+    try:
+        return check_date(date)
+    except InputError as error:
+        raise InputError(f"--date: {error}") from None
 
 
 def told_last_run() -> Path:

@@ -28,7 +28,7 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     """
     rows, _, _ = split_held_out(recipe)
     found = find_base(recipe.base)
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, date=recipe.data.date)
     encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
     encoded = encode_rows(rows, encoding).rows
     lengths = [len(row) for row in encoded["input_ids"]]

@@ -7,6 +7,9 @@ misspelt key costs a tenth of a second, not a model load. All mistakes are repor
 from __future__ import annotations
 
 import os
+import re
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,6 +33,7 @@ MOST, MOST_RANKS = 10**9, 2**16
 ROW_FILES = (".json", ".jsonl")  # what rows are read from
 # Of the steps: enough for AdamW to know its gradients, at any length of a run.
 USUAL_WARMUP = 0.1
+A_DATE = "2024-07-26"  # in messages; what Llama 3.2's chat template writes where it knows none
 
 
 class _Section(BaseModel):
@@ -237,6 +241,11 @@ class Data(_Section):
         description="the text around a row: LLM-Adapters' (aligned: asked as trained), Alpaca's "
         "or the model's own chat template",
     )
+    date: str | None = Field(
+        default=None,
+        description="what a chat template that writes today's date writes instead, such as "
+        f"{A_DATE}; here and wherever the run's adapter is asked",
+    )
     loss: Literal["response", "all"] = Field(
         description="which tokens are learned: the response's and its end token, or all of the text"
     )
@@ -248,6 +257,11 @@ class Data(_Section):
     )
     limit: int | None = Field(default=None, ge=1, le=MOST, description="use the first rows only")
     workers: int = Field(default=4, ge=1, le=1024, description="more than 1 tokenizes on threads")
+
+    @field_validator("date")
+    @classmethod
+    def _date(cls, value: str | None) -> str | None:
+        return None if value is None else check_date(value)
 
     @field_validator("held_out")
     @classmethod
@@ -397,6 +411,18 @@ class Recipe(_Section):
     data: Data
     training: Training
     evaluation: Evaluation = Evaluation()
+
+
+def check_date(text: str) -> str:
+    """Return a date as ``data.date`` and ``--date`` have it.
+
+    Raises:
+        InputError: for what is none.
+    """
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        with suppress(ValueError):
+            return date.fromisoformat(text).isoformat()
+    raise InputError(f"expected a date such as {A_DATE}, found {text!r}")
 
 
 def leaves(value: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -222,6 +222,7 @@ class Asking(_Record):
         choices: The text that each choice was scored in.
         answers_only: Whether nothing was generated once an answer was certain.
         strict: Whether each row was computed alone.
+        date: What the chat template wrote as today's; None where it was told none.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -233,6 +234,7 @@ class Asking(_Record):
     choices: str | None = None
     answers_only: bool = False
     strict: bool = False
+    date: str | None = None
 
 
 class Loading(_Record):
@@ -531,11 +533,13 @@ class MergeManifest(Manifest):
     Attributes:
         base: The base, as the merge was told it.
         prompt: The prompt style of the training; None where it is not known.
+        date: The date that the chat template wrote in training, where it was told one.
         sha256: The sha256 of the base's config, of the adapter, and of each file that was made.
     """
 
     base: str = ""
     prompt: str | None = None
+    date: str | None = None
     sha256: dict[str, str] = {}
 
 
