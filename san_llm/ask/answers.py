@@ -16,6 +16,7 @@ import torch
 from san_llm.ask.beam_search import BeamSearch
 from san_llm.ask.packed import can_pack, inner
 from san_llm.data.batches import pad_id
+from san_llm.models.rotary import alike_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -86,7 +87,11 @@ def answers(
     ends = end_tokens(model, tokenizer)
     read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
     search = BeamSearch(BEAMS, NEW_TOKENS, ends, read)
-    for group in [[number] for number in order] if batch_size == 1 else [order]:
+    # A prompt that may come to where its length decides how it is rotated is answered alone.
+    alike = 0 if batch_size == 1 else alike_to(inner(model).config) - NEW_TOKENS
+    alone = [[number] for number in order if len(prompts[number]) > alike]
+    together = order[len(alone) :]
+    for group in alone + ([together] if together else []):
         left = set(group)
         packs = can_pack(model, len(prompts[group[0]]) + NEW_TOKENS)
         while left:
@@ -160,7 +165,8 @@ def _stock(
         tokens, mask = tokens.to(model.device), mask.to(model.device)
         cache = DynamicCache(config=model.config)
         with torch.inference_mode(), without_habits(model):
-            if width > 1:
+            # One token before the length from which on it is rotated otherwise, so are all others.
+            if width > 1 and width - 1 != alike_to(inner(model).config):
                 model(
                     input_ids=tokens[:, :-1],
                     attention_mask=mask[:, :-1],

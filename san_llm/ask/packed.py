@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from san_llm.models.rotary import alike_to
 from san_llm.ops.attention import added, attention
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def can_pack(model: PreTrainedModel, longest: int) -> bool:
     """Return whether sequences of at most ``longest`` tokens can be packed.
 
     Not where attention is more than every earlier token's: a window that slides within that length,
-    capped scores, or rotary positions that depend on the longest sequence of a batch.
+    capped scores, or rotary positions that depend on how long a sequence is.
     """
     from transformers import DynamicCache
 
@@ -88,12 +89,11 @@ def can_pack(model: PreTrainedModel, longest: int) -> bool:
         getattr(layer, "sliding_window", longest) >= longest
         for layer in DynamicCache(config=config).layers
     )
-    rotary = repr(getattr(config, "rope_parameters", None))
     return (
         plain
         and bool(getattr(inner(model), "_supports_attention_backend", False))
         and getattr(config, "attn_logit_softcapping", None) is None
-        and not any(kind in rotary for kind in ("dynamic", "longrope"))
+        and longest <= alike_to(config)
     )
 
 

@@ -28,6 +28,7 @@ from san_llm.evaluate.score import (
 )
 from san_llm.launch.processes import world_size
 from san_llm.models.agree import refuse_past_embedding
+from san_llm.models.rotary import alike_to
 from san_llm.protocol.tasks import Task
 
 if TYPE_CHECKING:
@@ -197,7 +198,10 @@ def _scores(
     if settings.protocol == "loglik":
         return score_choices(model, tokenizer, questions)
     right = [item.answers.index(item.row.answer) for item in items]
-    at_once = 1 if settings.strict else settings.batch_size or SCORED_AT_ONCE
+    # The harness pads to the longest: of rows that their length rotates otherwise, each is alone.
+    longest = max(len(item.tokens) + max(map(len, item.question.choices)) for item in items)
+    alone = settings.strict or longest > alike_to(model.config)
+    at_once = 1 if alone else settings.batch_size or SCORED_AT_ONCE
     return score_with_lm_eval(model, tokenizer, questions, right, at_once)
 
 

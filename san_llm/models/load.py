@@ -16,6 +16,7 @@ from san_llm.models.agree import check_base, refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
+from san_llm.models.rotary import rotate_by_row
 from san_llm.models.template_date import with_date
 from san_llm.models.tokenizer_files import TOKENIZERS, template_files, tokenizer_folder
 from san_llm.models.weights import read_weights
@@ -182,6 +183,7 @@ def load_base(
     for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
         raise InputError(f"{base.model}: its weights have no {name}")
     keep_4bit_layout(model)
+    rotate_by_row(model)
     if stored:  # transformers leaves what is not quantized as it is stored
         for parameter in model.parameters():
             if parameter.is_floating_point():

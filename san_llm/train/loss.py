@@ -52,7 +52,9 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
         }
         sources, targets = inputs["sources"], inputs["labels"]
     else:
-        keywords = {"attention_mask": inputs["attention_mask"]}
+        mask = inputs["attention_mask"]
+        # Padding stands where its row's last token does: a row's length may decide its rotation.
+        keywords = {"attention_mask": mask, "position_ids": mask.cumsum(-1) - 1}
         following = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
         sources = (following != IGNORE).nonzero()[:, 0]
         targets = following[sources]

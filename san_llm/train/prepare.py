@@ -16,7 +16,7 @@ from san_llm.data.batches import Pack, Pad, pad_id
 from san_llm.data.encode import encoding_of
 from san_llm.data.rows import Row
 from san_llm.data.split import split_held_out
-from san_llm.data.tokenized import Encoded, encode_rows, kept_rows, refuse_longer
+from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import SanError
 from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.launch.malloc import spares_memory, without_holes
@@ -24,6 +24,7 @@ from san_llm.launch.processes import is_first, world_size
 from san_llm.models.adapter import add_adapter, trainable_parameters
 from san_llm.models.load import load_base, load_tokenizer
 from san_llm.models.locate import FoundBase, find_base
+from san_llm.models.rotary import alike_to
 from san_llm.progress import say
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.schema import Recipe, micro_batch
@@ -102,7 +103,8 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     samples.check(base.config)
     model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
-    if recipe.training.packing and can_pack(base):
+    longest = max(max(Rows(rows).lengths) for rows in (data.train, data.held_out) if rows)
+    if recipe.training.packing and can_pack(base) and longest <= alike_to(base.config):
         use_packed_attention(base)
         collator = Pack(share=not has_dropout(model))
     trained = trainable_parameters(model)

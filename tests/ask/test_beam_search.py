@@ -178,9 +178,11 @@ def test_a_family_is_packed_where_every_token_sees_all_before_it(name):
     assert model.config._attn_implementation == before
 
 
-def test_rotary_positions_that_depend_on_the_batch_are_not_packed():
+def test_rows_that_their_length_rotates_otherwise_are_not_packed():
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert not can_pack(tiny_model(rope_parameters=scaling), 40)
+    model = tiny_model(rope_parameters=scaling)
+    assert can_pack(model, 1024)
+    assert not can_pack(model, 1025)
 
 
 @given(

@@ -21,6 +21,7 @@ from san_llm.data.rows import POCKET, read_task
 from san_llm.evaluate.pose import judged_answers, pose, units
 from san_llm.evaluate.questions import Questions, Settings, read_questions
 from san_llm.evaluate.store import read_evaluation
+from san_llm.models.rotary import rotate_by_row
 from san_llm.protocol.tasks import TASKS, find_tasks
 
 PROTOCOLS = ["generate", "loglik", "lm-eval"]
@@ -96,6 +97,30 @@ def test_answers_depend_on_neither_batch_nor_order(model, questions, protocol):
         assert said(found) == whole, batch_size
     moved, back = in_another_order(questions)
     assert back(said(judged(model, TOKENIZER, moved, protocol=protocol, batch_size=7))) == whole
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_row_is_rotated_by_its_own_length(questions, protocol):
+    # Prompts on both sides of the length from which on a row is rotated otherwise.
+    questions = Questions({task: found[:6] for task, found in questions.rows.items()}, {})
+    items = pose(questions, Settings(prompt="alpaca"), TOKENIZER, 1024)
+    lengths = sorted(len(item.tokens) for item in items)
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [4.0, 6.0, 8.0, 12.0],
+        "original_max_position_embeddings": lengths[len(lengths) // 2] + 10,
+    }
+    scaled = tiny_model(5, rope_parameters=longrope)
+    scaled.lm_head.weight.data.mul_(4)
+    rotate_by_row(scaled)
+    alone = said(judged(scaled, TOKENIZER, questions, protocol=protocol, batch_size=1))
+    assert said(judged(scaled, TOKENIZER, questions, protocol=protocol, batch_size=16)) == alone
+    plain = {**longrope, "long_factor": longrope["short_factor"]}
+    scaled = tiny_model(5, rope_parameters=plain)
+    scaled.lm_head.weight.data.mul_(4)
+    assert said(judged(scaled, TOKENIZER, questions, protocol=protocol, batch_size=1)) != alone
 
 
 @pytest.mark.parametrize("style", ["alpaca", "llm-adapters", "llm-adapters-aligned", "chat"])
