@@ -26,8 +26,8 @@ from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.load import load_config, load_tokenizer
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject, checked_date
-from san_llm.models.template_date import ASKS
 from san_llm.protocol.prompts import PromptStyle, prompt_style
+from san_llm.protocol.template_date import ASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

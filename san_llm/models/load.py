@@ -17,9 +17,9 @@ from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
 from san_llm.models.rotary import rotate_by_row
-from san_llm.models.template_date import with_date
 from san_llm.models.tokenizer_files import TOKENIZERS, template_files, tokenizer_folder
 from san_llm.models.weights import read_weights
+from san_llm.protocol.template_date import with_date
 from san_llm.san.model import keep_4bit_layout
 
 if TYPE_CHECKING:

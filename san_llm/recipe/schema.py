@@ -20,6 +20,7 @@ from san_llm.architectures.entry import KINDS
 from san_llm.errors import InputError
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.protocol.template_date import A_DATE
 from san_llm.san.options import Options, check_targets
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -33,7 +34,6 @@ MOST, MOST_RANKS = 10**9, 2**16
 ROW_FILES = (".json", ".jsonl")  # what rows are read from
 # Of the steps: enough for AdamW to know its gradients, at any length of a run.
 USUAL_WARMUP = 0.1
-A_DATE = "2024-07-26"  # in messages; what Llama 3.2's chat template writes where it knows none
 
 
 class _Section(BaseModel):

@@ -11,8 +11,7 @@ import json
 import string
 from datetime import datetime
 
-from san_llm.recipe.schema import A_DATE
-
+A_DATE = "2024-07-26"  # in messages; what Llama 3.2's chat template writes where it knows none
 ASKS = "strftime_now"
 
 

@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from tiny import CHAT_TEMPLATE, rows, tiny_tokenizer, write_recipe, write_rows
 from transformers.utils import chat_template_utils
 
-from san_llm.models.template_date import with_date
+from san_llm.protocol.template_date import with_date
 
 DATED = "Today: {{ strftime_now('%d %b %Y, %H:%M:%S') }}\n" + CHAT_TEMPLATE
 TEMPLATES = {
