@@ -103,7 +103,7 @@ def test_answers_depend_on_neither_batch_nor_order(model, questions, protocol):
 def test_a_row_is_rotated_by_its_own_length(questions, protocol):
     # Prompts on both sides of the length from which on a row is rotated otherwise.
     questions = Questions({task: found[:6] for task, found in questions.rows.items()}, {})
-    items = pose(questions, Settings(prompt="alpaca"), TOKENIZER, 1024)
+    items = pose(questions, Settings(prompt="alpaca"), TOKENIZER, tiny_config())
     lengths = sorted(len(item.tokens) for item in items)
     longrope = {
         "rope_type": "longrope",
@@ -237,7 +237,7 @@ def rows_together(model) -> Iterator[list[int]]:
 
 def companies(questions, settings, tokenizer, back=dict):
     """Return which rows are answered together, in turn; of generated ones the turn alone."""
-    items = pose(questions, settings, tokenizer, tiny_config())
+    items = pose(questions, settings, tokenizer, tiny_config(vocab_size=len(tokenizer)))
     keys = [(item.task.name, item.number) for item in items]
     return [set(back({keys[n]: n for n in unit})) for unit in units(items, settings)]
 

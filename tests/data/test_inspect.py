@@ -191,6 +191,7 @@ tokens a row  min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.6
 learned       129 of 1,234 tokens (10.5 %)
 cut           1: the cutoff takes their response's end: row 3
 dropped       7: their prompt fills the cutoff, nothing of the response is left: row 1, row 2, ...
+too long      1: more tokens than the model's context of 1,024; train refuses them: row 9
 duplicates    1,002
 disputed      5 with the question of another, answered otherwise
   tokens   rows
@@ -222,6 +223,9 @@ def test_every_line_of_the_report_is_as_it_is_meant():
         dropped=7,
         cut_at=["rows.json: row 3"],
         dropped_at=["rows.json: row 1", "rows.json: row 2"],
+        context=1024,
+        longer=1,
+        longer_at=["rows.json: row 9"],
         tokens=1234,
         supervised=129,
         duplicates=1002,

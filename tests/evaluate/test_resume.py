@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -334,13 +335,19 @@ def test_what_no_evaluation_has_written_is_refused(command, here, cache, data, t
 
 
 def test_what_cannot_be_written_leaves_the_rows_for_the_next_time(
-    command, here, cache, data, tiny_base
+    command, here, cache, data, tiny_base, monkeypatch
 ):
     base = save_tiny(here / "other", seed=3)
-    (here / "file").write_text("")
-    done = command(*asked(base, "--limit", 2, "--output", "file/out"))
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
+
+    def full(folder, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("san_llm.evaluate.run.write_evaluation", full)
+        done = command(*asked(base, "--limit", 2, "--output", "out"))
+    assert done.returncode == 1
+    assert "No space left on device; make room" in done.stderr
+    assert not (here / "out").exists()
     assert stored_rows(cache) == 2
     done = command(*asked(base, "--limit", 2, "--output", "out"))
     assert done.returncode == 0

@@ -146,7 +146,9 @@ def tokens_seen(style, tokenizer, here):
     row = {"instruction": INSTRUCTION, "input": "", "output": f"{TASK} true", "answer": "true"}
     write_rows(here / "d" / "boolq" / "test.json", [row])
     questions = read_questions([TASKS["boolq"]], str(here / "d"), None)
-    (item,) = pose(questions, Settings(prompt=style), tokenizer, tiny_config())
+    (item,) = pose(
+        questions, Settings(prompt=style), tokenizer, tiny_config(vocab_size=len(tokenizer))
+    )
     assert item.prompt == (EVALUATION if style == "llm-adapters" else TRAINING)
     return item.tokens
 
