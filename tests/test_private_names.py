@@ -219,14 +219,22 @@ add("ctypes", "CDLL", "mallopt", "large tensors go back to the system", does(mal
 
 
 def attention_on_a_cpu() -> None:
-    query, key, value = torch.randn(3, 2, 2, 5, 8).bfloat16()
-    mask = torch.zeros(2, 2, 5, 5).bfloat16()
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, log_sums = attend(query, key, value, attn_mask=mask, scale=0.5)
-    scores = query.float() @ key.float().mT * 0.5
-    assert log_sums.dtype == torch.float32
-    assert torch.allclose(log_sums, scores.logsumexp(-1), atol=0.05)
-    assert torch.allclose(out.float(), scores.softmax(-1) @ value.float(), atol=0.05)
+    # Of 4 heads two share a key head; 2 of 5 queries are the last ones.
+    query, key, value = (torch.randn(1, heads, 5, 8, requires_grad=True) for heads in (4, 2, 2))
+    mask = torch.zeros(1, 1, 2, 5)
+    mask[..., 0, 4] = float("-inf")
+    scores = query[:, :, 3:] @ key.repeat_interleave(2, 1).mT * 0.5 + mask
+    expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    aten, given = torch.ops.aten, (query[:, :, 3:].detach(), key.detach(), value.detach())
+    attend = aten._scaled_dot_product_flash_attention_for_cpu
+    out, log_sums = attend(*given, attn_mask=mask, scale=0.5)
+    assert torch.allclose(log_sums, scores.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(out, expected, atol=1e-5)
+    back = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = back(torch.ones_like(out), *given, out, log_sums, 0.0, False, attn_mask=mask, scale=0.5)
+    wanted = torch.autograd.grad(expected.sum(), (query, key, value))
+    assert torch.allclose(found[0], wanted[0][:, :, 3:], atol=1e-5)
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(found[1:], wanted[1:], strict=True))
 
 
 def activations_in_place() -> None:
@@ -321,8 +329,9 @@ def a_failed_worker_is_named() -> None:
     assert (rank, failure.exitcode, type(failure.timestamp)) == (1, -9, int)
 
 
-ATTENTION = "attention on a CPU gives what our own backward pass starts from"
+ATTENTION = "packed rows attend on a CPU by parts, under masks, with heads that share keys"
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+FLASH += f" {FLASH}_backward"
 add("torch", "ops.aten", FLASH, ATTENTION, does(attention_on_a_cpu))
 IN_PLACE = "activations and their slopes are computed in memory that is there"
 add("torch", "ops.aten", "gelu silu", IN_PLACE, does(activations_in_place))

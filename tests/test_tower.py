@@ -48,7 +48,7 @@ MAY_TORCH = {
     *("merge.in_memory", "merge.peft", "merge.quantized", "merge.stock_logits", "merge.verify"),
     *("models.from_gguf", "models.load", "models.quantize", "models.reading"),
     "models.rotary",
-    *("ops.attention", "ops.head_loss", "ops.scale"),
+    *("ops.attention", "ops.causal", "ops.head_loss", "ops.scale"),
     "plan.largest",
     *("san.config", "san.layer", "san.lean", "san.merging", "san.model", "san.rows"),
     *("train.batches", "train.callbacks", "train.checkpoint_check", "train.loss"),

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from san_llm.data.encode import IGNORE
 from san_llm.errors import SanError
+from san_llm.ops.causal import Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,24 +35,18 @@ class Pack:
         """Return a batch of N packed tokens and S learned ones from R rows.
 
         ``input_ids`` and ``position_ids`` are (1, N). ``sources`` (S,) are the packed tokens whose
-        features predict ``labels`` (S,). ``layout`` tells attention how rows lie in the sequence:
-
-        - ``keys`` (R, longest row): the packed tokens of each row.
-        - ``queries`` (R, most of a row): those that this row is the first to have.
-        - ``slots`` (N,): where each packed token stands among the flattened ``queries``.
-
-        Rows are filled up with their own first token.
+        features predict ``labels`` (S,). ``layout`` tells attention how rows lie in the sequence: a
+        segment for each row that has tokens of its own, which together are all tokens, in order.
         """
         tokens: list[int] = []
         positions: list[int] = []
-        keys: list[list[int]] = []
-        queries: list[list[int]] = []
+        layout: list[Segment] = []
         sources: list[int] = []
         labels: list[int] = []
         children: dict[tuple[int, int], int] = {}  # (parent node, token) -> node
         for row in rows:
             path: list[int] = []
-            new: list[int] = []
+            start = len(tokens)
             node = -1
             learned = [i for i, label in enumerate(row["labels"]) if label != IGNORE and i]
             # The last learned token is predicted, but nothing is predicted from it.
@@ -64,17 +58,13 @@ class Pack:
                     children[node, token] = child
                     tokens.append(token)
                     positions.append(position)
-                    new.append(child)
                 node = child
                 path.append(node)
-            keys.append(path)
-            queries.append(new)
+            own = len(tokens) - start
+            if own:
+                layout.append(Segment(start, len(tokens), _spans(path[: len(path) - own])))
             sources += [path[i - 1] for i in learned]
             labels += [row["labels"][i] for i in learned]
-        wide = max(1, max(map(len, queries)))
-        slots = torch.empty(len(tokens), dtype=torch.long)
-        for number, new in enumerate(queries):
-            slots[torch.tensor(new, dtype=torch.long)] = number * wide + torch.arange(len(new))
         targets = torch.tensor(labels, dtype=torch.long)
         return {
             "input_ids": torch.tensor([tokens]),
@@ -83,18 +73,19 @@ class Pack:
             # Trainer counts these; under this name it takes them for already shifted.
             "shift_labels": targets,
             "labels": targets,
-            "layout": {
-                "keys": _filled(keys, keys, max(map(len, keys))),
-                "queries": _filled(queries, keys, wide),
-                "slots": slots,
-            },
+            "layout": layout,
         }
 
 
-def _filled(lists: list[list[int]], paths: list[list[int]], width: int) -> Tensor:
-    return torch.tensor(
-        [row + path[:1] * (width - len(row)) for row, path in zip(lists, paths, strict=True)]
-    )
+def _spans(path: list[int]) -> tuple[tuple[int, int], ...]:
+    """Return the stretches of tokens that stand together in a path."""
+    spans: list[tuple[int, int]] = []
+    for node in path:
+        if spans and spans[-1][1] == node:
+            spans[-1] = (spans[-1][0], node + 1)
+        else:
+            spans.append((node, node + 1))
+    return tuple(spans)
 
 
 @dataclass(frozen=True)

@@ -40,19 +40,16 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     tokens, width = padded["input_ids"].numel(), padded["input_ids"].shape[1]
     learned = int((padded["labels"][:, 1:] != -100).sum())
     masked = not bool(padded["attention_mask"].all())
-    largest = Batch(tokens, learned, tokens, tokens, width, packed=False, masked=masked)
+    largest = Batch(tokens, learned, width, packed=False, masked=masked)
     return Seen(len(lengths), largest, largest)
 
 
 def _packed(rows: list[dict[str, Any]], share: bool) -> Batch:
     batch = Pack(share)(rows)
-    layout = batch["layout"]
     return Batch(
         tokens=batch["input_ids"].numel(),
         learned=len(batch["labels"]),
-        keys=layout["keys"].numel(),
-        queries=layout["queries"].numel(),
-        longest=layout["keys"].shape[1],
+        longest=max(row.length for row in batch["layout"]),
         packed=True,
-        masked=True,
+        masked=False,
     )

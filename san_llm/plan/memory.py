@@ -42,17 +42,13 @@ class Batch:
     Attributes:
         tokens: Tokens of all rows; what packed rows share counts once.
         learned: Tokens that the loss looks at.
-        keys: Tokens that attention looks at: rows times the longest.
-        queries: Tokens that attention asks for: rows times the most of one.
         longest: Tokens of the longest row.
         packed: Whether rows lie behind one another, without padding.
-        masked: Whether attention needs a mask: packed rows do, and rows of different lengths.
+        masked: Whether attention has a mask of rows x tokens: padded rows of different lengths do.
     """
 
     tokens: int
     learned: int
-    keys: int
-    queries: int
     longest: int
     packed: bool
     masked: bool
@@ -63,7 +59,7 @@ def full_batch(rows: int, length: int, packed: bool) -> Batch:
     # The last token of a packed row is only predicted.
     seen = length - 1 if packed else length
     tokens = rows * seen
-    return Batch(tokens, rows * (length - 1), tokens, tokens, seen, packed, masked=True)
+    return Batch(tokens, rows * (length - 1), seen, packed, masked=not packed)
 
 
 @dataclass(frozen=True)
@@ -157,8 +153,6 @@ def memory(setting: Setting) -> Memory:
     kept = shape.blocks * (stream if setting.checkpointing else block)
     # The last norm keeps its input and gives an output, in both widths where there are two.
     kept += batch.tokens * shape.hidden * (WIDE + width)
-    if batch.packed or setting.method is None:
-        kept += _mask(setting)
     holes = 0.0
     if setting.device == "cpu" and not spares_memory(setting.checkpointing, setting.bits):
         holes = HOLES * (kept - shape.blocks * _kept_of_weights(setting))
@@ -261,12 +255,10 @@ def _kept_by_block(setting: Setting) -> int:
     read = sum(shape.linears[name][1] for name in targets)
     written = sum(shape.linears[name][0] for name in targets)
     noise = wide = 0
-    # Attention's output is read as it lies, or brought back into the order of packed tokens.
-    out = q if batch.packed else 0
     # A plain norm widens its input, and keeps that.
     wide, low = 2 * hidden, 3 * inner
     if method is None:
-        low += 2 * hidden + 2 * hidden + inner + out  # the inputs of all Linears, norms unscaled
+        low += 2 * hidden + 2 * hidden + inner  # the inputs of all Linears, norms unscaled
     elif isinstance(method, SanMethod):
         rows = method.mode != "synapse"
         linked = () if method.mode == "neuron" else method.links
@@ -276,8 +268,6 @@ def _kept_by_block(setting: Setting) -> int:
             wide, low = 2, low + 2 * hidden
         elif "residual" in linked:
             low += 2 * hidden  # the norm's output, scaled by a product of its own
-        if "attention" in linked:
-            low += out
         if method.carrier == "scale" and rows:
             folded = lean and "attention" in linked and not method.shift
             low += q + kv + 2 * hidden + (0 if folded else kv)
@@ -304,12 +294,12 @@ def _kept_by_block(setting: Setting) -> int:
     if setting.device == "cuda":
         noise = read if noise else 0  # a byte says what was dropped
     per_token = wide * WIDE + low * width + noise
-    attention = width * q * 2 * batch.queries + WIDE * shape.heads * batch.queries
-    # Packed keys and values are shared by a group's query heads; SDPA is given a copy for each.
-    attention += 2 * width * (kv if batch.packed else q) * batch.keys
-    if batch.masked and not batch.packed:  # else one mask serves all blocks
-        attention += batch.queries * batch.longest * width
-    return per_token * batch.tokens + attention + _kept_of_weights(setting)
+    # Queries and output, whose sums are wide. Keys and values are shared by a group's query heads,
+    # but under a mask SDPA is given a copy for each.
+    per_token += 2 * q * width + shape.heads * WIDE + 2 * width * (q if batch.masked else kv)
+    if batch.masked:
+        per_token += batch.longest * width
+    return per_token * batch.tokens + _kept_of_weights(setting)
 
 
 def _kept_of_weights(setting: Setting) -> int:
@@ -336,17 +326,10 @@ def _inputs(setting: Setting, read: int, targets: list[str], dropout: bool) -> i
         return read  # a copy for each, dropped from or widened
     together: dict[str, int] = {}
     for name in targets:  # readers of one norm share its output
-        if name != O or setting.batch.packed:  # attention keeps what it gives, else
-            group = name if name in (O, DOWN) else PARENTS[name]
+        if name != O:  # attention keeps what it gives
+            group = name if name == DOWN else PARENTS[name]
             together[group] = shape.linears[name][1]
     return sum(together.values())
-
-
-def _mask(setting: Setting) -> int:
-    """Return what one forward's mask of packed rows takes, for all blocks."""
-    batch = setting.batch
-    groups = setting.shape.q // setting.shape.kv
-    return batch.queries * batch.longest * groups * setting.width if batch.packed else 0
 
 
 def _loss(setting: Setting) -> int:

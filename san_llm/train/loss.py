@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from san_llm.data.encode import IGNORE
+from san_llm.ops.causal import Segments
 from san_llm.ops.head_loss import HeadLoss
-from san_llm.train.packed_attention import laid_out
 
 
 def share_of_loss(
@@ -48,7 +48,7 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
         keywords = {
             "position_ids": positions,
             "attention_mask": positions[None, None],
-            "layout": laid_out(inputs["layout"], positions[0]),
+            "layout": Segments(inputs["layout"]),
         }
         sources, targets = inputs["sources"], inputs["labels"]
     else:

@@ -1,7 +1,7 @@
 """Attention of packed rows: each token sees the tokens of its own row that stand before it.
 
-It takes the place of transformers' SDPA attention and lays the rows side by side; all else in the
-model works on single tokens and needs to know nothing of rows.
+It takes the place of transformers' SDPA attention; all else in the model works on single tokens and
+needs to know nothing of rows.
 https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from san_llm.architectures.decoders import FAMILIES
-from san_llm.ops.attention import added, attention
+from san_llm.ops.causal import Segments, causal
 
 NAME = "sdpa_packed"
 
@@ -27,7 +26,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    layout: dict[str, Any] | None = None,
+    layout: Segments | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output (1, N, heads, head_dim) of N packed tokens.
@@ -38,7 +37,7 @@ def attend(
         key: See query.
         value: See query.
         attention_mask: Not used with a layout.
-        layout: What :func:`laid_out` gives; without one this is SDPA attention.
+        layout: How the rows lie; without one this is SDPA attention.
         **keywords: What the model tells every attention function.
     """
     if layout is None:
@@ -46,49 +45,9 @@ def attend(
             module, query, key, value, attention_mask, **keywords
         )
         return out
-    keys, queries = layout["keys"], layout["queries"]
-    rows = attention(
-        _rows(query, queries),
-        _rows(key, keys).transpose(1, 2),
-        _rows(value, keys).transpose(1, 2),
-        _mask(layout, keywords.get("sliding_window"), query, query.shape[1] // key.shape[1]),
-        keywords["scaling"],
-        keywords["dropout"],
-    )
-    return rows.flatten(0, 1).index_select(0, layout["slots"]).unsqueeze(0), None
-
-
-def laid_out(layout: dict[str, Tensor], positions: Tensor) -> dict[str, Any]:
-    """Return a layout as attention takes it, for one forward.
-
-    Args:
-        layout: As ``data.batches.Pack`` makes it.
-        positions: The positions of the tokens in their rows, (N,).
-    """
-    return {**layout, "positions": positions, "masks": {}}
-
-
-def _mask(layout: dict[str, Any], window: int | None, query: Tensor, groups: int) -> Tensor:
-    """Return the mask of a block; all blocks of a forward with the same window share one."""
-    masks: dict[int | None, Tensor] = layout["masks"]
-    if window not in masks:
-        positions, width = layout["positions"][layout["queries"]], layout["keys"].shape[1]
-        seen = _before(positions + 1, width)
-        if window is not None:
-            seen &= ~_before(positions - window + 1, width)
-        masks[window] = added(seen, query.dtype, groups)
-    return masks[window]
-
-
-def _before(ends: Tensor, width: int) -> Tensor:
-    """Return which of ``width`` positions come before each end: (R, q) -> (R, q, width)."""
-    return torch.lt(torch.arange(width, device=ends.device), ends.unsqueeze(-1))
-
-
-def _rows(heads: Tensor, index: Tensor) -> Tensor:
-    """Return rows (R, length, heads, head_dim) of packed heads (1, heads, N, head_dim)."""
-    tokens = heads[0].transpose(0, 1)
-    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:])
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    window, scale = keywords.get("sliding_window"), keywords["scaling"]
+    return causal(query, key, value, layout, scale, window, keywords["dropout"])[None], None
 
 
 def can_pack(model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from san.adapted import FAMILIES, FUSED, adapt, family_model
 from tiny import tiny_model
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from san_llm.data.batches import Pack, Pad
 from san_llm.data.encode import IGNORE
+from san_llm.ops import causal
+from san_llm.ops.causal import Segment
 from san_llm.train.loss import learned_tokens, token_losses
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 
@@ -85,14 +89,17 @@ def assert_same(model: Any, rows: list[Row], share: bool, bound: float) -> None:
     share=st.booleans(),
     family=st.sampled_from([name for name in (*FAMILIES, *FUSED) if name != "gemma2"]),
     window=st.sampled_from([None, 3]),
+    block=st.sampled_from([2, 256]),
 )
-def test_no_row_learns_anything_else_in_any_family(rows, share, family, window):
+def test_no_row_learns_anything_else_in_any_family(rows, share, family, window, block):
     changes: dict[str, Any] = {"num_hidden_layers": 2}
     if window is not None:
         changes |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 1}
     model = adapt(family_model(family, torch.float64, **changes))
     # Rotary angles and Gemma's scaling of the embeddings are not float64 anywhere.
-    assert_same(model, rows, share, 1e-10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "BLOCK", block)
+        assert_same(model, rows, share, 1e-10)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -125,23 +132,71 @@ def test_nor_with_gradient_checkpointing(carrier):
         assert torch.allclose(gradient, wanted[name], rtol=1e-5, atol=1e-6), name
 
 
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that is made while it is on."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 2)
+        return out
+
+
+LONG = {
+    "one long row": ((), (240,)),
+    "long rows that share nothing": ((), (120, 60, 60)),
+    "long rows behind one prompt": (range(40, 80), (80, 80, 40)),
+    "a long prompt": (range(10, 90), (50, 50, 60)),
+    "a prompt of some rows": (range(40, 80), (80, 80, 0, 40)),
+}
+
+
+def long_rows(prompt: Sequence[int], lengths: Sequence[int], times: int = 1) -> list[Row]:
+    """Return rows of an own length behind a prompt; a row of 0 is another, without the prompt."""
+    rows = []
+    for number, length in enumerate(lengths):
+        begin = [] if not length else [*prompt] * times
+        own = [4 + (7 * number + 3 * i * i) % 90 for i in range((length or 40) * times)]
+        own[0] = 4 + number  # so that no two go on alike
+        rows.append(
+            {"input_ids": begin + own, "labels": [IGNORE] * max(1, len(begin)) + own[not begin :]}
+        )
+    return rows
+
+
+@pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_backward_pass_keeps_one_mask_of_all_blocks(dtype, window):
-    changes = {} if window is None else {"sliding_window": window}
-    model = adapt(family_model("mistral", dtype, num_hidden_layers=4, **changes))
+@pytest.mark.parametrize("kind", LONG)
+def test_nothing_that_is_made_grows_with_the_square_of_a_row(kind, dtype, window, monkeypatch):
+    monkeypatch.setattr(causal, "BLOCK", 16)
+    monkeypatch.setattr(causal, "FEW", 8)
+    changes = {"num_hidden_layers": 1, "sliding_window": window}
+    model = adapt(family_model("mistral", dtype, **changes))
     use_packed_attention(model.base_model.model)
-    batch = Pack(share=True)(example())
-    rows, queries = batch["layout"]["queries"].shape
-    shape = (rows, 1, 2 * queries, batch["layout"]["keys"].shape[1])  # of 4 heads on 2 key heads
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-    ):
-        token_losses(model, batch)
-    masks = [tensor.data_ptr() for tensor in kept if tensor.shape == shape]
-    assert len(masks) >= 4
-    assert len(set(masks)) == 1
+    largest = []
+    for times in (2, 4):
+        batch = Pack(share=True)(long_rows(*LONG[kind], times))
+        with Largest() as made:
+            token_losses(model, batch).backward()
+        largest.append(made.numbers)
+    assert largest[1] <= 2.2 * largest[0]
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", LONG)
+def test_long_rows_learn_nothing_else(kind, checkpointing, window, monkeypatch):
+    monkeypatch.setattr(causal, "BLOCK", 16)
+    model = adapt(
+        family_model("mistral", torch.float64, num_hidden_layers=2, sliding_window=window)
+    )
+    if checkpointing:
+        model.train().enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(model, long_rows(*LONG[kind]), share=True, bound=1e-10)
 
 
 def test_a_shared_beginning_stands_once_and_the_unused_end_not_at_all():
@@ -152,10 +207,18 @@ def test_a_shared_beginning_stands_once_and_the_unused_end_not_at_all():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 2, 3, 4, 5, 6, 7]]
     assert batch["labels"].tolist() == [7, 8, 9, 10, 11, 7, 9, 9, 12, 14, 8, 7, 6, 5, 4]
     assert learned_tokens(batch) == 15
-    layout = batch["layout"]
-    assert layout["keys"][1].tolist() == [0, 1, 2, 3, 7, 8, 0, 0]
-    flat = layout["queries"].flatten()
-    assert flat[layout["slots"]].tolist() == list(range(15))
+    # The last row has no token of its own.
+    assert batch["layout"] == [
+        Segment(0, 7),
+        Segment(7, 9, ((0, 4),)),
+        Segment(9, 15, ((0, 2),)),
+    ]
+
+
+def test_a_row_goes_on_from_a_row_that_goes_on():
+    ids = [[4, 5, 6, 7, 8], [4, 5, 9, 9, 10], [4, 5, 9, 9, 4, 6]]
+    batch = Pack(share=True)([{"input_ids": row, "labels": [IGNORE, *row[1:]]} for row in ids])
+    assert batch["layout"][2] == Segment(6, 7, ((0, 2), (4, 6)))
 
 
 def test_without_sharing_every_row_has_its_own_tokens():

@@ -99,16 +99,12 @@ def kept(method: Method, blocks: int, dtype: torch.dtype, packed: bool) -> tuple
     if packed:
         use_packed_attention(model.get_base_model())
         inputs = Pack(share=not has_dropout(model))(pieces)
-        layout = inputs["layout"]
-        keys = layout["keys"]
         batch = Batch(
             inputs["input_ids"].numel(),
             len(inputs["labels"]),
-            keys.numel(),
-            layout["queries"].numel(),
-            keys.shape[1],
+            65,
             packed=True,
-            masked=True,
+            masked=False,
         )
     else:
         inputs = Pad(2)(pieces)
