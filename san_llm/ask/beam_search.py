@@ -29,6 +29,7 @@ from torch import Tensor
 
 from san_llm.ask.packed import Prefix, packed_forward, packing, shared_prefix
 from san_llm.ops.attention import added, attention
+from san_llm.ops.causal import Segments, last_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -224,12 +225,11 @@ class Memory:
         # The next forward: slot, place and column of each beam's token, what it sees, who joins.
         self._at = torch.empty(3, 0, dtype=torch.long)
         self._seen = torch.empty(0)
-        self._joining: list[tuple[int, int]] = []  # slot, first token
-        self._joining_seen: list[Tensor] = []
+        self._joining: list[tuple[int, int, Segments]] = []  # slot, first token, what it sees
 
     def continue_beams(self) -> tuple[list[int], list[int]]:
         """Plan a forward with the last token of each beam; return these and their positions."""
-        self._joining, self._joining_seen = [], []
+        self._joining = []
         tokens, positions, slots, places, columns = [], [], [], [], []
         ancestors: list[tuple[int, int, int]] = []
         for slot, search in enumerate(self.searches):
@@ -256,9 +256,9 @@ class Memory:
 
     def join(self, search: Search, first: int) -> None:
         """Let a prompt join the planned forward, its tokens after the prefix from ``first`` on."""
-        before, length = self._prefix.length, len(search.prompt)
-        self._joining.append((len(self.searches), first))
-        self._joining_seen.append(torch.ones(length - before, length).tril(before) > 0)
+        length = len(search.prompt)
+        seen = Segments.of_last(length - self._prefix.length, length)
+        self._joining.append((len(self.searches), first, seen))
         self.searches.append(search)
 
     def leave(self, slot: int) -> None:
@@ -279,12 +279,8 @@ class Memory:
             self._keys.append(key.new_zeros(room))
             self._values.append(value.new_zeros(room))
         groups = query.shape[1] // key.shape[1]
-        if layer == 0:
-            if self._at.numel():
-                self._seen = added(self._seen.to(query.device), query.dtype, groups)
-            self._joining_seen = [
-                added(seen.to(query.device), query.dtype, groups) for seen in self._joining_seen
-            ]
+        if layer == 0 and self._at.numel():
+            self._seen = added(self._seen.to(query.device), query.dtype, groups)
         keys, values = self._keys[layer], self._values[layer]
         out = torch.empty_like(query)
         slot, place, column = self._at.to(query.device)
@@ -298,16 +294,16 @@ class Memory:
             past = keys[:used, :, :width], values[:used, :, :width]
             out[:beams] = attention(padded, *past, self._seen, scale)[slot, place]
         start = self._prefix.length
-        for (number, first), seen in zip(self._joining, self._joining_seen, strict=True):
-            own, length = slice(number, number + 1), seen.shape[-1]
-            new = slice(first, first + length - start)
+        for number, first, seen in self._joining:
+            (row,) = seen.rows
+            new = slice(first, first + row.queries)
             if start:
                 keys[number, :, :start] = self._prefix.keys[layer]
                 values[number, :, :start] = self._prefix.values[layer]
-            keys[number, :, start:length] = key[new].transpose(0, 1)
-            values[number, :, start:length] = value[new].transpose(0, 1)
-            past = keys[own, :, :length], values[own, :, :length]
-            out[new] = attention(query[None, new], *past, seen, scale)[0]
+            keys[number, :, start : row.stop] = key[new].transpose(0, 1)
+            values[number, :, start : row.stop] = value[new].transpose(0, 1)
+            k, v = (tensor[number, :, : row.stop].transpose(0, 1) for tensor in (keys, values))
+            out[new] = last_of(query[new], k, v, seen, row, scale)
         return out
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from san_llm.ask.packed import Prefix, can_pack, packed_forward, packing, shared_prefix
 from san_llm.errors import InputError
 from san_llm.ops.attention import added, attention
+from san_llm.ops.causal import Segments, last_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -222,13 +223,15 @@ class Tree:
             self.paths.append((path, choice))
 
     def seen(self, before: int) -> Tensor:
-        """Return what each node sees, (nodes, before + nodes): all before, ancestors, itself."""
+        """Return what choices see, (their nodes, before + nodes): all before, ancestors, itself."""
         nodes, prompt = len(self.tokens), len(self.tokens) - len(self.parents)
-        seen = torch.zeros(nodes, before + nodes, dtype=torch.bool)
-        seen[:prompt, : before + prompt] = torch.ones(prompt, before + prompt).tril(before) > 0
-        for node, parent in enumerate(self.parents, prompt):
-            seen[node] = seen[parent]
-            seen[node, before + node] = True
+        seen = torch.zeros(len(self.parents), before + nodes, dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent < prompt:
+                seen[node, : before + prompt] = True
+            else:
+                seen[node] = seen[parent - prompt]
+            seen[node, before + prompt + node] = True
         return seen
 
 
@@ -238,6 +241,8 @@ class Branches:
     def __init__(self, prefix: Prefix, trees: Sequence[Tree]) -> None:
         """Take the trees in the order of their tokens."""
         self._prefix, self._trees = prefix, trees
+        lengths = [len(tree.tokens) - len(tree.parents) for tree in trees]
+        self._prompts = [Segments.of_last(n, prefix.length + n) for n in lengths]
         self._seen: list[Tensor] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -250,12 +255,20 @@ class Branches:
                 for tree in self._trees
             ]
         out, start = torch.empty_like(query), 0
-        for tree, seen in zip(self._trees, self._seen, strict=True):
+        for tree, prompt, seen in zip(self._trees, self._prompts, self._seen, strict=True):
             own = slice(start, start + len(tree.tokens))
             keys, values = key[own].transpose(0, 1), value[own].transpose(0, 1)
             if prefix.length:
                 keys = torch.cat([prefix.keys[layer], keys], 1)
                 values = torch.cat([prefix.values[layer], values], 1)
-            out[own] = attention(query[None, own], keys[None], values[None], seen, scale)[0]
+            (row,) = prompt.rows
+            asked = slice(start, start + row.queries)
+            k, v = (tensor[:, : row.stop].transpose(0, 1) for tensor in (keys, values))
+            out[asked] = last_of(query[asked], k, v, prompt, row, scale)
+            chosen = slice(asked.stop, own.stop)
+            if tree.parents:
+                out[chosen] = attention(query[None, chosen], keys[None], values[None], seen, scale)[
+                    0
+                ]
             start = own.stop
         return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from san_llm.models.rotary import alike_to
-from san_llm.ops.attention import added, attention
+from san_llm.ops.causal import Segments, causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,9 +54,7 @@ class Prefix:
         self.keys.append(key.transpose(0, 1).contiguous())
         self.values.append(value.transpose(0, 1).contiguous())
         self.length = len(key)
-        causal = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).tril()
-        mask = added(causal, query.dtype, query.shape[1] // key.shape[1])
-        return attention(query[None], self.keys[-1][None], self.values[-1][None], mask, scale)[0]
+        return causal(query, key, value, Segments.of_last(len(key), len(key)), scale)
 
 
 def _packed_attention(

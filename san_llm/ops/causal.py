@@ -104,6 +104,11 @@ class Segments:
     rows: list[Segment]
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of_last(cls, queries: int, keys: int) -> Segments:
+        """Return one row, whose first tokens were computed before."""
+        return cls([Segment(keys - queries, keys, ((0, keys - queries),) * (keys > queries))])
+
     def mask(self, row: Segment, part: Part, window: int | None, like: Tensor) -> Tensor | None:
         """Return the mask of a row's part, (1, 1, queries, keys), unless it is a plain one."""
         if part.plain:
@@ -191,7 +196,16 @@ def causal(
     if not dropout and _has_flash(query, key, value):
         return _flash(query, key, value, segments, scale, window)
     rows = [
-        last_of(query[row.own], row.gather(key), row.gather(value), scale, window, dropout)
+        last_of(
+            query[row.own],
+            row.gather(key),
+            row.gather(value),
+            segments,
+            row,
+            scale,
+            window,
+            dropout,
+        )
         for row in segments.rows
     ]
     return torch.cat(rows)
@@ -201,6 +215,8 @@ def last_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    segments: Segments,
+    row: Segment,
     scale: float,
     window: int | None = None,
     dropout: float = 0.0,
@@ -211,6 +227,8 @@ def last_of(
         query: (queries, heads, head_dim).
         key: (keys, kv_heads, head_dim); the last ones are the queries' own.
         value: Like the keys.
+        segments: Those of the forward, which keep its masks.
+        row: Which of them it is.
         scale: See :func:`causal`.
         window: See :func:`causal`.
         dropout: See :func:`causal`.
@@ -224,13 +242,12 @@ def last_of(
         bias: Any = causal_lower_right(len(query), length)  # a GPU's kernels know it without a mask
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, **how)
         return _by_token(out)
-    one = Segments([Segment(length - len(query), length, ((0, length - len(query)),))])
     pieces = [
         F.scaled_dot_product_attention(
             queries[:, :, part.queries],
             keys[:, :, part.keys],
             values[:, :, part.keys],
-            attn_mask=one.mask(one.rows[0], part, window, query),
+            attn_mask=segments.mask(row, part, window, query),
             is_causal=part.plain,
             **how,
         )

@@ -60,8 +60,14 @@ def written_out(
 
 def by_row(given_: list[Tensor], rows: list[Segment], scale: float, window: int | None) -> Tensor:
     query, key, value = given_
+    segments = Segments(rows)
     return torch.cat(
-        [last_of(query[r.own], r.gather(key), r.gather(value), scale, window) for r in rows]
+        [
+            last_of(
+                query[row.own], row.gather(key), row.gather(value), segments, row, scale, window
+            )
+            for row in rows
+        ]
     )
 
 
