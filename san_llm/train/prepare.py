@@ -157,6 +157,8 @@ def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArg
     """Return what Trainer is told: the recipe's ``training``, by its own names."""
     training, judged = recipe.training, data.held_out is not None
     micro = micro_batch(training, world_size())
+    # Of one thing the newer name, and that of transformers before 5.23.
+    kept = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     arguments = TrainingArguments(
         output_dir=str(run / "checkpoints"),
         num_train_epochs=training.epochs,
@@ -168,8 +170,6 @@ def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArg
         warmup_steps=warmup_of(training, steps_of(training, len(data.train.rows))),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        activation_checkpointing=training.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=training.seed,
         data_seed=training.seed,
         eval_strategy="steps" if judged else "no",
@@ -187,6 +187,10 @@ def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArg
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(),
+        **{
+            f"{kept}_checkpointing": training.gradient_checkpointing,
+            f"{kept}_checkpointing_kwargs": {"use_reentrant": False},
+        },
     )
     if arguments.world_size != world_size():
         raise SanError(
