@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
         check_family(read_config.model_type)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
+        _set_ends(path, tokenizer)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a broken file breaks its readers in many ways
@@ -76,6 +78,22 @@ def convert_gguf(path: Path, folder: Path, overwrite: bool = False) -> Path:
             refuse_link(licence)
             shutil.copy(licence, temporary)
     return folder
+
+
+def _set_ends(path: Path, tokenizer: Any) -> None:
+    """Give a tokenizer the start and the end that its file names.
+
+    transformers before 5.18 may take the start of a text for its end, too.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for end in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{end}_token_id")
+        if field is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            if getattr(tokenizer, f"{end}_token") != token:
+                setattr(tokenizer, f"{end}_token", token)
 
 
 def _check_rope(path: Path) -> None:
