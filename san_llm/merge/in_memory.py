@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from san_llm.files import sha256_of
 from san_llm.merge.checked import answered, check_answers
@@ -59,7 +60,7 @@ def merge_in_memory(
         merged.config.dtype = target
         progress.advance(note="folded")
         # As it stands: a reverse of how it was loaded is not implemented for 4-bit layers.
-        merged.save_pretrained(folder, max_shard_size=shard_size, save_original_format=way is None)
+        _save(merged, folder, max_shard_size=shard_size, save_original_format=way is None)
         progress.advance(note="written")
     sums = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
     return sums, sum(_size(parameter) for parameter in merged.parameters()), checked
@@ -81,6 +82,16 @@ def _checked(way: str | None, adapter: Path, before: torch.Tensor, merged: Any) 
     if way == "keep":
         in_fp32(merged)
     return check_answers(adapter, before, answered(merged))
+
+
+def _save(model: Any, folder: Path, **how: Any) -> None:
+    """Save a model's weights and config; its base's generation settings are copied as a file.
+
+    transformers before 5.23 refuses to write settings that go against each other, as many have.
+    """
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, **how)
+    (folder / "generation_config.json").unlink()
 
 
 def _size(parameter: Any) -> int:
