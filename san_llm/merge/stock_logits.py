@@ -32,6 +32,8 @@ def main(folder: str, prompts: str, out: str, device: str = "cpu") -> None:
         if problems.get(kind):
             sys.exit(f"{kind.replace('_', ' ')}: {sorted(map(str, problems[kind]))[:3]}")
     in_fp32(model)
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # as SDPA leaves the scores uncapped
     with open(prompts, encoding="utf-8") as file:
         tokens = json.load(file)
     tensors = {str(number): logits(model, ids).contiguous() for number, ids in enumerate(tokens)}

@@ -150,6 +150,9 @@ def load_base(
     chosen = dtype or getattr(torch, base.dtype)
     settings: dict[str, Any] = {"dtype": chosen}
     stored = getattr(config, "quantization_config", None)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        # SDPA, which transformers before 5.22 chooses for Gemma 2 too, leaves its scores uncapped.
+        settings["attn_implementation"] = "eager"
     if sharded:
         from transformers.distributed import DistributedConfig
 

@@ -53,7 +53,9 @@ def attend(
 def can_pack(model: Any) -> bool:
     """Whether a model's blocks can take packed rows: a family of the table, with SDPA attention."""
     config = model.config
-    return config.model_type in FAMILIES and config._attn_implementation in ("sdpa", NAME)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None  # SDPA's scores are not
+    known = config.model_type in FAMILIES and not capped
+    return known and config._attn_implementation in ("sdpa", NAME)
 
 
 def has_dropout(model: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
-from san.adapted import adapt, logits, text
+from san.adapted import adapt, family_model, logits, text
 from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -272,6 +272,11 @@ def test_the_trained_numbers_of_each_method_are_those_of_its_paper():
         if set(method.target_modules) != SEVEN and not isinstance(method, Ia3Method):
             method = method.model_copy(update={"target_modules": tuple(sorted(SEVEN))})
         assert trainable_parameters(add_adapter(tiny_model(), method)) == count, method
+
+
+def test_capped_scores_are_computed_as_the_model_says(here):
+    family_model("gemma2").save_pretrained(here / "base")
+    assert load_base(find_base(base(here / "base"))).config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("method", [SanMethod(name="san"), LoraMethod(name="lora")])
