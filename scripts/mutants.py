@@ -6,8 +6,8 @@ user would see, and tried in a copy of the tree, one at a time, on the fast test
 edited statement. A process that has imported the libraries forks one for each edit, so that an edit
 costs what its tests cost. ``make mutants`` runs it by hand; it is no check of a change.
 
-    scripts/mutants.py --seed 1 --draw 300   try 300 edits that were not tried before
-    scripts/mutants.py --again               try those again that went unnoticed
+    scripts/mutants.py --seed 1 --draw 300   try the 300 of this seed, less those tried before
+    scripts/mutants.py --again               try those again that went unnoticed, or ran too long
     scripts/mutants.py                       print the table
 """
 
@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "files": (["files.py"], ["test_files.py", "runs", "merge/test_direct_file.py"]),
 }
 FAST = 5.0  # seconds: a test that takes longer is left out
-AT_MOST = 60.0  # seconds of tests for an edit
+AT_MOST = 30.0  # seconds of tests for an edit
 FEWEST = 2  # edits of a module, however short
 CAUGHT = ("caught", "ran too long")
 NOT_RUN = ["the tests were not run"]
@@ -180,21 +180,20 @@ def modules() -> dict[str, str]:
     }
 
 
-def draw(seed: int, count: int, tried: set[str]) -> list[Edit]:
-    """Return edits that were not tried: of each module a share by its size, at least a few."""
+def draw(seed: int, count: int) -> list[Edit]:
+    """Return edits: of each module a share by its size, at least a few."""
     edits = {module: edits_of(module) for module in modules()}
     whole = sum(map(len, edits.values()))
     print(f"{whole:,} edits of {len(edits)} modules", file=sys.stderr)
-    left = {module: [e for e in some if e.key not in tried] for module, some in edits.items()}
     shares = {module: max(FEWEST, count * len(some) / whole) for module, some in edits.items()}
     scale = count / sum(shares.values())
     drawn: list[Edit] = []
     carried = 0.0
-    for module in sorted(left):
+    for module, some in sorted(edits.items()):
         carried += shares[module] * scale
-        number = min(int(carried + 0.5), len(left[module]))
+        number = min(int(carried + 0.5), len(some))
         carried -= number
-        shuffled = random.Random(f"{seed} {module}").sample(left[module], len(left[module]))
+        shuffled = random.Random(f"{seed} {module}").sample(some, len(some))
         drawn += islice((edit for edit in shuffled if edit.is_one), number)
     return drawn
 
@@ -336,7 +335,7 @@ class Tree:
         path.write_text(edit.code(), encoding="utf-8")
         os.utime(path, (before.st_atime, before.st_mtime - 10 - int(edit.key[:6], 16)))
         try:
-            told = self.run(20 + 5 * sum(runs[test][0] for test in tests), lambda: noticed(tests))
+            told = self.run(15 + 3 * sum(runs[test][0] for test in tests), lambda: noticed(tests))
         finally:
             path.write_bytes(original)
             os.utime(path, (before.st_atime, before.st_mtime))
@@ -478,9 +477,11 @@ def main() -> None:
     results = read()
     edits: list[tuple[Edit, int]] = []
     if options.draw:
-        edits += [(e, options.seed) for e in draw(options.seed, options.draw, set(results))]
+        drawn = draw(options.seed, options.draw)
+        edits += [(edit, options.seed) for edit in drawn if edit.key not in results]
     if options.again:
-        left = {key: t for key, t in results.items() if t["outcome"] == "survived"}
+        doubtful = ("survived", "ran too long")
+        left = {key: told for key, told in results.items() if told["outcome"] in doubtful}
         for module in sorted({told["module"] for told in left.values()}):
             edits += [(e, left[e.key]["seed"]) for e in edits_of(module) if e.key in left]
     edits = [(edit, seed) for edit, seed in edits if options.module in edit.module]

@@ -41,6 +41,7 @@ def run(here):
     return folder
 
 
+SCORED = "<!-- scores -->\nold words\n<!-- end of scores -->\n"
 RESULTS = EvaluationResults(
     data="pocket",
     protocol="generate",
@@ -80,13 +81,13 @@ def test_scores_go_into_the_index_and_the_text_and_later_ones_replace_them(run):
     adapter = run / "adapter"
     write_card(run, adapter)
     add_scores(adapter, "mine", RESULTS)
-    worse = json.loads(json.dumps(RESULTS.written).replace("0.5625", "0.25"))
+    worse = json.loads(json.dumps(RESULTS.written).replace("0.5625", "0.24996"))
     add_scores(adapter, "mine", EvaluationResults(**worse))
     card = ModelCard.load(adapter / "README.md")
     assert card.data.model_name == "mine"
     found = {one.dataset_name: one for one in card.data.eval_results}
     assert {name: one.metric_value for name, one in found.items()} == {
-        "boolq (pocket)": 0.25,
+        "boolq (pocket)": 0.25,  # to four digits
         "piqa (pocket)": 1.0,
     }
     assert {one.metric_type for one in found.values()} == {"accuracy"}
@@ -106,6 +107,15 @@ def test_what_somebody_wrote_into_a_card_stays(run):
     assert card.text.strip() == "# My own\n\nWords."
     assert (card.data.license, card.data.tags) == ("mit", ["mine"])
     assert len(card.data.eval_results) == 2
+    assert card.data.model_name == "mine"
+    path.write_text(
+        path.read_text().replace("name: mine", "name: theirs").replace("Words.", SCORED + SCORED)
+    )
+    add_scores(path.parent, "mine", RESULTS)
+    card = ModelCard.load(path)
+    assert card.data.model_name == "theirs"
+    assert card.text.count("old words") == 1, "the first place is filled anew"
+    assert card.text.count("| boolq | 56.2 ± 12.8 | 16 |") == 1
 
 
 def said(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import pairwise
 
 import pytest
 import torch
@@ -35,23 +34,19 @@ def test_a_steps_batch_is_what_the_epoch_gives_then(epoch, size):
 
 def test_rows_are_sorted_within_fifty_batches_and_no_farther():
     size, window = 4, 200
-    dice = random.Random("1 0")
     rows = list(range(len(LENGTHS)))
-    dice.shuffle(rows)
-    near = [sorted(rows[i : i + window]) for i in range(0, len(rows), window)]
+    random.Random("1 0").shuffle(rows)
+    near = [
+        sorted(rows[i : i + window], key=lambda row: -LENGTHS[row])
+        for i in range(0, len(rows), window)
+    ]
+    in_order = [part[i : i + size] for part in near for i in range(0, len(part), size)]
     given = list(sampler())
-    batches = [given[i : i + size] for i in range(0, len(given), size)]
-    real = [[row for row in batch if row < len(LENGTHS)] for batch in batches]
-    for part in near:
-        inside = [batch for batch in real if set(batch) <= set(part)]
-        assert sorted(row for batch in inside for row in batch) == part
-        lengths = sorted(([LENGTHS[row] for row in batch] for batch in inside), reverse=True)
-        for batch in lengths:  # the longest first: memory that is enough stays enough
-            assert batch == sorted(batch, reverse=True)
-        for one, other in pairwise(lengths):
-            assert one[-1] >= other[0]
-    longest_first = sorted(real, key=lambda batch: -LENGTHS[batch[0]])
-    assert real != longest_first, "batches come in no order of length"
+    found = [given[i : i + size] for i in range(0, len(given), size)]
+    found = [[row for row in batch if row < len(LENGTHS)] for batch in found]
+    assert sorted(found) == sorted(in_order)
+    # The longest come anywhere, not first in each window.
+    assert all(found[i : i + 50] != in_order[i : i + 50] for i in range(0, 131, 50))
 
 
 def test_there_are_no_rows_after_the_last_step():

@@ -130,6 +130,19 @@ def test_one_whose_best_is_damaged_is_not_gone_on_from(tmp_path: Path) -> None:
     assert len(warned) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("WEIGHTS", "checkpoint-1/adapter.bin has changed since it was written"),
+        ("weight", "checkpoint-1/adapter.bin has 6 bytes, not those written"),
+    ],
+)
+def test_damage_is_told_as_what_it_is(tmp_path: Path, text: str, said: str) -> None:
+    last = write(tmp_path, 1)
+    (last / "adapter.bin").write_text(text)
+    assert damage(last) == said
+
+
 def test_a_link_in_the_place_of_a_file_is_damage(tmp_path: Path) -> None:
     last = write(tmp_path / "checkpoints", 1)
     (tmp_path / "elsewhere").write_text("weights")
