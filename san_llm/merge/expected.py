@@ -101,11 +101,6 @@ class Expected:
             return norm / adapted, 1.0
         return (norm if synapse else magnitude) / adapted, magnitude / norm
 
-    def gamma(self, node: Node) -> Numbers | None:
-        """Return the neuron scale (d_out,) of a node, or None where it has none."""
-        gamma = self._scales(node)[1]
-        return None if isinstance(gamma, float) else gamma
-
     def _columns(self, node: Node) -> Numbers | float:
         if node.anterior is None or node.carry is None:
             return 1.0

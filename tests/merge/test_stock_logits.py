@@ -1,0 +1,69 @@
+"""The script's parts inside this process, where it refuses to run as a whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+
+from san_llm.merge.stock_logits import NEW_TOKENS, greedy, in_fp32, logits, main
+
+PROMPTS = [[5, 6, 7], [9, 8, 30, 40, 50, 60], [11]]
+
+
+def test_the_likeliest_tokens_of_a_batch_are_those_of_each_prompt_alone():
+    model = tiny_model()
+    found = greedy(model, PROMPTS)
+    assert [len(new) for new in found] == [NEW_TOKENS] * len(PROMPTS)
+    for prompt, new in zip(PROMPTS, found, strict=True):
+        whole = prompt + new
+        # Teacher-forced, in one forward: what each place says next.
+        said = logits(model, whole).argmax(-1).tolist()
+        assert new == said[len(prompt) - 1 : -1]
+
+
+def test_parameters_compute_in_fp32_and_in_eval_mode():
+    model = tiny_model(dtype=torch.bfloat16).train()
+    in_fp32(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    values = logits(model, PROMPTS[0])
+    assert (values.dtype, values.shape) == (torch.float32, (3, model.config.vocab_size))
+    expected = tiny_model(dtype=torch.bfloat16).float()(torch.tensor([PROMPTS[0]])).logits[0]
+    assert torch.equal(values, expected.detach())
+
+
+def test_what_it_writes(tmp_path):
+    save_tiny(tmp_path / "model")
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    out = tmp_path / "out.safetensors"
+    assert "san_llm" in sys.modules
+    with pytest.raises(SystemExit, match="san_llm was imported"):
+        main(str(tmp_path / "model"), str(tmp_path / "prompts.json"), str(out))
+    model = tiny_model()
+    found = load_file(out)
+    assert found.keys() == {"0", "1", "2", "new.0", "new.1", "new.2"}
+    new = greedy(model, PROMPTS)
+    for number, prompt in enumerate(PROMPTS):
+        assert torch.equal(found[str(number)], logits(model, prompt))
+        assert found[f"new.{number}"].tolist() == new[number]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing keys: \['model.norm.weight'\]"),
+        (lambda t: t.update(more=torch.ones(1)), r"unexpected keys: \['more'\]"),
+    ],
+)
+def test_a_folder_that_is_not_the_whole_model_ends_it(tmp_path, change, said):
+    folder = save_tiny(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=said):
+        main(str(folder), "none.json", "none")
