@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 CHAT_TEMPLATE = (
@@ -44,6 +50,30 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
     return model.to(dtype).eval()
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [4.0, 6.0, 8.0, 12.0],
+}
+
+
+def tiny_phi3(switch: int, seed: int = 0) -> Any:
+    """Return a random Phi-3 of that shape, whose rows beyond ``switch`` tokens rotate otherwise."""
+    torch.manual_seed(seed)
+    shape = tiny_config().to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pad_token_id")
+    heads = ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id")
+    config = Phi3Config(
+        **{key: shape[key] for key in (*kept, *heads)},
+        max_position_embeddings=1024,
+        original_max_position_embeddings=switch,
+        rope_parameters=LONGROPE | {"original_max_position_embeddings": switch},
+        initializer_range=0.2,
+    )
+    return Phi3ForCausalLM(config).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHARACTERS, rows, save_tiny, tiny_config, tiny_model, write_recipe, write_rows
+from tiny import (
+    CHARACTERS,
+    LONGROPE,
+    rows,
+    save_tiny,
+    tiny_model,
+    tiny_phi3,
+    write_recipe,
+    write_rows,
+)
 from torch import Tensor
-from transformers import Phi3Config, Phi3ForCausalLM
 
 from san_llm.data.batches import Pad
 from san_llm.data.encode import IGNORE
@@ -20,35 +28,14 @@ from san_llm.train.loss import token_losses
 from san_llm.train.run import train
 
 SWITCH = 20  # not a multiple of 8, to which batches are padded
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 100.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [4.0, 6.0, 8.0, 12.0],
-    "original_max_position_embeddings": SWITCH,
-}
+SWITCHED = LONGROPE | {"original_max_position_embeddings": SWITCH}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
 LENGTHS = [SWITCH - 3, SWITCH + 1, SWITCH, 2 * SWITCH, 5, SWITCH + 5]
 
 
-def phi3() -> Any:
-    torch.manual_seed(0)
-    shape = tiny_config().to_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    heads = ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id")
-    config = Phi3Config(
-        **{key: shape[key] for key in (*kept, *heads, "pad_token_id")},
-        max_position_embeddings=1024,
-        original_max_position_embeddings=SWITCH,
-        rope_parameters=dict(LONGROPE),
-        initializer_range=0.2,
-    )
-    return Phi3ForCausalLM(config).eval()
-
-
 MODELS = {
-    "Phi-3, longrope": phi3,
-    "Llama, longrope": lambda: tiny_model(rope_parameters=dict(LONGROPE)),
+    "Phi-3, longrope": lambda: tiny_phi3(SWITCH),
+    "Llama, longrope": lambda: tiny_model(rope_parameters=dict(SWITCHED)),
     "Llama, dynamic": lambda: tiny_model(
         rope_parameters=dict(DYNAMIC), max_position_embeddings=SWITCH
     ),
@@ -94,16 +81,14 @@ def test_other_models_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("cutoff", "training"),
-    [(512, {"micro_batch_size": 1}), (512, {"packing": False}), (280, {"packing": False})],
+    [(512, {"micro_batch_size": 1}), (512, {"packing": False}), (260, {"packing": False})],
 )
 def test_neither_the_micro_batch_nor_packing_changes_what_is_learned(
     here: Path, cutoff: int, training: dict[str, Any]
 ) -> None:
-    longrope = LONGROPE | {"original_max_position_embeddings": 280}
+    longrope = LONGROPE | {"original_max_position_embeddings": 260}
     base = save_tiny(here / "base", rope_parameters=longrope)
-    some = [
-        r | {"instruction": r["instruction"] * (1 + 3 * (n % 3))} for n, r in enumerate(rows(12))
-    ]
+    some = [row | {"instruction": "x" * (1 + n % 6 * 40)} for n, row in enumerate(rows(12))]
     data = {"cutoff": cutoff}
     path = write_recipe(here / "r.yaml", base, write_rows(here / "rows.json", some), data=data)
     held_out = []
