@@ -17,6 +17,7 @@ from san_llm.models.adapter import load_adapter
 from san_llm.models.load import load_base, numbers_in
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import dequantize
+from san_llm.models.reading import is_finite
 from san_llm.progress import bar
 from san_llm.runs.record import Checked
 
@@ -78,7 +79,9 @@ def _adapted(way: str | None, found: FoundBase, adapter: Path) -> Any:
     return adapted
 
 
-def _checked(way: str | None, adapter: Path, before: torch.Tensor, merged: Any) -> Checked:
+def _checked(way: str | None, adapter: Path, before: torch.Tensor, merged: Any) -> Checked | None:
+    if not all(is_finite(p) for p in merged.parameters() if p.is_floating_point()):
+        return None  # told by the weight's name, when its file is read again
     if way == "keep":
         in_fp32(merged)
     return check_answers(adapter, before, answered(merged))

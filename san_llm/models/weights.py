@@ -125,11 +125,12 @@ def read_weights(folder: Path) -> list[Stored]:
         InputError: when there is none, or a file of its index is missing or wrong.
     """
     tensors = _stored_weights(folder)
-    if any(tensor.name.startswith("model.") for tensor in tensors):
+    if all(tensor.name != "embed_tokens.weight" for tensor in tensors):
         return tensors
-    outside = "lm_head."
     return [
-        tensor if tensor.name.startswith(outside) else replace(tensor, name=f"model.{tensor.name}")
+        tensor
+        if tensor.name.startswith(("model.", "lm_head."))
+        else replace(tensor, name=f"model.{tensor.name}")
         for tensor in tensors
     ]
 

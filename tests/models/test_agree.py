@@ -117,7 +117,7 @@ SPOILT = {
     ),
     "names of a wrapped model": (
         lambda base: weights(base, renamed(lambda name: f"module.{name}")),
-        "its weights have no model.embed_tokens.weight; they begin with model.module.",
+        "its weights have no model.embed_tokens.weight; they begin with module.lm_head.weight",
     ),
     "another model's blocks": (
         lambda base: config(base, num_hidden_layers=3),
