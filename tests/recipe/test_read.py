@@ -576,8 +576,8 @@ def own_fields() -> set[str]:
 
 def test_the_san_section_has_the_options_of_the_tuner():
     section = {IN_CONFIG.get(name, name) for name in SanMethod.model_fields} - {"name"}
-    # modules_to_save would train whole weights: not SAN, and not in a recipe.
-    assert section == own_fields() - {"modules_to_save"}
+    # modules_to_save would train whole weights: not SAN. how_to_load is a note, and no option.
+    assert section == own_fields() - {"modules_to_save", "how_to_load"}
 
 
 def test_the_san_section_has_the_defaults_of_the_tuner():
