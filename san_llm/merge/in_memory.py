@@ -80,11 +80,11 @@ def _adapted(way: str | None, found: FoundBase, adapter: Path) -> Any:
 
 
 def _checked(way: str | None, adapter: Path, before: torch.Tensor, merged: Any) -> Checked | None:
-    if not all(is_finite(p) for p in merged.parameters() if p.is_floating_point()):
-        return None  # told by the weight's name, when its file is read again
     if way == "keep":
         in_fp32(merged)
-    return check_answers(adapter, before, answered(merged))
+    after = answered(merged)
+    # Told by the weight's name, when its file is read again.
+    return check_answers(adapter, before, after) if is_finite(after) else None
 
 
 def _save(model: Any, folder: Path, **how: Any) -> None:

@@ -111,6 +111,8 @@ def merge_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int, C
             quantized, task.found, adapter.folder, folder, dtype, shard_size, check
         )
     check_files(folder)
+    if check and written[2] is None:
+        raise SanError(f"{adapter.folder}: merged, it answers with numbers that are not finite")
     return written
 
 

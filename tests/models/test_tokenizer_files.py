@@ -73,7 +73,7 @@ def test_an_adapters_own_tokenizer_and_template_come_before_its_bases(
     (here / "adapter").mkdir()
     (here / "base" / "added_tokens.json").write_text("{}")
     brings(here / "adapter")
-    (here / "adapter" / "adapter_config.json").write_text("{}")
+    (here / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({}, here / "adapter" / "adapter_model.safetensors")
     found = find_base(Base(model="base", dtype="float32"))
     assert load_tokenizer(found, here / "adapter").chat_template == template

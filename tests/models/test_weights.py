@@ -156,14 +156,14 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(tmp_path, damage, s
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no model\.safetensors"):
         read_weights(tmp_path)
-    (tmp_path / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / INDEX).write_text('{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(InputError, match="gone"):
         read_weights(tmp_path)
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(InputError, match="not an index"):
         read_weights(tmp_path)
     some_file(tmp_path / "here.safetensors")
-    (tmp_path / INDEX).write_text('{"weight_map": {"zzz": "here.safetensors"}}')
+    (tmp_path / INDEX).write_text('{"metadata": {}, "weight_map": {"zzz": "here.safetensors"}}')
     with pytest.raises(InputError, match="zzz is in none"):
         read_weights(tmp_path)
 
@@ -171,5 +171,5 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
 def test_numbers_of_another_kind_are_refused_by_name(tmp_path):
     save_file({"packed": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     (tensor,) = read_weights(tmp_path)
-    with pytest.raises(InputError, match="packed is stored as U8; only F32, BF16, F16"):
+    with pytest.raises(InputError, match="packed is stored as U8; only F64, F32, BF16, F16"):
         read_rows(tensor)
