@@ -1,5 +1,6 @@
 # make demo   set everything up, tune a real small LLaMA, evaluate, merge, verify
 # make test   linters, types and all tests
+# make lowest the quick tests, on the lowest versions that pyproject.toml allows
 # make docs   the documentation as a site, in site/
 # make gpu    tests and step benchmark on a CUDA device, ten minutes; PYTHON=python3.12 takes that
 #             one with what is installed there, and installs nothing
@@ -17,14 +18,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := models/smollm2-135m/config.json
 TORCH_FROM := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --constraint $(CONSTRAINTS)
+TESTS :=
+# Of what touches libraries, what takes seconds.
+QUICK := -m "not slow and not fresh" tests/test_versions.py tests/test_private_names.py \
+  $(addprefix tests/,san models data train ask evaluate merge plan runs)
 
-.PHONY: demo test docs gpu setup check pytest mutants clean
+.PHONY: demo test lowest docs gpu setup check pytest mutants clean
 
 demo: setup
 	@$(BIN)/python examples/demo.py
 
 test: setup check pytest
+
+lowest:
+	$(MAKE) pytest VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt TESTS='$(QUICK)'
 
 docs: setup
 	$(BIN)/python scripts/make_reference.py
@@ -41,7 +50,7 @@ endif
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_FROM) torch
@@ -54,7 +63,7 @@ check: setup
 	$(BIN)/mypy
 
 pytest: setup $(MODEL)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 15
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 15 $(TESTS)
 
 mutants: setup
 	$(PIP) --quiet --editable '.[mutants]'
@@ -64,4 +73,4 @@ $(MODEL): | setup
 	$(BIN)/san-llm download smollm2-135m
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis

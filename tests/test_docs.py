@@ -71,6 +71,7 @@ NOT_HERE = {
     "make setup": "it made the environment of this test",
     "make check": "make test runs it before this test",
     "make pytest": "this is it",
+    "make lowest": "it makes an environment of its own, after this one",
     "make gpu": "needs a GPU; benchmarks/gpu.py runs anywhere by --device cpu",
 }
 # What a reader of the page has done before.
