@@ -299,6 +299,8 @@ def test_a_jsonl_is_taken_before_other_formats_of_the_same_rows(tmp_path):
         ({}, "raw: no raw data set found; expected files such as boolq/train.jsonl"),
         ({"boolq/notes.jsonl": [{}]}, "raw: no raw data set found"),
         ({"boolq/a_train.jsonl": [], "boolq/b/train.jsonl": []}, "both seem to hold the same rows"),
+        # Only WinoGrande comes in sizes.
+        ({"boolq/train.jsonl": [], "boolq/xl/train.jsonl": []}, "both seem to hold the same rows"),
         ({"boolq/train.jsonl": []}, "train.jsonl: the file is empty"),
         ({"boolq/train.jsonl": [3]}, "train.jsonl: line 1: expected an object, found int"),
         ({"piqa/dev.jsonl": RAW["piqa"], "piqa/dev-labels.lst": "0\n1\n"}, "2 labels for the 6"),

@@ -123,6 +123,7 @@ def test_answers_are_balanced_task_by_task():
 def test_a_folder_that_names_a_task_says_whose_answers_they_are():
     asked = "Please choose the correct answer to the question: Which?\n\nAnswer1: a Answer2: b "
     asked += "Answer3: c\n\nAnswer format: answer1/answer2/answer3"
+    asked = asked.replace("Which?", "Which Answer format: a/b?")  # as a question may say
     where = ("data/ARC-Easy/train.json: row 1", "mix.json: row 2")
     rows = [Row(asked, "", "the correct answer is answer1", "answer1", where=at) for at in where]
     assert look(rows).answers == {"ARC-Easy": {"answer1": 1}, "social_i_qa": {"answer1": 1}}

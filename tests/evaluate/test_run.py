@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from san_llm.data.rows import POCKET
 from san_llm.errors import InputError
+from san_llm.evaluate.harness import check_installed
 from san_llm.evaluate.pose import SCORED_AT_ONCE, _strictly, judged_answers, pose, units
 from san_llm.evaluate.questions import Settings, read_questions
 from san_llm.evaluate.request import EvalRequest, check_request
@@ -576,6 +577,16 @@ def test_without_the_package_lm_eval_is_told_how_to_get_it(cli, here, data, tiny
     assert done.stderr == (
         "error: --protocol lm-eval needs the package lm_eval: pip install 'san-llm[lm-eval]'\n"
     )
+
+
+def test_lm_eval_is_looked_for_by_its_name(monkeypatch):
+    pytest.importorskip("lm_eval")
+    check_installed()
+    monkeypatch.setattr(
+        "san_llm.evaluate.harness.find_spec", lambda name: None if name == "lm_eval" else name
+    )
+    with pytest.raises(InputError, match=r"pip install 'san-llm\[lm-eval\]'"):
+        check_installed()
 
 
 def test_the_pocket_set_is_found_without_a_folder():

@@ -88,6 +88,7 @@ def judged(parsed, answer="true", task="boolq", row=0):
 
 def test_a_generated_answer_says_nothing_of_likelihoods():
     row = judge_text(TASKS["boolq"], 3, "asked", "the correct answer is true", "true")
+    assert row.correct_norm is None
     assert row.to_json() == {
         "task": "boolq",
         "row": 3,
