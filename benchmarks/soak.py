@@ -124,10 +124,12 @@ def judged(samples: Samples, count: int) -> dict[str, Any]:
 
 def draw(results: dict[str, Any], count: int, file: Path) -> None:
     """Draw the samples of both parts."""
-    from san_llm.look.plots import _new, _style, as_png
+    from san_llm.look.figures import as_png, new_figure, styled
 
-    with _style():
-        figure = _new(9, 5.5, f"{count:,} steps, and {count:,} answers: what the process holds")
+    with styled():
+        figure = new_figure(
+            9, 5.5, f"{count:,} steps, and {count:,} answers: what the process holds"
+        )
         panels = figure.subplots(2, 2, sharex=True)
         for column, (part, named) in enumerate((("train", "steps"), ("eval", "rows"))):
             samples = np.array(results[part]["samples"])

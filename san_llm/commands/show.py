@@ -60,7 +60,8 @@ def show(
     run = run or last_run()
     numbers = numbers_of(run, weight)
     if not terminal:
-        from san_llm.look.plots import check_matplotlib, save
+        from san_llm.look.figures import check_matplotlib
+        from san_llm.look.plots import save
 
         check_matplotlib()
         refuse_files(output or run / "plots", overwrite)

@@ -6,10 +6,7 @@ or by a sign as well, curves differ in their marks. A title says what is seen, i
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +14,21 @@ import numpy as np
 
 from san_llm.architectures.lookup import place_of, short_label
 from san_llm.errors import InputError
-from san_llm.files import whole_folder
+from san_llm.look.figures import (
+    ABOVE,
+    BELOW,
+    FAR,
+    INK,
+    LESS,
+    MORE,
+    SIDES,
+    SOFT,
+    check_matplotlib,
+    finish,
+    new_figure,
+    save_figures,
+    styled,
+)
 from san_llm.look.numbers import (
     Curve,
     RunNumbers,
@@ -35,24 +46,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ABOVE, BELOW, INK, SOFT = "#b35806", "#542788", "#222222", "#767676"  # PuOr's two ends, two greys
-MORE, LESS, FAR = "Oranges", "Purples", "Greys"  # pale to dark, in grey and to every eye
-SIDES = "PuOr_r"  # purple below 1, orange above
 POINTS = 400  # rows and columns of a weight's map at most
 LONG = 400  # steps
-DPI = 150
 GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": 100,
-    "text.parse_math": False,  # a name may have a dollar sign
-    "svg.hashsalt": "san-llm",  # the same numbers, the same file
-    "svg.fonttype": "path",
-    "path.simplify": True,
-}
 
 
 def draw(run: Path, weight: str | None = None) -> dict[str, Figure]:
@@ -76,7 +72,7 @@ def figures(numbers: RunNumbers) -> dict[str, Figure]:
     """
     check_matplotlib()
     drawn: dict[str, Figure] = {}
-    with _style():
+    with styled():
         if numbers.train_loss is not None:
             drawn["loss"] = _loss(numbers, numbers.train_loss)
         if numbers.gammas is not None:
@@ -87,49 +83,8 @@ def figures(numbers: RunNumbers) -> dict[str, Figure]:
         if numbers.scores is not None:
             drawn["scores"] = _scores(numbers.scores)
         for figure in drawn.values():
-            caption: dict[str, Any] = {"ha": "right", "va": "bottom", "size": 9, "color": SOFT}
-            figure.text(0.995, 0.005, plain(numbers.title), **caption)
-            # Laid out once, and rounded: the layout's last digits are never the same.
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-            for axis in figure.axes:
-                left, bottom, width, height = axis.get_position(original=True).bounds
-                axis.set_position([round(at, 5) for at in (left, bottom, width, height)])  # type: ignore[arg-type]
+            finish(figure, numbers.title)
     return drawn
-
-
-def check_matplotlib() -> None:
-    """Refuse to draw without matplotlib.
-
-    Raises:
-        InputError: saying how to get it.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401  # whether it is there
-    except ImportError:
-        raise InputError(
-            "drawings need matplotlib: `pip install 'san-llm[plots]'` gets it"
-        ) from None
-
-
-def as_svg(figure: Figure) -> str:
-    """Return a figure as one ``<svg>`` element, the same for the same figure; text is paths."""
-    text = io.StringIO()
-    title = figure.get_suptitle()
-    # What is None here is not written: no date, and no address of a metadata scheme.
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with _style():
-        figure.savefig(text, format="svg", metadata={**nothing, "Title": title})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]  # without the prolog, whose doctype is an address
-
-
-def as_png(figure: Figure) -> bytes:
-    """Return a figure as PNG."""
-    image = io.BytesIO()
-    with _style():
-        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
-    return image.getvalue()
 
 
 def save(numbers: RunNumbers, folder: Path, overwrite: bool) -> list[Path]:
@@ -142,35 +97,7 @@ def save(numbers: RunNumbers, folder: Path, overwrite: bool) -> list[Path]:
     drawn = figures(numbers)
     if not drawn:
         raise InputError(f"nothing to draw yet: {'; '.join(numbers.left_out)}")
-    if folder.is_dir():
-        strange = [path.name for path in folder.iterdir() if path.suffix not in (".png", ".svg")]
-        if strange:
-            raise InputError(f"{folder}: {min(strange)} is in it, which is no drawing")
-    with whole_folder(folder, overwrite) as temporary:
-        for name, figure in drawn.items():
-            (temporary / f"{name}.png").write_bytes(as_png(figure))
-            (temporary / f"{name}.svg").write_text(as_svg(figure), encoding="utf-8")
-    return [folder / f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    with mpl.rc_context(), warnings.catch_warnings():
-        mpl.rcdefaults()  # a user's own style is for their drawings
-        mpl.rcParams.update(STYLE)
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in another script
-        yield
-
-
-def _new(width: float, height: float, title: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0, 0.035, 1, 0.965))  # type: ignore[union-attr, call-arg]
-    figure.suptitle(title, x=0.01, ha="left", size=13)
-    return figure
+    return save_figures(drawn, folder, overwrite)
 
 
 def _percent(share: float) -> str:
@@ -184,7 +111,7 @@ def _loss(numbers: RunNumbers, train: Curve) -> Figure:
     if held_out is not None:
         best = int(held_out.values.argmin())
         title += f"; held-out at best {held_out.values[best]:.3g}"
-    figure = _new(8, 5, title)
+    figure = new_figure(8, 5, title)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     thin = 1.4 if len(train.steps) < LONG else 0.5  # a long noisy curve would hide the other
     top.plot(train.steps, train.values, color=BELOW, lw=thin, label="training, each step's batch")
@@ -240,7 +167,7 @@ def _gamma(gammas: Mapping[str, Numbers]) -> Figure:
     title = f"{_percent((every > 1 + STILL).mean())} of the channels potentiated, "
     title += f"{_percent((every < 1 - STILL).mean())} depressed; "
     title += f"{GAMMA} is on average {np.abs(every - 1).mean():.2g} away from 1"
-    figure = _new(11, max(4.5, min(10, 3 + 0.14 * len(blocks))), title)
+    figure = new_figure(11, max(4.5, min(10, 3 + 0.14 * len(blocks))), title)
     panels = figure.subplots(1, 4, sharey=True)
 
     shares = _limits(np.stack([more, less]))  # one scale for the two that belong together
@@ -312,7 +239,7 @@ def _distribution(gammas: Mapping[str, Numbers]) -> Figure:
     edges = np.linspace(1 - 1.05 * max(width, STILL), 1 + 1.05 * max(width, STILL), 81)
     columns = min(4, len(modules))
     lines = -(-len(modules) // columns)
-    figure = _new(2.6 * columns, 1 + 2.2 * lines, title)
+    figure = new_figure(2.6 * columns, 1 + 2.2 * lines, title)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True)
     for panel, module in zip(panels.flat, modules, strict=False):
         values = kinds[module]
@@ -351,7 +278,7 @@ def _synapse(scale: SynapseScale) -> Figure:
     where = "" if block is None else f"of block {block}"
     title = f"{short_label(name)} {where}: {_percent(up)} of its weights are strengthened, "
     title += f"{_percent(float((factors < 1 - STILL).mean()))} weakened"
-    figure = _new(8.5, 6.5, title)
+    figure = new_figure(8.5, 6.5, title)
     grid = figure.add_gridspec(2, 2, width_ratios=[1, 4.5], height_ratios=[1, 4.5])
     panel = figure.add_subplot(grid[1, 1])
     left = figure.add_subplot(grid[1, 0], sharey=panel)
@@ -405,7 +332,7 @@ def _scores(scores: Scores) -> Figure:
     title = f"{100 * last.after[0]:.1f} % right {many}"
     if last.before is not None:
         title += f", where the base has {100 * last.before[0]:.1f} %"
-    figure = _new(8.5, 1.9 + 0.42 * len(tasks), title)
+    figure = new_figure(8.5, 1.9 + 0.42 * len(tasks), title)
     axis = figure.subplots()
     places = np.arange(len(tasks))[::-1].astype(float)
     sides = [("with adapter", [task.after for task in tasks], "s", ABOVE, ABOVE, 0.12)]

@@ -16,8 +16,9 @@ from san_llm.evaluate.compare import LEVEL
 from san_llm.evaluate.compare_tables import Grid, label, p_value, points
 from san_llm.look.evaluations import Evaluated, Judgement, evenly, judge, overview
 from san_llm.look.facts import Facts, Missing
+from san_llm.look.figures import as_svg, check_matplotlib
 from san_llm.look.numbers import numbers_of
-from san_llm.look.plots import as_svg, check_matplotlib, figures
+from san_llm.look.plots import figures
 from san_llm.look.repeat import Step, steps
 from san_llm.recipe.schema import leaves
 from san_llm.runs.record import MANIFEST

@@ -15,8 +15,9 @@ from tiny import rows, tiny_model, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
 from san_llm.errors import InputError
+from san_llm.look.figures import as_png, as_svg
 from san_llm.look.numbers import numbers_of
-from san_llm.look.plots import as_png, as_svg, draw, figures
+from san_llm.look.plots import draw, figures
 from san_llm.look.terminal import sparkline
 from san_llm.protocol.tasks import TASKS, guessing
 from san_llm.recipe.read import load_recipe
