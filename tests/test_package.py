@@ -47,6 +47,7 @@ def test_the_wheel_has_recipes_schema_pocket_data_and_licence(wheel):
         for path in (ROOT / folder).rglob("*.*"):
             assert f"san_llm/{inside}/{path.relative_to(ROOT / folder)}" in names
     assert {"san_llm/look/page.html", "san_llm/look/page.css"} <= names
+    assert {"san_llm/protocol/neutral.txt", "san_llm/protocol/neutral.md"} <= names
     assert f"san_llm-{__version__}.dist-info/licenses/LICENSE" in names
     assert not [name for name in names if name.startswith(("tests", "scripts", "benchmarks"))]
     assert (head["Name"], head["Version"]) == ("san-llm", __version__)
