@@ -15,7 +15,8 @@ from typing import Any
 from san_llm.errors import InputError
 from san_llm.evaluate.score import Judged, mean_of, standard_error
 from san_llm.evaluate.store import Stored, read_evaluation
-from san_llm.protocol.published import QUOTED, Quoted
+from san_llm.protocol.published import QUOTED, Learned, Quoted
+from san_llm.runs.folder import recipe_of, run_of
 from san_llm.runs.record import MANIFEST
 
 RESAMPLES = 9999
@@ -81,6 +82,8 @@ class Run:
         differences: The differences from the first run, by task and over all; of the first: none.
         changes: Rows whose answer is not the first run's.
         notes: What differs from the first run, besides the model.
+        learned: What of a training row the adapter's loss was on; None where no run is known.
+        epochs: For how many epochs; None where no run is known, or one that steps ended.
     """
 
     name: str
@@ -92,6 +95,8 @@ class Run:
     differences: tuple[Difference, ...] = ()
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
+    learned: Learned | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +238,7 @@ def _run(first: Stored, evaluation: Stored, metric: str) -> Run:
         accuracies[task] = accuracy, standard_error(accuracy, len(of_task))
     accuracies["average"] = mean_of(list(accuracies.values()))
     same = evaluation is first
+    learned, epochs = _training(evaluation)
     return Run(
         name=str(evaluation.folder),
         about=evaluation.results.title,
@@ -243,7 +249,24 @@ def _run(first: Stored, evaluation: Stored, metric: str) -> Run:
         differences=() if same else _differences(_corrects(first.rows, metric), corrects),
         changes=() if same else _changes(first.rows, evaluation.rows, metric),
         notes=() if same else tuple(_notes(first, evaluation)),
+        learned=learned,
+        epochs=epochs,
     )
+
+
+def _training(evaluation: Stored) -> tuple[Learned | None, float | None]:
+    """Return what the run of an evaluation's adapter learned, and for how many epochs."""
+    adapter = evaluation.results.adapter
+    run = run_of(Path(adapter)) if adapter else None
+    if run is None:
+        return None, None
+    try:
+        recipe = recipe_of(run)
+    except InputError:  # another version's: what it says is only shown beside the numbers
+        return None, None
+    steps = recipe.training.max_steps
+    learned: Learned = "response" if recipe.data.loss == "response" else "whole text"
+    return learned, recipe.training.epochs if steps is None else None
 
 
 def _corrects(rows: Sequence[Judged], metric: str) -> dict[str, list[bool]]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from san_llm.evaluate.compare import LEVEL, Comparison, Difference
+from san_llm.protocol.published import Quoted
 from san_llm.shown import percent
 
 SHOWN = 5  # changed rows that are listed; --json has all
@@ -68,9 +69,26 @@ def grids(comparison: Comparison, names: Sequence[str] = ()) -> list[Grid]:
             title = f"{name} - {first}, points"
             tables.append(Grid(title, header, tuple(map(_difference, run.differences))))
     if comparison.quoted:
-        quotes = ((f"{q.name} (quoted)", f"{q.average:.1f}") for q in comparison.quoted)
-        tables.append(Grid("published, percent", ("model", "average"), tuple(quotes)))
+        tables.append(published(comparison.quoted))
     return tables
+
+
+def published(quoted: Sequence[Quoted]) -> Grid:
+    """Return others' averages with what each was trained on, and a short name of the source."""
+    rows = []
+    for one in quoted:
+        unknown = "-" if one.learned == "nothing" else "?"
+        rows.append(
+            (
+                *(one.name, f"{one.average:.1f}"),
+                unknown if one.share is None else f"{one.share:g} %",
+                "-" if one.learned == "nothing" else one.learned,
+                unknown if one.epochs is None else str(one.epochs),
+                one.source.partition(",")[0],
+            )
+        )
+    header = ("model (quoted)", "average", "trained", "loss on", "epochs", "source")
+    return Grid("published, percent", header, tuple(rows))
 
 
 def _difference(difference: Difference) -> tuple[str, ...]:
@@ -107,7 +125,8 @@ def remarks(comparison: Comparison) -> list[str]:
         if count > SHOWN:
             lines.append(f"  and {count - SHOWN:,} more; --json has them all")
     lines += [f"note: {note}" for note in comparison.notes]
-    return [*lines, *_sources(comparison)]
+    lines += [f"note: {line}" for line in _unlike_quoted(comparison)]
+    return [*lines, *sources(comparison.quoted)]
 
 
 def _of_average(comparison: Comparison) -> list[str]:
@@ -116,9 +135,30 @@ def _of_average(comparison: Comparison) -> list[str]:
     return ["average: difference and interval weigh tasks alike; counts and p pool all rows"]
 
 
-def _sources(comparison: Comparison) -> list[str]:
-    sources = dict.fromkeys(quoted.source for quoted in comparison.quoted)
-    return [f"quoted, not measured here: {source}" for source in sources]
+def sources(quoted: Sequence[Quoted]) -> list[str]:
+    """Return a line for each source, and for each number that has to be taken with care."""
+    whence = dict.fromkeys(one.source for one in quoted)
+    lines = [f"quoted, not measured here: {source}" for source in whence]
+    return lines + [f"{one.name} (quoted): {one.note}" for one in quoted if one.note]
+
+
+def _unlike_quoted(comparison: Comparison) -> list[str]:
+    """Return a line for each run that learned otherwise than quoted numbers did."""
+    trained = [one for one in comparison.quoted if one.learned != "nothing"]
+    lines = []
+    for number, run in enumerate(comparison.runs):
+        if run.learned is None or not trained:
+            continue
+        like = sum(
+            one.epochs is not None and (one.learned, one.epochs) == (run.learned, run.epochs)
+            for one in trained
+        )
+        time = "some steps" if run.epochs is None else f"{run.epochs:g} epochs"
+        lines.append(
+            f"{label(number)} learned the {run.learned} for {time}, as did {like} of the "
+            f"{len(trained)} quoted; of the others one of these differs or was not found out"
+        )
+    return lines
 
 
 def drawn(grid: Grid) -> Table:
@@ -157,7 +197,7 @@ def latex(comparison: Comparison) -> str:
         return "".join(_LATEX.get(character, character) for character in text)
 
     def line(cells: tuple[str, ...]) -> str:
-        minus = (re.sub(r"-(?=\d)", "$-$", escaped(cell)) for cell in cells)
+        minus = (re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped(cell)) for cell in cells)
         return " & ".join(minus) + r" \\"
 
     def table(grid: Grid) -> str:
@@ -170,7 +210,7 @@ def latex(comparison: Comparison) -> str:
         ]
         return "\n".join(parts)
 
-    about = [f"% {text}" for text in [*legend(comparison), *_sources(comparison)]]
+    about = [f"% {text}" for text in [*legend(comparison), *sources(comparison.quoted)]]
     parts = ["\n".join(about), *map(table, grids(comparison))]
     if notes := _footnotes(comparison):
         small = (rf"\noindent {escaped(note)}\par" for note in notes)
@@ -189,4 +229,4 @@ def _footnotes(comparison: Comparison) -> list[str]:
         if run.prompt != first.prompt:
             lines.append(f"{name}: prompts {run.prompt}, not {first.prompt}")
         lines += [f"{name}: {note}" for note in run.notes]
-    return lines
+    return [*lines, *_unlike_quoted(comparison)]

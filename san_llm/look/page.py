@@ -17,7 +17,7 @@ from markupsafe import Markup
 from san_llm import __version__
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import LEVEL, RESAMPLES
-from san_llm.evaluate.compare_tables import Grid
+from san_llm.evaluate.compare_tables import Grid, published, sources
 from san_llm.files import write_text
 from san_llm.look.evaluations import read_evaluations, table
 from san_llm.look.facts import read_facts
@@ -99,7 +99,8 @@ def _environment() -> Environment:
         to_yaml=to_yaml,
         text_columns=_text_columns,
         version=__version__,
-        quoted=QUOTED,
+        quoted=published(QUOTED),
+        sources=sources(QUOTED),
         resamples=RESAMPLES,
         level=LEVEL,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from san_llm.evaluate.store import write_evaluation
 from san_llm.evaluate.table import EvalResult
 from san_llm.files import sha256_of
 from san_llm.protocol.tasks import TASKS
+from san_llm.recipe.read import load_recipe, to_yaml
+from san_llm.recipe.shipped import shipped_recipes
 
 
 def row(task, number, right):
@@ -27,7 +30,7 @@ def row(task, number, right):
     return judge_text(TASKS[task], number, f"prompt {number}", f"it is {text}", first)
 
 
-def save(folder, rights, settings=None, rows=None, **identity):
+def save(folder, rights, settings=None, rows=None, adapter=None, **identity):
     """Write an evaluation with these rows right, wrong or unparseable, by task."""
     settings = settings or Settings()
     judged = rows or [
@@ -35,7 +38,9 @@ def save(folder, rights, settings=None, rows=None, **identity):
     ]
     tasks = dict.fromkeys(one.task for one in judged)
     scores = tuple(score(TASKS[t], [one for one in judged if one.task == t]) for t in tasks)
-    result = EvalResult(scores, settings, str(folder), {"title": f"model of {folder.name}"})
+    result = EvalResult(
+        scores, settings, str(folder), {"title": f"model of {folder.name}", "adapter": adapter}
+    )
     facts = {
         "data": {
             t: {"sha256": f"hash of {t}", "rows": sum(one.task == t for one in judged)}
@@ -227,7 +232,15 @@ def test_the_command_shows_tables_changes_and_quoted_numbers(command, pair):
     assert lines[0] == "A  a: model of a (generate, llm-adapters)"
     assert "B answers 5 of 10 rows otherwise than A" in lines
     assert "  boolq row 4: A no answer, B true; right is true" in lines
-    assert any("ChatGPT (quoted)" in line and "77.0" in line for line in lines)
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
+    assert ["model (quoted)", "average", "trained", "loss on", "epochs", "source"] in cells
+    assert ["ChatGPT", "77.0", "-", "-", "-", "DoRA"] in cells
+    assert ["LLaMA3-8B LoReFT", "86.6", "0.026 %", "response", "6", "ReFT"] in cells
+    assert ["LLaMA3-8B SAN", "85.5", "?", "not found out", "?", "SAN"] in cells
+    assert "LLaMA3-8B SAN (quoted): carrier not known, likely DoRA" in lines
+    title = lines.index(next(line for line in lines if line.startswith("published")))
+    assert all(len(line) <= 80 for line in lines[title : title + 32])
+    assert not any("learned the" in line for line in lines)  # of these no run is known
     assert "quoted, not measured here: DoRA, Liu et al. 2024, arXiv:2402.09353" in lines
     assert "quoted" not in command("compare", *pair).stdout
 
@@ -237,11 +250,42 @@ def test_json_has_everything(command, pair):
     assert [run["name"] for run in value["runs"]] == list(pair)
     assert len(value["runs"][1]["changes"]) == 5
     assert value["quoted"] == []
+    quoted = json.loads(command("compare", *pair, "--published", "--json").stdout)["quoted"]
+    (san,) = (one for one in quoted if one["name"] == "LLaMA3-8B SAN")
+    assert san["share"] is san["epochs"] is None
+    assert (san["learned"], san["note"]) == ("not found out", "carrier not known, likely DoRA")
+
+
+def test_a_run_that_learned_otherwise_than_the_quoted_is_told_beside_them(command, here):
+    def evaluated(name, *overrides, change=str):
+        recipe = load_recipe(shipped_recipes()["llama7b_commonsense"], overrides)
+        (here / name / "adapter").mkdir(parents=True)
+        (here / name / "recipe.yaml").write_text(change(to_yaml(recipe)))
+        save(here / name / "eval" / "x-adapter", FIRST, adapter=f"{name}/adapter")
+        return name
+
+    runs = [
+        evaluated("whole", "data.loss=all", "training.epochs=3"),
+        evaluated("part", "data.loss=response", "training.epochs=6"),
+        evaluated("stopped", "data.loss=response", "training.max_steps=6", "training.epochs=6"),
+        evaluated("later", change=lambda text: text.replace("loss:", "losses:")),
+    ]
+    told = "quoted; of the others one of these differs or was not found out"
+    notes = [
+        f"A learned the whole text for 3 epochs, as did 11 of the 26 {told}",
+        f"B learned the response for 6 epochs, as did 10 of the 26 {told}",
+        f"C learned the response for some steps, as did 0 of the 26 {told}",
+    ]
+    lines = command("compare", *runs, "--published").stdout.splitlines()
+    assert [line for line in lines if "learned the" in line] == [f"note: {note}" for note in notes]
+    tabular = command("compare", *runs, "--published", "--latex").stdout
+    assert all(rf"\noindent {note}\par" in tabular for note in notes)
+    assert "learned the" not in command("compare", *runs).stdout
 
 
 def test_markdown_and_latex_hold_the_same_cells(command, pair, here):
     result = compare([here / name for name in pair], quote=True)
-    assert [len(grid.rows) for grid in grids(result)] == [4, 3, 10]
+    assert [len(grid.rows) for grid in grids(result)] == [4, 3, 27]
     shown = command("compare", *pair, "--markdown").stdout
     assert "| boolq | 50.0 ± 22.4 | 83.3 ± 16.7 |" in shown
     assert "| no answer | 1 | 0 |" in shown
@@ -252,8 +296,11 @@ def test_markdown_and_latex_hold_the_same_cells(command, pair, here):
     assert r"\begin{tabular}{lrr}" + "\n" + r"\toprule" in tabular
     assert r"95\% interval" in tabular
     assert "% B  b_1: model of b_1" in tabular
-    assert latex(result).count("quoted") == 10 + 2
-    assert markdown(result).count("(quoted)") == 10
+    assert r"LLaMA-7B IA3, all & 77.8 & 0.02 \% & response & 6 & RoAd \\" in latex(result)
+    assert "| LLaMA3-8B SAN | 85.5 | ? | not found out | ? | SAN |" in markdown(result)
+    for text in (latex(result), markdown(result)):
+        assert text.count("quoted, not measured here") == 6
+        assert "LLaMA3-8B SAN (quoted): carrier not known, likely DoRA" in text
     assert len(legend(result)) == 2
     assert remarks(result)
 
