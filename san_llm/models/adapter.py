@@ -73,6 +73,25 @@ def open_adapter(folder: Path) -> Adapter:
     return Adapter(folder, options, method, tensors)
 
 
+def check_askable(adapter: Adapter) -> None:
+    """Refuse an adapter that learned a prompt: prompts that are answered together share a beginning.
+
+    Raises:
+        InputError: naming its method.
+    """
+    if adapter.method == "SAN":  # known without importing PEFT, which takes seconds
+        return
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[adapter.method], PromptLearningConfig):
+        raise InputError(
+            f"{adapter.folder / ADAPTER_CONFIG}: peft_type {adapter.method} puts a prompt that was "
+            "learned before what a model reads, which answers here have no place for: use it with "
+            "PEFT, beside its base"
+        )
+
+
 def embedding_rows(adapter: Adapter, rows: int, tied: bool = True) -> int:
     """Return how many tokens a model knows with an adapter, whose training may have added some.
 

@@ -11,7 +11,7 @@ import torch
 
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
-from san_llm.models.adapter import embedding_rows, load_adapter, open_adapter
+from san_llm.models.adapter import check_askable, embedding_rows, load_adapter, open_adapter
 from san_llm.models.agree import check_base, refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.quantize import quantization_config
@@ -208,10 +208,10 @@ def load_model(found: FoundBase, adapter: Path | None) -> PreTrainedModel:
     """Return what is asked, a base with its adapter or a model alone, in eval mode.
 
     Raises:
-        InputError: when a part cannot be loaded.
+        InputError: when a part cannot be loaded, or an adapter cannot be asked.
     """
     if adapter is not None:
-        open_adapter(adapter)  # what cannot be used is refused before the base is loaded
+        check_askable(open_adapter(adapter))  # what cannot be used is refused before the base is loaded
     model: Any = load_base(found)
     if adapter is not None:
         model = load_adapter(model, adapter)

@@ -310,6 +310,14 @@ def adapter_with_a_binary_config(here: Path) -> None:
     (adapter(here).parent / "adapter_config.json").write_bytes(bytes(range(256)))
 
 
+@bad_adapter("peft_type PROMPT_TUNING puts a prompt that was learned", ("generate hi", READERS[2]))
+def adapter_that_learned_a_prompt(here: Path) -> None:
+    folder = adapter(here).parent
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"prompt_embeddings": torch.zeros(2, 32)}, adapter(here), metadata={"format": "pt"})
+
+
 # --- base models ---
 
 TRAIN, MERGE, EVAL = "train good.yaml", "merge", "eval --base-only --tasks boolq --data data"
