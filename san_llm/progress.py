@@ -114,3 +114,4 @@ def quiet_libraries(bars: bool = False) -> None:
     if os.environ.get("SAN_LLM_DEBUG") != "1":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # merges untie

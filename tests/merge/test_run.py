@@ -33,6 +33,7 @@ from san_llm.merge.request import MergeRequest, merge_request
 from san_llm.merge.run import merge
 from san_llm.models.subject import find_subject
 from san_llm.models.weights import read_header
+from san_llm.progress import quiet_libraries
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, point_latest
 
@@ -413,6 +414,13 @@ def test_what_an_adapter_does_to_one_of_two_tied_weights_is_not_done_to_the_othe
         assert apart(merged(text()).logits, wanted) < 1e-5
     assert merged.config.tie_word_embeddings is stays
     assert ("lm_head.weight" not in load_file("out/model.safetensors")) is stays
+
+
+def test_pefts_warning_of_tied_weights_is_not_shown(recwarn, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    quiet_libraries()
+    get_peft_model(tiny_model(**TIED), lora("q_proj", "lm_head"))
+    assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
 
 def test_blocks_that_an_adapter_repeats_are_each_merged_for_themselves(here):
