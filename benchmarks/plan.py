@@ -88,7 +88,7 @@ CASES = (
     Case("135m", 10, 128, (BF16, LORA), held_out=True),
     Case("135m", 12, 128, (FP32, LORA, AGAIN)),
     Case("135m", 8, 192, (FP32, "method.mode=neuron"), held_out=True),
-    Case("135m", 8, 192, (FP32, "method.name=ia3")),
+    Case("135m", 8, 192, (FP32, "method.name=ia3", "method.target_modules=peft")),
     Case("135m", 8, 128, (FP32, "method.form=plain")),
     Case("135m", 8, 128, (BF16, "method.carrier=lora"), held_out=True),
     Case("135m", 8, 128, (FP32, "method.carrier=dora")),

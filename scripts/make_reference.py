@@ -119,8 +119,8 @@ def _section(title: str, section: str, about: dict[str, Any]) -> list[str]:
 
 
 def _kind(field: dict[str, Any]) -> str:
-    if "anyOf" in field:
-        kinds = [_kind(option) for option in field["anyOf"] if option.get("type") != "null"]
+    if options := field.get("anyOf") or field.get("oneOf"):
+        kinds = [_kind(option) for option in options if option.get("type") != "null"]
         return " or ".join(kinds)
     if "const" in field:
         return f"`{field['const']}`"

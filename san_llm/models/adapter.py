@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from san_llm.architectures.decoders import EMBEDDING
-from san_llm.architectures.lookup import family_targets
 from san_llm.errors import InputError, SanError, nearest_file
 from san_llm.files import read_json
 from san_llm.models.weights import Stored, read_header
@@ -183,7 +182,7 @@ def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
     """Return the PEFT config of a recipe's method on a model of this family."""
     from peft import IA3Config, LoraConfig
 
-    targets = family_targets(method.target_modules, model_type)
+    targets = method.targets(model_type)
     match method:
         case SanMethod():
             from san_llm.san.config import SanConfig

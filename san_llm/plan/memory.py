@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from san_llm.architectures.decoders import DOWN, PARENTS, O
-from san_llm.architectures.lookup import family_targets
 from san_llm.architectures.sizes import Shape
 from san_llm.launch.malloc import spares_memory
 from san_llm.recipe.schema import DoraMethod, DType, Ia3Method, Method, SanMethod
@@ -219,7 +218,7 @@ def graph_of(shape: Shape, method: SanMethod) -> PropagationGraph:
 
 
 def _targets(shape: Shape, method: Method) -> list[str]:
-    names: list[str] = family_targets(method.target_modules, shape.config["model_type"])
+    names = method.targets(shape.config["model_type"])
     return [name for name in shape.linears if name in names]
 
 

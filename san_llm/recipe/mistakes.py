@@ -108,7 +108,8 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
         return f"{where}: {key}: {not_one_of(value, names)}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        return f"{where}: {key}: {not_one_of(value, names)}"
+        also = "; names are written as a list" if path == ("method", "target_modules") else ""
+        return f"{where}: {key}: {not_one_of(value, names)}{also}"
     if kind == "value_error":
         message = str(context["error"])
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"

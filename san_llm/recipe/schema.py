@@ -13,10 +13,19 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from san_llm.architectures.decoders import DOWN, TARGETS, K, V
 from san_llm.architectures.entry import KINDS
+from san_llm.architectures.targets import PEFT_FEEDFORWARD, TargetWord, targets_of
 from san_llm.errors import InputError
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import TASKS, find_tasks
@@ -29,6 +38,13 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Kind = Literal["attention", "mlp", "residual"]
 _Name = Annotated[str, Field(min_length=1)]
 _Path = Annotated[_Name, AfterValidator(os.path.expanduser)]  # no shell has read it
+# A list of names, or a word that stands for some.
+Targets = Annotated[
+    Annotated[tuple[str, ...], Field(min_length=1), Tag("list")]
+    | Annotated[TargetWord, Tag("word")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "list"),
+]
+_WORDS = "a list of the projections that are adapted, or all (seven), published "
 # No run has more of them: what is larger is a slip, and would be counted up to.
 MOST, MOST_RANKS = 10**9, 2**16
 ROW_FILES = (".json", ".jsonl")  # what rows are read from
@@ -85,15 +101,25 @@ class Base(_Section):
 
 class _Targets(_Section):
     name: str  # first, so that a printed recipe begins with it
-    target_modules: tuple[str, ...] = Field(
-        default=TARGETS, min_length=1, description="the projections that are adapted, by name"
+    target_modules: Targets = Field(
+        default="all",
+        description=f"{_WORDS}(likewise) or peft (likewise)",
     )
 
     @field_validator("target_modules")
     @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        check_targets(value)
+    def _known(cls, value: tuple[str, ...] | TargetWord) -> tuple[str, ...] | TargetWord:
+        if not isinstance(value, str):
+            check_targets(value)
         return value
+
+    def targets(self, model_type: str = "llama") -> list[str]:
+        """Return the names of the Linears that are adapted in a model of this family.
+
+        Raises:
+            InputError: when the family has no such choice.
+        """
+        return targets_of(self.name, self.target_modules, model_type)
 
 
 class SanMethod(_Targets):
@@ -162,7 +188,7 @@ class SanMethod(_Targets):
         low_rank = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
         given = {name: value for name, value in low_rank.items() if value is not None}
         return Options(
-            target_modules=self.target_modules,
+            target_modules=tuple(self.targets()),
             carrier=self.carrier,
             mode=self.mode,
             shift=self.shift,
@@ -182,11 +208,9 @@ class SanMethod(_Targets):
 
 
 class _LowRank(_Targets):
-    target_modules: tuple[str, ...] = Field(
-        default=TARGETS,
-        min_length=1,
-        description="the projections that are adapted, by name; in the published runs five: "
-        "q, k, v, up and down",
+    target_modules: Targets = Field(
+        default="all",
+        description=f"{_WORDS}(five: q, k, v, up and down) or peft (PEFT's choice: q and v)",
     )
     rank: int = Field(default=32, ge=1, le=MOST_RANKS, description="rows of A, columns of B")
     alpha: float = Field(
@@ -210,17 +234,25 @@ class DoraMethod(_LowRank):
 
 
 class Ia3Method(_Targets):
-    """IA3 (Liu et al. 2022) through PEFT: k, v and down, as PEFT's own default for LLaMA."""
+    """IA3 (Liu et al. 2022) through PEFT, over all projections' outputs unless told otherwise."""
 
     name: Literal["ia3"]
-    target_modules: tuple[str, ...] = Field(
-        default=(K, V, DOWN),
-        min_length=1,
-        description="the projections that are scaled, by name",
+    target_modules: Targets = Field(
+        default="published",
+        description=f"{_WORDS}(seven) or peft (PEFT's choice, of LLaMA k, v and down)",
     )
     feedforward_modules: tuple[str, ...] = Field(
-        default=(DOWN,), description="those of them whose input is scaled, not their output"
+        default=(),
+        description="those of them whose input is scaled, not their output; with peft down, "
+        "unless told",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_peft(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("target_modules") == "peft":
+            return {"feedforward_modules": PEFT_FEEDFORWARD} | value
+        return value
 
 
 Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discriminator="name")]

@@ -57,7 +57,7 @@ def _places(recipe: Recipe) -> dict[str, Any]:
 
 def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
     """Return ``key: old -> new`` for the differences that would make another run of it."""
-    old, new = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
+    old, new = _leaves(before), _leaves(after)
     free = (*HARMLESS, *(_places(before).keys() & _places(after).keys()))
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -65,6 +65,13 @@ def harmful_changes(before: Recipe, after: Recipe) -> list[str]:
         if old.get(key) != new.get(key)
         and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
+
+
+def _leaves(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says by key, with names where a word stands for target modules."""
+    values = recipe.model_dump(mode="json")
+    values["method"]["target_modules"] = recipe.method.targets()
+    return leaves(values)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,13 @@ def test_the_published_settings_are_the_defaults():
         (4, "  name: san\n  target_modules: [q]", ["mine.yaml:5: method.target_modules: target "
          "module 'q' is not one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, "
          "qkv_proj, gate_up_proj"]),
+        (4, "  name: ia3\n  target_modules: publishd", ["mine.yaml:5: method.target_modules: "
+         "'publishd' is not one of all, published, peft (did you mean 'published'?); names are "
+         "written as a list"]),
+        (4, "  name: san\n  target_modules: 5", ["mine.yaml:5: method.target_modules: expected a "
+         "list, found 5"]),
+        (4, "  name: san\n  target_modules: [v_proj, 3]", ["mine.yaml:5: "
+         "method.target_modules[1]: expected text, found 3; write it in quotes"]),
         (4, "  name: san\n  target_modules: []", ["mine.yaml:5: method.target_modules: expected at "
          "least one, found []"]),
         (4, "  name: san\n  mode: synapse\n  links: []", ["mine.yaml:3: method: mode 'synapse' "
@@ -323,7 +330,7 @@ def test_another_method_starts_from_its_own_defaults():
     recipe = parse(text, "method.rank=8", "method.name=lora")
     assert recipe.method.name == "lora"
     assert recipe.method.rank == 8
-    assert recipe.method.target_modules == TARGETS
+    assert recipe.method.target_modules == "all"
     assert parse(text, "method.name=san").method.mode == "neuron"
 
 
@@ -446,7 +453,10 @@ TEXTS = st.one_of(
     st.sampled_from(["1e5", "12e5678", "null", "~", "yes", "0x1f", "2024-01-01", "a: b", "# c"]),
     st.sampled_from(["1_0", "1:30", "=", "<<", "&a", "*a", "!x", "- a", "\u2028", " "]),
 )
-SOME_TARGETS = st.lists(st.sampled_from(TARGETS), min_size=1, unique=True)
+SOME_TARGETS = st.one_of(
+    st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),
+    st.sampled_from(["all", "published", "peft"]),
+)
 METHODS = st.one_of(
     st.fixed_dictionaries(
         {"name": st.just("san"), "target_modules": SOME_TARGETS},
@@ -585,6 +595,19 @@ def test_the_san_section_has_the_defaults_of_the_tuner():
     assert from_recipe.target_modules == family_targets(by_default.target_modules, "llama")
     for name in own_fields() - {"target_modules"}:
         assert getattr(from_recipe, name) == getattr(by_default, name), name
+
+
+def test_ia3_scales_every_output_unless_told_to_be_as_peft_has_it():
+    by_default = parse(GOOD, "method.name=ia3").method
+    assert (by_default.target_modules, by_default.feedforward_modules) == ("published", ())
+    as_peft = parse(GOOD, "method.name=ia3", "method.target_modules=peft").method
+    assert as_peft.feedforward_modules == ("down_proj",)
+    assert set(adapter_config(as_peft).target_modules) == {"k_proj", "v_proj", "down_proj"}
+    told = parse(
+        GOOD,
+        *("method.name=ia3", "method.target_modules=peft", "method.feedforward_modules=[]"),
+    )
+    assert told.method.feedforward_modules == ()
 
 
 @pytest.mark.parametrize("carrier", ["lora", "dora"])
