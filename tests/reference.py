@@ -2,7 +2,8 @@
 
 Nothing of the product is imported. The vectors of an adapter come by module name, such as
 ``model.layers.0.mlp.up_proj``; a name that is absent from ``gammas`` has gamma = 1. What a low-rank
-carrier trains comes by module and tensor, such as ``model.layers.0.mlp.up_proj lora_A``.
+carrier trains comes by module and tensor, such as ``model.layers.0.mlp.up_proj lora_A``. With
+the word ``free`` for ``links`` s is no gamma but a vector of its own, in ``sigmas`` by module name.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ def module_name(block: int, projection: str) -> str:
 
 
 def synapse_source(
-    block: int, projection: str, links: tuple[str, ...], fused: bool = False
+    block: int, projection: str, links: tuple[str, ...] | str, fused: bool = False
 ) -> str | None:
     """Return the name of the module whose gamma scales the columns of this projection."""
+    if links == "free":
+        return None
     if projection == "o_proj" and "attention" in links:
         return module_name(block, "qkv_proj" if fused else "v_proj")
     if projection == "down_proj" and "mlp" in links:
@@ -71,12 +74,13 @@ def dense_parameters(
     *,
     targets: tuple[str, ...] = SEVEN,
     mode: str = "both",
-    links: tuple[str, ...] = ALL_LINKS,
+    links: tuple[str, ...] | str = ALL_LINKS,
     adapt_embedding: bool = False,
+    sigmas: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights and biases that SAN gives a plain model, by parameter name.
 
-    Differentiable in ``gammas`` and ``betas``; computed in the wider dtype of vectors and weights.
+    Differentiable in all vectors; computed in the wider dtype of vectors and weights.
     """
     fused = hasattr(plain.model.layers[0].self_attn, "qkv_proj")
     adapted = {
@@ -99,6 +103,8 @@ def dense_parameters(
             if mode != "neuron" and source in adapted and source in gammas:
                 s = synapse_scale(plain, projection, gammas[source])
                 weight = weight @ torch.diag(s).to(weight)
+            if sigmas and name in sigmas:
+                weight = weight @ torch.diag(sigmas[name]).to(weight)
             if name in betas:
                 bias = betas[name] if bias is None else bias + betas[name]
             result[f"{name}.weight"] = weight
@@ -186,7 +192,7 @@ def low_rank_parameters(
     carrier: str,
     c: float,
     mode: str = "both",
-    links: tuple[str, ...] = ALL_LINKS,
+    links: tuple[str, ...] | str = ALL_LINKS,
 ) -> dict[str, Tensor]:
     """Return the weights that a low-rank carrier gives a plain model; their biases stay.
 
@@ -219,6 +225,9 @@ def low_rank_parameters(
             if mode != "neuron" and gamma is not None:
                 s = synapse_scale(plain, projection, gamma)
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] @ torch.diag(s)
+            if f"{name} sigma" in trained:
+                sigma = torch.diag(trained[f"{name} sigma"])
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] @ sigma
     return weights
 
 

@@ -7,7 +7,7 @@ carriers are ratios of row norms, and take the base's weights, some rows at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from san_llm.architectures.decoders import EMBEDDING, PARENTS
 from san_llm.architectures.lookup import place_of
 from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import find_base
-from san_llm.models.scales import neuron_scales
+from san_llm.models.scales import column_scales, neuron_scales
 from san_llm.models.subject import find_subject
 from san_llm.models.weights import Numbers
 from san_llm.runs.folder import adapter_of, last_run
@@ -66,6 +66,8 @@ class DiffResult:
         total: All channels together; its largest are not named.
         modules: Each projection, over all blocks; its largest are not named, either.
         blocks: Each module of each block, in the model's order.
+        columns: The column scales that each projection has of its own, over all blocks, and those
+            of all together; empty but for ``links: free``.
     """
 
     adapter: str
@@ -75,6 +77,7 @@ class DiffResult:
     total: Change
     modules: list[Change]
     blocks: list[Change]
+    columns: list[Change]
 
 
 def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
@@ -99,25 +102,36 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
         named = find_subject(base, adapter).base
         source, base = find_base(named).folder, named.model
     gammas = neuron_scales(opened, source)
-    blocks: list[Change] = []
-    kinds: dict[str, list[Numbers]] = {}
-    for name, gamma in gammas.items():
-        block, module = place_of(name)
-        blocks.append(_change(module, block, gamma, LARGEST))
-        kinds.setdefault(module, []).append(gamma)
-    known = [EMBEDDING, *PARENTS]
+    sigmas = column_scales(opened)
     return DiffResult(
         adapter=str(adapter),
         base=str(base or options.get("base_model_name_or_path")),
         carrier=carrier,
         mode=str(options.get("mode") or "both"),
-        total=_change("all", None, np.concatenate(list(gammas.values())), 0),
-        modules=[
-            _change(kind, None, np.concatenate(kinds[kind]), 0)
-            for kind in sorted(kinds, key=known.index)
+        total=_over_all(gammas),
+        modules=_by_module(gammas),
+        blocks=[
+            _change(module, block, gamma, LARGEST)
+            for (block, module), gamma in zip(map(place_of, gammas), gammas.values(), strict=True)
         ],
-        blocks=blocks,
+        columns=[*_by_module(sigmas), _over_all(sigmas)] if sigmas else [],
     )
+
+
+def _over_all(scales: Mapping[str, Numbers]) -> Change:
+    return _change("all", None, np.concatenate(list(scales.values())), 0)
+
+
+def _by_module(scales: Mapping[str, Numbers]) -> list[Change]:
+    """Return what happened to each projection's scales over all blocks."""
+    modules: dict[str, list[Numbers]] = {}
+    for name, scale in scales.items():
+        modules.setdefault(place_of(name)[1], []).append(scale)
+    known = [EMBEDDING, *PARENTS]
+    return [
+        _change(module, None, np.concatenate(modules[module]), 0)
+        for module in sorted(modules, key=known.index)
+    ]
 
 
 def _change(module: str, block: int | None, gamma: Numbers, named: int) -> Change:
@@ -136,17 +150,19 @@ def _change(module: str, block: int | None, gamma: Numbers, named: int) -> Chang
 
 
 def tables(result: DiffResult) -> Iterator[Table]:
-    """Return the result as two tables: over all blocks, and block by block."""
+    """Return the result as tables: over all blocks, and block by block."""
     yield _table([*result.modules, result.total], blocks=False)
+    if result.columns:
+        yield _table(result.columns, blocks=False, module="columns of")
     yield _table(result.blocks, blocks=True)
 
 
-def _table(changes: list[Change], blocks: bool) -> Table:
+def _table(changes: list[Change], blocks: bool, module: str = "module") -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in (*(("block",) if blocks else ()), "module", "channels", "LTP %", "LTD %", "mean"):
-        table.add_column(column, justify="left" if column == "module" else "right")
+    for column in (*(("block",) if blocks else ()), module, "channels", "LTP %", "LTD %", "mean"):
+        table.add_column(column, justify="left" if column == module else "right")
     if blocks:
         table.add_column("channel:gamma", no_wrap=True)
     for change in changes:

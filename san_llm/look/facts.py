@@ -56,10 +56,11 @@ class Facts:
 
     @property
     def method(self) -> str:
-        """The method, and of SAN its carrier and mode."""
+        """The method, and of SAN its carrier, its mode and whether s is carried."""
         method = self.recipe.method
         if method.name == "san":
-            return f"SAN ({method.carrier} carrier, mode {method.mode})"
+            columns = ", free column scales" if method.options.free else ""
+            return f"SAN ({method.carrier} carrier, mode {method.mode}{columns})"
         return method.name.upper()
 
     @property

@@ -20,7 +20,7 @@ from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.files import read_json
 from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import config_here
-from san_llm.models.scales import neuron_scales
+from san_llm.models.scales import column_scales, neuron_scales
 from san_llm.models.weights import Numbers
 from san_llm.protocol.tasks import guessing
 from san_llm.recipe.schema import Base
@@ -50,13 +50,13 @@ class SynapseScale:
 
     Attributes:
         module: ``model.layers.3.mlp.down_proj``.
-        anterior: The module whose gamma is propagated into its columns.
+        anterior: The module whose gamma is propagated into its columns; None where s is its own.
         gamma: What its rows are multiplied by (d_out,); ones where the mode leaves them.
         s: What its columns are multiplied by (d_in,).
     """
 
     module: str
-    anterior: str
+    anterior: str | None
     gamma: Numbers
     s: Numbers
 
@@ -190,10 +190,12 @@ def _scales(
     if source is None:
         left_out.append(f"synapse scale: {base.model}, whose config it takes, is not here")
         return neuron_scales(opened, None), None
-    gammas = neuron_scales(opened, source)
+    gammas, sigmas = neuron_scales(opened, source), column_scales(opened)
     graph = propagation_graph(read_json(source / "config.json"), options)
     linked = {
-        ".".join(map(str, place_of(node.name))): node for node in graph if node.anterior in gammas
+        ".".join(map(str, place_of(node.name))): node
+        for node in graph
+        if node.anterior in gammas or node.name in sigmas
     }
     if weight is not None and weight not in linked:
         raise WeightError(
@@ -205,17 +207,21 @@ def _scales(
         return gammas, None
     own = options.get("mode") != "synapse"
     scales = [
-        _synapse(node, gammas, own)
+        _synapse(node, gammas, sigmas, own)
         for node in ([linked[weight]] if weight is not None else linked.values())
     ]
     return gammas, max(scales, key=_moved)
 
 
-def _synapse(node: Node, gammas: Mapping[str, Numbers], own: bool) -> SynapseScale:
-    """Return a linked node's scale; its rows are left alone where the mode says so."""
-    assert node.anterior is not None
-    assert node.carry is not None
-    s = carried(gammas[node.anterior], node.carry)
+def _synapse(
+    node: Node, gammas: Mapping[str, Numbers], sigmas: Mapping[str, Numbers], own: bool
+) -> SynapseScale:
+    """Return a node's scale; its rows are left alone where the mode says so."""
+    s = sigmas.get(node.name)
+    if s is None:
+        assert node.anterior is not None
+        assert node.carry is not None
+        s = carried(gammas[node.anterior], node.carry)
     gamma = gammas[node.name] if own and node.name in gammas else np.ones(node.d_out)
     return SynapseScale(node.name, node.anterior, gamma, s)
 

@@ -274,7 +274,6 @@ def _synapse(scale: SynapseScale) -> Figure:
     factors = scale.gamma[:, None] * _thinned(scale.s)  # one side thinned is precise enough
     up = float((factors > 1 + STILL).mean())
     block, name = place_of(scale.module)
-    fed, anterior = place_of(scale.anterior)
     where = "" if block is None else f"of block {block}"
     title = f"{short_label(name)} {where}: {_percent(up)} of its weights are strengthened, "
     title += f"{_percent(float((factors < 1 - STILL).mean()))} weakened"
@@ -307,14 +306,21 @@ def _synapse(scale: SynapseScale) -> Figure:
     left.set_ylabel(f"rows: outputs, by {GAMMA}")
     top.plot(across, columns, color=INK, lw=1.4)
     top.axhline(1, color=SOFT, lw=0.8, ls=":")
-    source = f"{short_label(anterior)}" + ("" if fed == block else f"\nof block {fed}")
-    top.set_ylabel(f"s: {GAMMA} of\n{source}")
+    top.set_ylabel(_source(scale.anterior, block))
     panel.set_xlabel("columns: inputs, by s")
     for axis in (top, panel):
         axis.tick_params(labelbottom=axis is panel)
     panel.tick_params(labelleft=False)
     figure.colorbar(image, ax=[panel], label=f"a weight's factor {GAMMA} \N{MULTIPLICATION SIGN} s")
     return figure
+
+
+def _source(anterior: str | None, block: int | None) -> str:
+    """Return what the columns of a weight in this block are scaled by."""
+    if anterior is None:
+        return "s: its own"
+    fed, name = place_of(anterior)
+    return f"s: {GAMMA} of\n{short_label(name)}" + ("" if fed == block else f"\nof block {fed}")
 
 
 def _thinned(values: Numbers) -> Numbers:

@@ -102,6 +102,9 @@ class Expected:
         return (norm if synapse else magnitude) / adapted, magnitude / norm
 
     def _columns(self, node: Node) -> Numbers | float:
+        if node.sigma:
+            own = self._vector(f"{node.name}.san_sigma")
+            return 1.0 if own is None else own
         if node.anterior is None or node.carry is None:
             return 1.0
         gamma = self._scales(self._nodes[node.anterior])[1]

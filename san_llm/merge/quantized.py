@@ -121,6 +121,13 @@ def merge_columns(
             )
         if node.beta:
             raise InputError("a shift needs biases, which the 4-bit layers of the base do not have")
+        if node.sigma:
+            # Rows of v and up could take in what o, without shared heads, and down have; a norm
+            # has one scale for its readers, which have one each.
+            raise InputError(
+                "links: free trains column scales, which go across the 4-bit blocks of their "
+                "weights; only scales that links carry on can keep them: dequantize instead"
+            )
     rows = {} if mode == "synapse" else {name: gamma.copy() for name, gamma in gammas.items()}
     into_norms = {}
     for node in graph:

@@ -81,9 +81,11 @@ class Scales:
             node = self.nodes.get(module)
             if node is None and name in self.stored:
                 continue  # a whole module that was trained and saved beside the scales
-            if node is None:
+            if node is None or (kind == "sigma" and not node.sigma):
                 raise InputError(f"{folder}: {name} belongs to nothing in {base_name}")
             shape: tuple[int, ...] = (node.d_out,)
+            if kind == "sigma":
+                shape = (node.d_in,)
             if kind.startswith("lora_"):
                 rank = self._adapter.options["r"]
                 shape = (rank, node.d_in) if kind == "lora_A" else (node.d_out, rank)
@@ -164,6 +166,8 @@ class Scales:
 
     def synapse_scale(self, node: Node) -> Numbers | None:
         """Return s (d_in,) of a node, or None for 1."""
+        if node.sigma:
+            return self._needed(node, "sigma")
         if node.anterior is None or node.carry is None:
             return None
         gamma = self.scales(self.nodes[node.anterior])[1]
@@ -189,18 +193,33 @@ def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
         raise InputError(
             f"{adapter.folder}: a {adapter.method} adapter: only SAN's have neuron scales"
         )
-    gammas = _held(adapter) if base is None else _on_base(adapter, base)
-    for name, gamma in gammas.items():
-        if not np.isfinite(gamma).all():
-            raise SanError(f"{adapter.folder}: the scale of {name} has numbers that are not finite")
+    gammas = _held(adapter, "gamma") if base is None else _on_base(adapter, base)
+    _check_finite(adapter, gammas)
     if not gammas:
         raise InputError(f"{adapter.folder}: has no neuron scale in it")
     return gammas
 
 
-def _held(adapter: Adapter) -> dict[str, Numbers]:
-    """Return the neuron scales that an adapter's file holds as they are, by module."""
-    ending = ".san_gamma"
+def column_scales(adapter: Adapter) -> dict[str, Numbers]:
+    """Return the column scales that the targets have of their own (d_in,), by module.
+
+    Raises:
+        SanError: when one is not finite.
+    """
+    sigmas = _held(adapter, "sigma")
+    _check_finite(adapter, sigmas)
+    return sigmas
+
+
+def _check_finite(adapter: Adapter, scales: Mapping[str, Numbers]) -> None:
+    for name, scale in scales.items():
+        if not np.isfinite(scale).all():
+            raise SanError(f"{adapter.folder}: the scale of {name} has numbers that are not finite")
+
+
+def _held(adapter: Adapter, kind: str) -> dict[str, Numbers]:
+    """Return the scales that an adapter's file holds as they are, by module."""
+    ending = f".san_{kind}"
     held = {
         name.removesuffix(ending): tensor
         for name, tensor in adapter.tensors.items()

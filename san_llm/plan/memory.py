@@ -260,13 +260,13 @@ def _kept_by_block(setting: Setting) -> int:
         low += 2 * hidden + 2 * hidden + inner  # the inputs of all Linears, norms unscaled
     elif isinstance(method, SanMethod):
         rows = method.mode != "synapse"
-        linked = () if method.mode == "neuron" else method.links
+        linked = () if method.mode == "neuron" else method.options.kinds
         lean = method.form == "lean"
         low = (2 if lean and not method.shift else 6) * inner
         if "residual" in linked and lean:
             wide, low = 2, low + 2 * hidden
-        elif "residual" in linked:
-            low += 2 * hidden  # the norm's output, scaled by a product of its own
+        elif "residual" in linked or method.options.free:
+            low += 2 * hidden  # the norm's output, scaled by products of its readers' own
         if method.carrier == "scale" and rows:
             folded = lean and "attention" in linked and not method.shift
             low += q + kv + 2 * hidden + (0 if folded else kv)

@@ -30,12 +30,17 @@ from san_llm.errors import InputError
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.protocol.template_date import A_DATE
-from san_llm.san.options import Options, check_targets
+from san_llm.san.options import FREE, Options, check_links, check_targets
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Kind = Literal["attention", "mlp", "residual"]
+# Chosen by the value, so that a wrong kind in a list is not also told to be another word.
+_Links = Annotated[
+    Annotated[tuple[Kind, ...], Tag("kinds")] | Annotated[Literal["free"], Tag(FREE)],
+    Discriminator(lambda links: FREE if links == FREE else "kinds"),
+]
 _Name = Annotated[str, Field(min_length=1)]
 _Path = Annotated[_Name, AfterValidator(os.path.expanduser)]  # no shell has read it
 # A list of names, or a word that stands for some.
@@ -137,10 +142,11 @@ class SanMethod(_Targets):
     shift: bool = Field(
         default=False, description="train a shift of each channel, too; only a Llama can merge it"
     )
-    links: tuple[Kind, ...] = Field(
+    links: _Links = Field(
         default=KINDS,
         description="where scales are carried on: attention (v to o), mlp (up to down), residual "
-        "(o to gate and up; down to the next block's q, k and v)",
+        "(o to gate and up; down to the next block's q, k and v); free: nowhere, every target "
+        "trains column scales of its own",
     )
     adapt_embedding: bool = Field(
         default=False,
@@ -167,6 +173,12 @@ class SanMethod(_Targets):
     form: Literal["lean", "plain"] = Field(
         default="lean", description="how it is computed, never what: in little memory, or as told"
     )
+
+    @field_validator("links", mode="before")
+    @classmethod
+    def _kinds_or_free(cls, value: Any) -> Any:
+        check_links(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod

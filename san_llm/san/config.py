@@ -60,7 +60,8 @@ class SanConfig(PeftConfig):
         mode: ``both`` (the paper's method), ``neuron`` (features only) or ``synapse`` (the scale
             acts only through the columns of the next projection).
         shift: Also train a neuron shift beta (d_out,), starting at 0.
-        links: The kinds of propagation to switch on: ``attention``, ``mlp``, ``residual``.
+        links: The kinds of propagation to switch on: ``attention``, ``mlp``, ``residual``; or the
+            word ``free``, which switches all off and lets every target train an s of its own.
         adapt_embedding: Also train a scale on the token embedding's features; it feeds q, k and v
             of the first block.
         modules_to_save: Names of modules to train and save whole beside the adapter, as in PEFT.
@@ -79,7 +80,7 @@ class SanConfig(PeftConfig):
     carrier: str = field(default=Options.carrier)
     mode: str = field(default=Options.mode)
     shift: bool = field(default=Options.shift)
-    links: tuple[str, ...] | list[str] = field(default=Options.links)
+    links: tuple[str, ...] | list[str] | str = field(default=Options.links)
     adapt_embedding: bool = field(default=Options.adapt_embedding)
     modules_to_save: list[str] | None = field(default=None)
     r: int = field(default=Options.rank)
@@ -95,7 +96,7 @@ class SanConfig(PeftConfig):
         options = options_of(self)
         targets = options.target_modules
         self.target_modules = list(targets) if isinstance(targets, tuple) else targets
-        self.links = list(options.links)
+        self.links = options.links if options.free else list(options.kinds)
         self.how_to_load = HOW_TO_LOAD
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -45,6 +45,7 @@ class Node:
         carry: How its gamma becomes the synapse scale of this one.
         carrier: What holds gamma: ``scale``, ``lora`` or ``dora``.
         rank: Of the two matrices of a low-rank carrier, else 0.
+        sigma: Whether it trains a column scale of its own, and none is propagated to it.
     """
 
     name: str
@@ -57,13 +58,15 @@ class Node:
     carry: Carry | None = None
     carrier: str = "scale"
     rank: int = 0
+    sigma: bool = False
 
     @property
     def trained(self) -> int:
         """How many numbers this module trains."""
         # Gamma is a vector of its own, or dora's magnitude; with lora it is in the matrices.
         vectors = int(self.gamma and self.carrier != "lora") + int(self.beta)
-        return self.d_out * vectors + self.rank * (self.d_out + self.d_in)
+        columns = self.d_in * int(self.sigma)
+        return self.d_out * vectors + columns + self.rank * (self.d_out + self.d_in)
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,9 @@ class PropagationGraph:
         """Draw the graph as a tree, one branch a block; blocks wired alike are drawn once."""
         from rich.tree import Tree
 
-        tree = Tree(
-            f"[bold]SAN propagation[/]  {self.trained:,} trained numbers; "
-            "x [green]<- y[/]: s of x is gamma of y"
-        )
+        free = any(node.sigma for node in self.nodes)
+        how = "sigma: an s of its own" if free else "x [green]<- y[/]: s of x is gamma of y"
+        tree = Tree(f"[bold]SAN propagation[/]  {self.trained:,} trained numbers; {how}")
         runs: list[tuple[list[str], list[str]]] = []
         for title, nodes in self._by_block().items():
             lines = [self._line(node) for node in nodes]
@@ -124,6 +126,7 @@ class PropagationGraph:
             for symbol, there in (
                 (f"{node.carrier} rank {node.rank}", node.rank),
                 ("gamma", node.gamma and not node.rank),
+                ("sigma", node.sigma),
                 ("beta", node.beta),
             )
             if there
@@ -231,7 +234,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             if matches(targets, name):
                 shapes[name] = shape
     check_matched(targets, list(shapes))
-    links, anteriors = wire(list(shapes), options.links, options.mode, model_type)
+    links, anteriors = wire(list(shapes), options.kinds, options.mode, model_type)
     return PropagationGraph(
         tuple(
             Node(
@@ -245,6 +248,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
                 carry=carry(links[name][1], config) if name in links else None,
                 carrier=options.carrier if d_in else "scale",
                 rank=options.rank if d_in and options.carrier != "scale" else 0,
+                sigma=options.free and d_in > 0,
             )
             for name, (d_out, d_in) in shapes.items()
         )

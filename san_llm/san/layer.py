@@ -64,10 +64,14 @@ class Feed(NamedTuple):
 class SanLayer(nn.Module, BaseTunerLayer):
     """What an adapted Linear and an adapted embedding share: vectors, links, merging.
 
-    Shapes: ``san_gamma[adapter]`` and ``san_beta[adapter]`` are (d_out,).
+    Shapes: ``san_gamma[adapter]`` and ``san_beta[adapter]`` are (d_out,), ``san_sigma[adapter]``,
+    a column scale of its own, is (d_in,).
     """
 
-    adapter_layer_names = ("san_gamma", "san_beta", "san_lora_A", "san_lora_B", "san_magnitude")
+    adapter_layer_names = (
+        *("san_gamma", "san_sigma", "san_beta"),
+        *("san_lora_A", "san_lora_B", "san_magnitude"),
+    )
     # Plain dicts: a module held in one is hidden from nn.Module, so that a shared gamma is
     # registered, saved and counted once, by the layer that owns it.
     other_param_names = ("san_options", "san_feed")
@@ -84,6 +88,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.d_out = d_out
         self.san_gamma = nn.ParameterDict()
+        self.san_sigma = nn.ParameterDict()
         self.san_beta = nn.ParameterDict()
         self.san_lora_A = nn.ParameterDict()
         self.san_lora_B = nn.ParameterDict()
@@ -99,7 +104,9 @@ class SanLayer(nn.Module, BaseTunerLayer):
         self._merged_gamma: dict[str, Tensor | None] = {}
         self._squared_norms: Tensor | None = None
 
-    def update_layer(self, adapter_name: str, options: Options, gamma: bool, beta: bool) -> None:
+    def update_layer(
+        self, adapter_name: str, options: Options, gamma: bool, beta: bool, sigma: bool
+    ) -> None:
         """Give this layer the parameters of one more adapter, at their start values.
 
         Args:
@@ -107,6 +114,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
             options: What kind of adapter it is.
             gamma: Train a neuron scale here (it starts at 1; a magnitude at norm(W)).
             beta: Train a neuron shift here (it starts at 0).
+            sigma: Train a column scale here (it starts at 1).
         """
         weight = self.get_base_layer().weight
         # fp32 whatever the base's dtype: bf16 cannot hold small steps around 1.
@@ -129,6 +137,9 @@ class SanLayer(nn.Module, BaseTunerLayer):
                 self.san_magnitude[adapter_name] = nn.Parameter(row_norms(squares, squares)[0])
         if beta:
             self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **like))
+        if sigma:
+            d_in = self.get_base_layer().in_features
+            self.san_sigma[adapter_name] = nn.Parameter(torch.ones(d_in, **like))
 
     def squared_norms(self) -> Tensor:
         """Return |W_i|^2 of each row of the base weight, (d_out,); computed once."""
@@ -195,8 +206,9 @@ class SanLayer(nn.Module, BaseTunerLayer):
         return beta
 
     def synapse_scale(self, adapter: str) -> Tensor | None:
-        """Return s (d_in,), read from the layer that feeds this one, or None for 1."""
-        return self.san_feed[adapter].scale(adapter) if adapter in self.san_feed else None
+        """Return s (d_in,), its own or read from the layer that feeds this one, or None for 1."""
+        own: Tensor | None = self.san_sigma.get(adapter)
+        return self.san_feed[adapter].scale(adapter) if adapter in self.san_feed else own
 
     def working_adapters(self) -> list[str]:
         """Return the adapters that the next forward computes with, in order."""
@@ -218,7 +230,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
             x = x if c is None else Scaled.apply(x, c)
         else:
             for adapter in active:
-                x = scaled(x, self.synapse_scale(adapter))
+                x = self._times(x, self.synapse_scale(adapter), adapter)
         y = self.base_layer(x, *args, **kwargs)
         rows_elsewhere = self.rows_fold is not None and self.rows_fold.stands()
         bias = getattr(self.base_layer, "bias", None)
@@ -226,10 +238,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
             beta = self.neuron_shift(adapter)
             row_scale = None if rows_elsewhere else self.row_scale(adapter)
             if self.san_options[adapter].carrier == "scale":
-                if row_scale is not None:
-                    lean = self.san_options[adapter].lean
-                    y = Scaled.apply(y, row_scale) if lean else scaled(y, row_scale)
-                    bias = merged_bias(bias, row_scale, None)
+                y = self._times(y, row_scale, adapter)
+                bias = merged_bias(bias, row_scale, None)
             else:
                 y = (y + self._low_rank(adapter, x)).to(y.dtype)
                 if row_scale is not None:
@@ -240,6 +250,13 @@ class SanLayer(nn.Module, BaseTunerLayer):
                 y = (y + beta.to(y.device)).to(y.dtype)
                 bias = merged_bias(bias, None, beta)
         return y
+
+    def _times(self, features: Tensor, scale: Tensor | None, adapter: str) -> Tensor:
+        """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form."""
+        if scale is None or not self.san_options[adapter].lean:
+            return scaled(features, scale)
+        product: Tensor = Scaled.apply(features, scale)
+        return product
 
     def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
         """Return ``c B A x``, (..., d_out)."""

@@ -9,14 +9,15 @@ identities move scales to where their factors are kept anyway, or where none is 
   the attention output (``ValueFold``), which attention keeps itself.
 - Queries and keys are scaled as they are rotated (``RotaryFold``), which neither makes a copy of
   them nor keeps more than their Linear made.
-- SwiGLU and GeGLU are linear in up: gate's and up's row scales and down's synapse scale go into
+- SwiGLU and GeGLU are linear in up: gate's and up's row scales and down's column scale go into
   the activation (``GatedFold``), whose backward pass recomputes what the base's own would keep.
 
 A fold decides at every forward, by ``stands``, whether it applies: exactly one adapter computes in
 all of its members, none of them is merged, and the scales are of a kind that can move. Otherwise
-its members compute the plain form. A member's output alone is then not the plain layer's output;
-the block's is. Forward values and gradients are the plain form's up to rounding, at gamma = 0 too:
-nothing is divided by gamma.
+its members compute the plain form: so do readers of a norm, v and o under ``links: free``, where
+column scales are the targets' own. With a fold, a member's output alone is not the plain layer's
+output; the block's is. Forward values and gradients are the plain form's up to rounding, at
+gamma = 0 too: nothing is divided by gamma.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class GatedFold:
             gate, up = self.gate(x), self.up(x)
             g = self.gate.row_scale(adapter)
             row_scale, gamma = self.up.scales(adapter)
-        s = gamma if adapter in self.down.san_feed else None
+        s = gamma if adapter in self.down.san_feed else self.down.synapse_scale(adapter)
         c = row_scale if s is None else s if row_scale is None else s * row_scale
         out: Tensor = self.down(ScaledSwiGLU.apply(gate, up, g, c, self.gelu))
         return out

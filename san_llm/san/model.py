@@ -105,10 +105,11 @@ class SanModel(BaseTuner):
             and self._check_target_module_exists(config, name)
         ]
         self._check_every_target_matched(config, names, FAMILIES[model_type].targets)
-        links, anteriors = wire(names, tuple(config.links), config.mode, model_type)
+        kinds = options_of(config).kinds
+        links, anteriors = wire(names, kinds, config.mode, model_type)
         if config.mode == "synapse" and not anteriors and not config.shift:
             raise InputError(
-                f"mode 'synapse' trains nothing here: none of the links {', '.join(config.links)} "
+                f"mode 'synapse' trains nothing here: none of the links {', '.join(kinds)} "
                 "joins two targets"
             )
         self._anteriors = anteriors
@@ -151,7 +152,8 @@ class SanModel(BaseTuner):
             adapter_name,
             options,
             gamma=trains_gamma(current_key, peft_config.mode, self._anteriors),
-            beta=peft_config.shift and linear,
+            beta=options.shift and linear,
+            sigma=options.free and linear,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:

@@ -18,6 +18,7 @@ from san_llm.errors import InputError, check_one_of, did_you_mean
 CARRIERS: tuple[str, ...] = ("scale", "lora", "dora")
 FORMS: tuple[str, ...] = ("lean", "plain")
 MODES: tuple[str, ...] = ("both", "neuron", "synapse")
+FREE = "free"  # instead of kinds of links: no link, a column scale of its own for every target
 MOST = 2**20  # ranks, or the numerator of a low-rank product: more than any model is wide
 # PEFT's names of fields, where they are not ours.
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
@@ -33,7 +34,8 @@ class Options:
         carrier: What holds the neuron scale: ``scale``, ``lora`` or ``dora``.
         mode: Where the scale acts: ``both``, ``neuron`` or ``synapse``.
         shift: Whether a neuron shift is trained, too.
-        links: The kinds of propagation that are switched on.
+        links: The kinds of propagation that are switched on; or the word ``free``: none is, and
+            every target trains a column scale of its own.
         adapt_embedding: Whether the embedding's features get a scale, too.
         modules_to_save: Names of modules that are trained and saved whole.
         rank: The rank of the low-rank carriers.
@@ -50,7 +52,7 @@ class Options:
     carrier: str = "scale"
     mode: str = "both"
     shift: bool = False
-    links: tuple[str, ...] = KINDS
+    links: tuple[str, ...] | str = KINDS
     adapt_embedding: bool = False
     modules_to_save: tuple[str, ...] | None = None
     rank: int = 8
@@ -76,16 +78,25 @@ class Options:
         for name in ("shift", "adapt_embedding"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, found {getattr(self, name)!r}")
-        links = _names("links", self.links, "mlp")
-        for kind in links or ():
+        try:
+            check_links(self.links)
+        except InputError as error:
+            raise InputError(f"links: {error}") from None
+        for kind in self.kinds:
             check_one_of("links", kind, KINDS)
-        self._set("links", tuple(kind for kind in KINDS if kind in (links or ())))
+        if not self.free:
+            self._set("links", tuple(kind for kind in KINDS if kind in self.links))
         self._check_together()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as dataclasses do where they are frozen
 
     def _check_together(self) -> None:
+        if self.free and self.mode != "both":
+            raise InputError(
+                f"links: {FREE} trains a row and a column scale of each target, which is mode "
+                f"'both'; mode {self.mode!r} has only one of them"
+            )
         if self.mode == "synapse" and not self.links:
             raise InputError("mode 'synapse' without links trains nothing: switch a link kind on")
         if self.shift and self.carrier != "scale":
@@ -119,6 +130,16 @@ class Options:
     def scaling(self) -> float:
         """The factor c of the low-rank product."""
         return self.alpha / self.rank
+
+    @property
+    def free(self) -> bool:
+        """Whether every target trains a column scale of its own, and nothing is propagated."""
+        return self.links == FREE
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of propagation that are switched on."""
+        return () if isinstance(self.links, str) else tuple(self.links)
 
     @property
     def lean(self) -> bool:
@@ -189,6 +210,22 @@ def check_targets(targets: Collection[str]) -> None:
             )
 
 
+def check_links(links: Any) -> None:
+    """Refuse what is neither a list for kinds of links nor the word ``free``.
+
+    Raises:
+        InputError: saying what would be right.
+    """
+    if isinstance(links, (list, tuple, set, frozenset)):
+        if FREE in links:
+            raise InputError(f"{FREE!r} is not a kind for a list: write the word alone")
+    elif links != FREE:
+        found = "nothing" if links is None else repr(links)
+        raise InputError(
+            f"expected a list of {', '.join(KINDS)}, or the word {FREE}, found {found}"
+        )
+
+
 def _targets(targets: Any) -> tuple[str, ...] | str | None:
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return None
@@ -211,7 +248,7 @@ def _targets(targets: Any) -> tuple[str, ...] | str | None:
 
 
 def _names(option: str, value: Any, example: str) -> tuple[Any, ...] | None:
-    if value is None and option != "links":
+    if value is None:
         return None
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise InputError(f"{option}: expected a list, found {value!r}; such as [{example!r}]")

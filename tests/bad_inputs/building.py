@@ -254,6 +254,22 @@ def adapter_with_a_vector_too_many(here: Path) -> None:
     rewrite(adapter(here), change)
 
 
+@bad_adapter("belongs to nothing in this base", ("merge",))
+@bad_adapter("nothing here takes", ("eval --tasks boolq --data data",))
+def adapter_with_column_scales_that_it_does_not_name(here: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        name = first(tensors)
+        tensors[name.replace("san_gamma", "san_sigma")] = tensors[name].clone()
+
+    rewrite(adapter(here), change)
+
+
+@bad_adapter("has no sigma for model.layers.0.self_attn.q_proj", ("merge",))
+@bad_adapter("san_sigma", ("eval --tasks boolq --data data",))
+def adapter_without_the_column_scales_that_it_names(here: Path) -> None:
+    patch(adapter(here).with_name("adapter_config.json"), {"links": "free"})
+
+
 @bad_adapter("another base", ("merge", "eval --tasks boolq --data data"))
 def adapter_of_a_wider_base(here: Path) -> None:
     def change(tensors: dict[str, Any]) -> None:

@@ -68,11 +68,29 @@ def test_every_vector_of_the_scale_carrier_is_counted(made, options):
         assert numbers(change) == plain(gamma), name
         every += gamma
     assert numbers(result.total) == plain(every, named=0)
+    assert result.columns == []
     for total in result.modules:
         parts = [change for change in result.blocks if change.module == total.module]
         share = sum(c.channels * c.potentiated for c in parts) / sum(c.channels for c in parts)
         assert total.potentiated == pytest.approx(share)
         assert total.block is None
+
+
+@pytest.mark.parametrize("carrier", ["scale", "dora"])
+def test_column_scales_of_their_own_are_counted_beside_the_neuron_scales(command, made, carrier):
+    saved = made(carrier=carrier, links="free")
+    result = diff(Path("adapter"))
+    assert [change.module for change in result.columns] == [*(f"{m}_proj" for m in (
+        "q", "k", "v", "o", "gate", "up", "down")), "all"]  # fmt: skip
+    every = []
+    for change in result.columns[:-1]:
+        held = [saved[name] for name in saved if f"{change.module}.san_sigma" in name]
+        sigma = torch.cat(held).double().tolist()
+        assert numbers(change) == plain(sigma, named=0), change.module
+        every += sigma
+    assert numbers(result.columns[-1])["potentiated"] == plain(every)["potentiated"]
+    assert len(result.blocks) == 28
+    assert "columns of" in command("diff", "adapter").stdout
 
 
 @pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])

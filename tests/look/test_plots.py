@@ -104,6 +104,19 @@ def test_the_synapse_scale_is_what_the_merge_multiplies_by(run, options):
     assert np.array_equal(scale.gamma, np.ones(32) if rows_left_alone else own)
 
 
+def test_a_column_scale_of_its_own_is_drawn_as_such(run):
+    folder = run(links="free")
+    numbers = numbers_of(folder, "0.q_proj")  # to which no link leads
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    held = saved[f"base_model.model.{numbers.synapse.module}.san_sigma"]
+    assert numbers.synapse.anterior is None
+    assert np.array_equal(numbers.synapse.s, held.double())
+    assert numbers.left_out == ()
+    drawn = draw(folder, "0.q_proj")
+    assert list(drawn) == ALL
+    assert "s: its own" in [axis.get_ylabel() for axis in drawn["synapse"].axes]
+
+
 def test_every_drawing_is_one_element_without_an_address_and_the_same_each_time(run):
     folder = run()
     once, again = draw(folder), draw(folder)

@@ -1,4 +1,4 @@
-"""Every mode, carrier, set of links, shift and adapted embedding, through the command.
+"""Every mode, carrier, set of links or none but free, shift and embedding, through the command.
 
 Each merged weight is compared with the dense reference, which shares no code with the package, and
 each merge is looked at by the command itself, as every merge is.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import ALL_LINKS, dense_parameters, low_rank_parameters, trained_tensors
 from safetensors.torch import load_file
-from san.adapted import adapt, vectors
+from san.adapted import adapt, columns, vectors
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -48,20 +48,25 @@ def expected(plain, adapted, carrier, mode, links, embedding):
             plain, trained_tensors(adapted), carrier=carrier, c=3 / 2, **options
         )
     else:
-        moved = dense_parameters(plain, *vectors(adapted), adapt_embedding=embedding, **options)
+        options |= {"adapt_embedding": embedding, "sigmas": columns(adapted)}
+        moved = dense_parameters(plain, *vectors(adapted), **options)
     return result | moved
 
 
-@pytest.mark.parametrize("links", LINKS, ids=lambda links: "+".join(links) or "no links")
+@pytest.mark.parametrize(
+    "links",
+    [*LINKS, "free"],
+    ids=lambda links: links if isinstance(links, str) else "+".join(links) or "no links",
+)
 def test_every_weight_is_that_of_the_dense_reference(command, base, links):
     for number, (carrier, mode, embedding) in enumerate(
         product(CARRIERS, ("both", "neuron", "synapse"), (False, True))
     ):
         name = f"{carrier}, {mode}, embedding {embedding}"
         plain = AutoModelForCausalLM.from_pretrained(base)
-        options = {"mode": mode, "links": list(links), "adapt_embedding": embedding}
-        if mode == "synapse" and not links:
-            continue  # nothing would be trained
+        options = {"mode": mode, "links": links, "adapt_embedding": embedding}
+        if (mode == "synapse" and not links) or (mode != "both" and links == "free"):
+            continue  # refused: nothing would be trained, or only one of the two scales
         adapted = adapt(plain, seed=number, **options, **CARRIERS[carrier])
         adapted.save_pretrained(f"adapter{number}")
         plain = AutoModelForCausalLM.from_pretrained(base)

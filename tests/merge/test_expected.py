@@ -72,6 +72,7 @@ def tamper(change):
         {"carrier": "lora", "r": 4, "mode": "neuron"},
         {"carrier": "dora", "r": 4},
         {"carrier": "dora", "r": 4, "mode": "synapse"},
+        {"links": "free"},
     ],
 )
 def test_every_tensor_of_a_right_merge_is_within_its_rounding(made, options, dtype):

@@ -221,6 +221,7 @@ def adapter_for(full, folder, **options):
         ),
         ({"target_modules": ["o_proj", "up_proj"]}, "post_attention_layernorm: gate_proj reads it"),
         ({"modules_to_save": ["norm"]}, "has whole modules beside its scales"),
+        ({"links": "free"}, "links: free trains column scales, which go across the 4-bit blocks"),
     ],
 )
 def test_what_4_bits_cannot_hold_is_refused_and_dequantized_instead(full, here, options, said):

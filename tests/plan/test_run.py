@@ -48,6 +48,7 @@ METHODS = {
     "san-plain": {"name": "san", "form": "plain"},
     "san-neuron": {"name": "san", "mode": "neuron"},
     "san-synapse": {"name": "san", "mode": "synapse"},
+    "san-free": {"name": "san", "links": "free"},
     "san-shift": {"name": "san", "shift": True},
     "san-lora": {"name": "san", "carrier": "lora", "rank": 4},
     "san-dora": {"name": "san", "carrier": "dora", "rank": 4},

@@ -103,8 +103,17 @@ def test_the_published_settings_are_the_defaults():
          "both, neuron, synapse (did you mean 'neuron'?)"]),
         (4, "  name: san\n  links: [mlp, atention]", ["mine.yaml:5: method.links[1]: 'atention' is "
          "not one of attention, mlp, residual (did you mean 'attention'?)"]),
-        (4, "  name: san\n  links: mlp", ["mine.yaml:5: method.links: expected a list, found "
-         "'mlp'"]),
+        (4, "  name: san\n  links: mlp", ["mine.yaml:5: method.links: expected a list of "
+         "attention, mlp, residual, or the word free, found 'mlp'"]),
+        (4, "  name: san\n  links:", ["mine.yaml:5: method.links: expected a list of attention, "
+         "mlp, residual, or the word free, found nothing"]),
+        (4, "  name: san\n  links: fre", ["mine.yaml:5: method.links: expected a list of "
+         "attention, mlp, residual, or the word free, found 'fre'"]),
+        (4, "  name: san\n  links: [free]", ["mine.yaml:5: method.links: 'free' is not a kind for "
+         "a list: write the word alone"]),
+        (4, "  name: san\n  mode: neuron\n  links: free", ["mine.yaml:3: method: links: free "
+         "trains a row and a column scale of each target, which is mode 'both'; mode 'neuron' has "
+         "only one of them"]),
         (4, "  name: san\n  target_modules: [q]", ["mine.yaml:5: method.target_modules: target "
          "module 'q' is not one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, "
          "qkv_proj, gate_up_proj"]),
@@ -467,6 +476,7 @@ METHODS = st.one_of(
             "adapt_embedding": st.booleans(),
         },
     ),
+    st.fixed_dictionaries({"name": st.just("san"), "links": st.just("free")}),
     st.fixed_dictionaries(
         {"name": st.sampled_from(["lora", "dora"])},
         optional={
@@ -626,6 +636,7 @@ def test_every_option_of_the_san_section_reaches_the_tuner():
     for name in set(written) - {"name"}:
         assert getattr(config, IN_CONFIG.get(name, name)) == written[name], name
     assert adapter_config(parse(GOOD, "method.shift=true").method).shift is True
+    assert adapter_config(parse(GOOD, "method.links=free").method).links == "free"
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,18 @@ def shake(model: Any, seed: int = 1, adapter: str = "default") -> Any:
         if not name.endswith(f".{adapter}") or ".san_" not in name:
             continue
         values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
-        if ".san_gamma." in name:
+        if ".san_gamma." in name or ".san_sigma." in name:
             sign = torch.where(values > 0.9, -1.0, torch.where(values < 0.03, 0.0, 1.0))
             values = (0.6 + 0.8 * values) * sign
         parameter.data.copy_(values)
+    return model
+
+
+def centered(model: Any) -> Any:
+    """Move A and B of a shaken adapter around zero, where V is of about the size of W."""
+    for name, parameter in model.named_parameters():
+        if ".san_lora_" in name:
+            parameter.data.sub_(0.5)
     return model
 
 
@@ -152,6 +160,15 @@ def vectors(model: Any, adapter: str = "default") -> tuple[dict[str, Tensor], di
         elif last == f"beta.{adapter}":
             betas[module] = parameter
     return gammas, betas
+
+
+def columns(model: Any, adapter: str = "default") -> dict[str, Tensor]:
+    """Return the column scales that targets have of their own, by the base model's names."""
+    return {
+        name.removeprefix("base_model.model.").partition(".san_")[0]: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(f".san_sigma.{adapter}")
+    }
 
 
 def text(batch: int = 2, length: int = 7, seed: int = 3) -> Tensor:

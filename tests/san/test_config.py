@@ -42,6 +42,10 @@ def test_the_defaults_are_the_papers_method_on_all_seven_projections():
         ({"links": None}, "links: expected a list"),
         ({"links": [["mlp"]]}, "links: ['mlp'] is not one of"),
         ({"links": {"mlp": True}}, "links: expected a list"),
+        ({"links": "fre"}, "links: expected a list of attention, mlp, residual, or the word free"),
+        ({"links": ["free"]}, "links: 'free' is not a kind for a list: write the word alone"),
+        ({"links": "free", "mode": "neuron"}, "links: free trains a row and a column scale of"),
+        ({"links": "free", "mode": "synapse"}, "mode 'synapse' has only one of them"),
         ({"shift": "no"}, "shift: expected true or false, found 'no'"),
         ({"shift": 1}, "shift: expected true or false, found 1"),
         ({"adapt_embedding": "false"}, "adapt_embedding: expected true or false"),
@@ -110,12 +114,12 @@ OPTIONS = st.fixed_dictionaries(
         ),
         "mode": st.sampled_from(["both", "neuron"]),
         "shift": st.booleans(),
-        "links": st.lists(st.sampled_from(ALL_LINKS), unique=True),
+        "links": st.one_of(st.lists(st.sampled_from(ALL_LINKS), unique=True), st.just("free")),
         "adapt_embedding": st.booleans(),
         "task_type": st.sampled_from([None, TaskType.CAUSAL_LM]),
         "modules_to_save": st.sampled_from([None, ["lm_head"]]),
     }
-)
+).filter(lambda options: options["links"] != "free" or options["mode"] == "both")
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""The low-rank carriers: PEFT's own methods where nothing is propagated, and the dense formula."""
+"""The carriers: PEFT's own methods where nothing is propagated, and the dense formula."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from reference import SEVEN, low_rank_logits, module_name, trained_tensors
-from san.adapted import adapt, family_model, relative, shake, text, vectors
+from san.adapted import adapt, centered, family_model, relative, shake, text, vectors
 from torch.func import functional_call
 
 from san_llm import SanConfig
@@ -65,12 +65,28 @@ def test_without_links_a_carrier_trains_as_pefts_own_method_step_for_step(
     assert max(moved) < 1e-4
 
 
-def centered(model: Any) -> Any:
-    """Move A and B of a shaken adapter around zero, where V is of about the size of W."""
-    for name, parameter in model.named_parameters():
-        if ".san_lora_" in name:
-            parameter.data.sub_(0.5)
-    return model
+@pytest.mark.parametrize("form", ["lean", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_in_neuron_mode_the_scales_train_as_ia3_does_on_every_output_step_for_step(
+    family, dtype, form
+):
+    ia3 = IA3Config(target_modules=list(SEVEN), feedforward_modules=[])
+    theirs = get_peft_model(family_model(family, dtype), ia3, autocast_adapter_dtype=False)
+    ours = get_peft_model(family_model(family, dtype), SanConfig(mode="neuron", form=form))
+    wide = dtype == torch.float64
+    assert ten_steps(ours) == pytest.approx(ten_steps(theirs), rel=1e-12 if wide else 1e-6)
+    scales = {
+        name.removeprefix("base_model.model.").removesuffix(".ia3_l.default"): value.flatten()
+        for name, value in theirs.named_parameters()
+        if value.requires_grad
+    }
+    gammas = vectors(ours)[0]
+    assert gammas.keys() == scales.keys()
+    for name, gamma in gammas.items():
+        moved = (gamma - 1).norm()
+        assert moved > 0.02, name
+        assert (gamma - scales[name]).norm() < (1e-9 if wide else 1e-3) * moved, name
 
 
 @pytest.mark.parametrize("form", ["plain", "lean"])

@@ -20,6 +20,7 @@ from san_llm import SanConfig, propagation_graph
 from san_llm.architectures.decoders import LINKS
 from san_llm.architectures.lookup import link_into
 from san_llm.errors import InputError
+from san_llm.san.options import MODES
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
@@ -128,6 +129,8 @@ def test_the_method_trains_as_many_numbers_as_its_page_says(config, trained):
         # v, o and up feed a neighbour in every block, down in all but the last
         ({"mode": "synapse"}, 4 * (16 + 32 + 48) + 3 * 32),
         ({"mode": "synapse", "links": ["mlp"]}, 4 * 48),
+        ({"links": "free"}, 4 * (3 * 32 + 2 * 16 + 2 * 48) + 4 * (6 * 32 + 48)),
+        ({"links": "free", "target_modules": ["down_proj"], "adapt_embedding": True}, 4 * 80 + 32),
         ({"target_modules": ["k_proj"]}, 4 * 16),
         ({"target_modules": r".*layers\.[01]\..*gate_proj"}, 2 * 48),
     ],
@@ -138,10 +141,17 @@ def test_the_graph_counts_what_the_adapter_trains(options, count):
     assert get_peft_model(tiny_model(), config).get_nb_trainable_parameters()[0] == count
 
 
-@pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])
+@pytest.mark.parametrize(
+    ("config", "trained"), [(LLAMA_7B, 2_498_560), (LLAMA3_8B, 2_621_440), (SMOLLM2_135M, 305_280)]
+)
+def test_free_column_scales_are_as_many_as_the_page_says(config, trained):
+    assert propagation_graph(config, SanConfig(links="free")).trained == trained
+
+
+@pytest.mark.parametrize("how", [*({"mode": mode} for mode in MODES), {"links": "free"}], ids=str)
 @pytest.mark.parametrize("carrier", ["scale", "lora", "dora"])
-def test_the_graph_counts_the_numbers_of_every_carrier(carrier, mode):
-    options = {"carrier": carrier, "mode": mode, "r": 3, "adapt_embedding": True}
+def test_the_graph_counts_the_numbers_of_every_carrier(carrier, how):
+    options = {"carrier": carrier, "r": 3, "adapt_embedding": True, **how}
     model = adapt(family_model(), **options)
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert propagation_graph(model).trained == counted
@@ -218,6 +228,13 @@ def test_the_tree_names_the_embedding_and_a_shift():
 def test_the_tree_says_what_only_reads_in_synapse_mode():
     tree = drawn(propagation_graph(tiny_config(), SanConfig(mode="synapse")))
     assert "gate_proj (48 x 32) reads only <- o_proj (residual)" in tree
+
+
+def test_the_tree_says_who_has_column_scales_of_its_own():
+    tree = drawn(propagation_graph(tiny_config(), SanConfig(links="free", shift=True)))
+    assert "trained numbers; sigma: an s of its own" in tree
+    assert "down_proj (32 x 48) gamma + sigma + beta" in tree
+    assert "<-" not in tree
 
 
 def test_the_tree_says_which_part_of_a_fused_linear_is_read():

@@ -67,7 +67,7 @@ def pair(dtype: torch.dtype, family: str = "llama", changes: Any = None, **optio
 
 
 subsets = st.lists(st.sampled_from(TARGETS), min_size=1, unique=True)
-kinds = st.lists(st.sampled_from(KINDS), unique=True)
+kinds = st.one_of(st.lists(st.sampled_from(KINDS), unique=True), st.just("free"))
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,7 +90,7 @@ def test_both_forms_have_the_same_loss_and_gradients(
         family,
         {"num_key_value_heads": kv_heads, "num_hidden_layers": 2},
         carrier=carrier,
-        mode=mode,
+        mode="both" if links == "free" else mode,
         shift=shift and carrier == "scale",
         links=links,
         target_modules=targets,

@@ -19,7 +19,7 @@ from reference import (
     module_name,
     trained_tensors,
 )
-from san.adapted import adapt, logits, relative, shake, text, vectors
+from san.adapted import adapt, centered, columns, logits, relative, shake, text, vectors
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -94,16 +94,20 @@ def test_an_adapter_starts_as_the_quantized_base_bit_for_bit(stored, kind, form)
 
 @every_kind
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("options", [{}, {"shift": True, "mode": "synapse"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"shift": True, "mode": "synapse"}, {"links": "free"}], ids=str
+)
 def test_logits_and_gradients_are_those_of_the_dequantized_reference(stored, kind, form, options):
     # train mode: an 8-bit layer rounds its inputs as well in eval mode
     model = adapt(quantized(stored, kind), form=form, **options).train()
     gammas, betas = vectors(model)
+    sigmas = columns(model)
     trained = gammas | {f"{name} shift": beta for name, beta in betas.items()}
+    trained |= {f"{name} columns": sigma for name, sigma in sigmas.items()}
     found = model(input_ids=text()).logits
-    expected = dense_logits(
-        dequantized(stored, kind), text(), gammas, betas, mode=options.get("mode", "both")
-    )
+    how = {key: options[key] for key in ("mode", "links") if key in options}
+    plain = dequantized(stored, kind)
+    expected = dense_logits(plain, text(), gammas, betas, sigmas=sigmas, **how)
     tolerance = 1e-4 if kind != "int8" else 2e-2
     assert relative(found, expected) < tolerance
     weights = torch.randn(found.shape)
@@ -117,11 +121,7 @@ def test_logits_and_gradients_are_those_of_the_dequantized_reference(stored, kin
 
 def low_rank(base: Any, carrier: str, **options: Any) -> Any:
     """Return a base with a low-rank carrier that has moved about as far as W is large."""
-    model = adapt(base, carrier=carrier, r=4, lora_alpha=6, **options)
-    for name, parameter in model.named_parameters():
-        if ".san_lora_" in name:
-            parameter.data.sub_(0.5)
-    return model
+    return centered(adapt(base, carrier=carrier, r=4, lora_alpha=6, **options))
 
 
 @every_kind
