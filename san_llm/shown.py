@@ -72,6 +72,11 @@ def with_error(accuracy: float, error: float | None) -> str:
     return percent(accuracy) if error is None else f"{percent(accuracy)} ± {percent(error)}"
 
 
+def nats(loss: float, error: float | None) -> str:
+    """Return a loss in nats with its standard error, if it has one."""
+    return f"{loss:.4f}" if error is None else f"{loss:.4f} ± {error:.4f}"
+
+
 def duration(seconds: float) -> str:
     """Return a time as a person says it: ``4.2 s``, ``3 min 20 s``, ``5 h 07 min``."""
     if seconds < 60:

@@ -41,7 +41,8 @@ TORCH = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbyte
 # The only modules that may bring torch along when they are imported. Every other one answers at
 # the prompt: a help page, a wrong recipe or a finished result waits for nothing.
 MAY_TORCH = {
-    *("ask.answers", "ask.beam_search", "ask.likelihood", "ask.packed", "ask.respond"),
+    *("ask.answers", "ask.beam_search", "ask.likelihood", "ask.losses", "ask.packed"),
+    "ask.respond",
     *("data.batches", "data.inspect", "data.tokenized"),
     *("evaluate.harness", "evaluate.identity", "evaluate.pose", "evaluate.run"),
     "launch.heartbeat",

@@ -27,19 +27,20 @@ NEW_TOKENS = 32
 LARGEST_BATCH = 32
 
 
-def fitting_batch_size(config: Any, longest: int, free: int) -> int:
+def fitting_batch_size(config: Any, longest: int, free: int, new_tokens: int = NEW_TOKENS) -> int:
     """Return how many prompts to answer at once.
 
     Args:
         config: The model's config.
         longest: Tokens of the longest prompt.
         free: Bytes of memory that may be used.
+        new_tokens: Tokens of an answer at most.
     """
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     blocks, vocabulary = config.num_hidden_layers, config.vocab_size
-    tokens = longest + BEAMS * NEW_TOKENS
+    tokens = longest + BEAMS * new_tokens
     # Keys and values in fp32, and a few fp32 copies of each beam's last logits.
     cache = 2 * 4 * blocks * kv_heads * head_dim * tokens
     row = cache + BEAMS * 8 * 4 * vocabulary
@@ -59,6 +60,7 @@ def answers(
     prompts: Sequence[list[int]],
     batch_size: int | None,
     answer: Callable[[int, str], str | None] | None = None,
+    new_tokens: int = NEW_TOKENS,
 ) -> Iterator[list[tuple[int, str]]]:
     """Give the answers to prompts as they are done, the longest prompt first.
 
@@ -71,6 +73,7 @@ def answers(
         answer: Reads the answer of a prompt from its text, None while there is none, by a first
             match that more text cannot change. Given, texts may be cut short, and only the answers
             in them are the same as without.
+        new_tokens: Tokens of an answer at most.
 
     Yields:
         ``(prompt number, new text)`` of some prompts, of each once.
@@ -79,27 +82,28 @@ def answers(
     if not order:
         return
     longest = len(prompts[order[0]])
-    size = batch_size or fitting_batch_size(model.config, longest, free_memory(model.device))
+    free = free_memory(model.device)
+    size = batch_size or fitting_batch_size(model.config, longest, free, new_tokens)
 
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
     ends = end_tokens(model, tokenizer)
     read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
-    search = BeamSearch(BEAMS, NEW_TOKENS, ends, read)
+    search = BeamSearch(BEAMS, new_tokens, ends, read)
     # A prompt that may come to where its length decides how it is rotated is answered alone.
-    alike = 0 if batch_size == 1 else alike_to(inner(model).config) - NEW_TOKENS
+    alike = 0 if batch_size == 1 else alike_to(inner(model).config) - new_tokens
     alone = [[number] for number in order if len(prompts[number]) > alike]
     together = order[len(alone) :]
     for group in alone + ([together] if together else []):
         left = set(group)
-        packs = can_pack(model, len(prompts[group[0]]) + NEW_TOKENS)
+        packs = can_pack(model, len(prompts[group[0]]) + new_tokens)
         while left:
             waiting = [(number, prompts[number]) for number in group if number in left]
             if packs:
                 steps = search.run(model, waiting, size)
             else:
-                steps = _stock(model, waiting, size, ends, pad_id(tokenizer))
+                steps = _stock(model, waiting, size, ends, pad_id(tokenizer), new_tokens)
             try:
                 for ended in steps:
                     left.difference_update(number for number, _ in ended)
@@ -140,6 +144,7 @@ def _stock(
     batch_size: int,
     ends: list[int],
     padding: int,
+    new_tokens: int,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Give the answers of a model that cannot be packed, by transformers' own search.
 
@@ -149,7 +154,7 @@ def _stock(
 
     settings = GenerationConfig(
         num_beams=BEAMS,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=ends or None,
         pad_token_id=padding,

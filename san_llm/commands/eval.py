@@ -20,6 +20,8 @@ eval_app = typer.Typer(rich_markup_mode=None)
 
     san-llm eval --tasks boolq,piqa
 
+    san-llm eval --tasks boolq,my_task.yaml
+
     san-llm eval runs/mine --base-only --limit 20
 
     san-llm eval --model runs/latest/merged --data path/to/dataset --processes 8
@@ -30,7 +32,10 @@ def evaluate(
     run: Run = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks, joined by commas. Default: the recipe's, or all eight."),
+        typer.Option(
+            help="Tasks and task files of your own, joined by commas. Default: the recipe's, or "
+            "all eight."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Evaluate this model: a folder or hub id.")
@@ -92,7 +97,7 @@ def evaluate(
     quiet_libraries()
     from san_llm.evaluate.request import EvalRequest
     from san_llm.evaluate.start import start
-    from san_llm.evaluate.table import remarks, table
+    from san_llm.evaluate.table import remarks, tables
 
     ended = start(
         EvalRequest(
@@ -120,7 +125,8 @@ def evaluate(
     if result is not None and as_json:
         print(json.dumps(result.to_json()))
     elif result is not None:
-        stdout.print(table(result))
+        for table in tables(result):
+            stdout.print(table)
         for line in remarks(result):
             results(line)
         results(f"rows: {result.rows}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from san_llm.data.rows import Row
 from san_llm.errors import InputError, first_line
 from san_llm.models.agree import refuse_past_embedding
-from san_llm.protocol.prompts import PromptStyle, evaluation_prompt, training_prompt
+from san_llm.protocol.prompts import Frame, evaluation_prompt, training_prompt
 from san_llm.recipe.schema import Data
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Encoding:
 
     Attributes:
         tokenizer: A fast tokenizer (offsets are needed) with an end-of-text token.
-        style: The prompt style.
+        style: The prompt style, or ``none``.
         loss: ``response`` or ``all``.
         cutoff: Tokens kept of a row.
         workers: More than 1 tokenizes on several threads.
@@ -64,7 +64,7 @@ class Encoding:
     """
 
     tokenizer: PreTrainedTokenizerFast
-    style: PromptStyle
+    style: Frame
     loss: str
     cutoff: int
     workers: int = 1
@@ -119,7 +119,7 @@ def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
 
 
 def evaluation_text(
-    style: PromptStyle, row: Row, tokenizer: PreTrainedTokenizerFast
+    style: Frame, row: Row, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[str, list[int]]:
     """Return the prompt of a test row and its tokens, after which the model goes on.
 
@@ -160,7 +160,7 @@ def chat_prompt(
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, style: Frame) -> None:
     """Check that a tokenizer can serve a style.
 
     Raises:
@@ -192,7 +192,7 @@ def _threads(workers: int) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _write(row: Row, tokenizer: PreTrainedTokenizerFast, style: PromptStyle) -> _Written:
+def _write(row: Row, tokenizer: PreTrainedTokenizerFast, style: Frame) -> _Written:
     """Return a row's whole text, and the character spans of its responses."""
     if style == "chat":
         return _chat_text(tokenizer, row)

@@ -21,13 +21,15 @@ from rich.text import Text
 
 from san_llm.data.encode import IGNORE, Encoding, check_tokenizer, encoding_of, label_rows
 from san_llm.data.rows import Row, read_task, stream_rows, test_file, training_files
+from san_llm.data.task_rows import read_own_rows
 from san_llm.errors import InputError
 from san_llm.models.load import load_tokenizer
 from san_llm.models.locate import find_base
 from san_llm.progress import say
 from san_llm.protocol.row_text import LEADS
-from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.protocol.tasks import TASKS
 from san_llm.recipe.schema import Recipe
+from san_llm.recipe.task_file import OwnTask, find_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -152,9 +154,14 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     """
     files = training_files(recipe.data.train)
     tests = {}
-    for task in find_tasks(recipe.evaluation.tasks):
+    for name in recipe.evaluation.tasks:
         try:
-            tests[task.name] = read_task(test_file(recipe.evaluation.data, task), task)
+            (task,) = find_any([name])
+            tests[task.name] = (
+                read_own_rows(task)
+                if isinstance(task, OwnTask)
+                else read_task(test_file(recipe.evaluation.data, task), task)
+            )
         except InputError as error:
             say(f"not compared with test rows: {error}")
     data = recipe.data
@@ -376,7 +383,7 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
         overlap = Table(box=None, pad_edge=False)
         for column in ("test rows in training", "test rows", "exact", f"{GRAM} words alike"):
             overlap.add_column(column, justify="left" if column[-1] == "g" else "right")
-        for task in (name for name in TASKS if name in inspection.overlap):
+        for task in inspection.overlap:
             shared = inspection.overlap[task]
             overlap.add_row(task, f"{shared.test_rows:,}", f"{shared.exact:,}", f"{shared.grams:,}")
         yield overlap

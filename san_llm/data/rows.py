@@ -34,6 +34,7 @@ class Row:
         output: The response to learn.
         answer: The label that an evaluation compares with; empty where there is none.
         messages: ``(role, content)`` of each turn of a conversation.
+        choices: The answers that an evaluation lets a model choose from, where the row has its own.
         where: File and row, for messages; two rows of the same content are equal.
     """
 
@@ -42,6 +43,7 @@ class Row:
     output: str = ""
     answer: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    choices: tuple[str, ...] = field(default=(), compare=False)
     where: str = field(default="a row", compare=False)
 
 
@@ -90,7 +92,7 @@ def stream_rows(path: Path) -> Iterator[Row]:
     """Give a file's rows one after another, a ``.jsonl``'s in little memory; see `read_rows`."""
     rows = 0
     for where, value in stream_values(path):
-        yield _row(path, where, value)
+        yield read_row(path, where, value)
         rows += 1
     if not rows:
         raise InputError(f"{path}: no rows in it")
@@ -212,7 +214,8 @@ def _kind(value: object) -> str:
     return names[type(value)]
 
 
-def _row(path: Path, where: str, value: Any) -> Row:
+def read_row(path: Path, where: str, value: Any) -> Row:
+    """Return a file's value as the row that it is, checked; see :func:`read_rows`."""
     if not isinstance(value, dict):
         listed = isinstance(value, list) and where == "line 1"
         hint = "; one list of all rows? then name the file .json" if listed else ""

@@ -3,21 +3,24 @@
 Both answered the same rows, so that they are compared in pairs. McNemar's exact test (McNemar 1947)
 asks whether the rows that only one has right fall evenly to both. The difference's interval is a
 paired bootstrap (Efron 1979) that draws rows again within each task, as the average is over tasks.
+
+A task of one's own that is judged by loss has a loss for each row. There the test is by permutation
+of the two losses within each row (Fisher 1935), and the difference is that of the losses a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from san_llm.errors import InputError
-from san_llm.evaluate.score import Judged, mean_of, standard_error
+from san_llm.evaluate.score import Judged, mean_of, mean_value, ratio_of_sums
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.protocol.published import QUOTED, Learned, Quoted
 from san_llm.runs.folder import recipe_of, run_of
-from san_llm.runs.record import MANIFEST
+from san_llm.runs.record import MANIFEST, TaskRows
 
 RESAMPLES = 9999
 LEVEL = 0.95
@@ -35,17 +38,18 @@ class Difference:
         difference: Accuracy of the other minus that of the first; over all: the mean of the tasks'.
         low: The lower end of its bootstrap interval.
         high: The upper end.
-        gained: Rows that only the other has right.
-        lost: Rows that only the first has right.
-        p: The p-value of McNemar's exact test, two-sided; over all: on all rows together.
+        gained: Rows that only the other has right; None where rows are not right or wrong.
+        lost: Rows that only the first has right; likewise.
+        p: The p-value of McNemar's exact test, two-sided; over all: on all rows together. Of
+            losses, and of answers that may be right in part: of a permutation test.
     """
 
     task: str
     difference: float
     low: float
     high: float
-    gained: int
-    lost: int
+    gained: int | None
+    lost: int | None
     p: float
 
 
@@ -84,6 +88,8 @@ class Run:
         notes: What differs from the first run, besides the model.
         learned: What of a training row the adapter's loss was on; None where no run is known.
         epochs: For how many epochs; None where no run is known, or one that steps ended.
+        losses: ``(nats a token, standard error)`` of each task that is judged by loss.
+        loss_differences: The differences of these from the first run's; below 0 is better.
     """
 
     name: str
@@ -97,6 +103,8 @@ class Run:
     notes: tuple[str, ...] = ()
     learned: Learned | None = None
     epochs: float | None = None
+    losses: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    loss_differences: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,8 @@ class Comparison:
 
     Attributes:
         metric: ``acc`` or ``acc_norm``.
-        rows: Rows of each task.
+        rows: Rows of each task that is answered, by this metric.
+        averaged: Those of them that the average is over: their answers are right or wrong.
         runs: The first is what the others are compared with.
         notes: The runs' notes, with their names.
         quoted: Published numbers, for context.
@@ -113,6 +122,7 @@ class Comparison:
 
     metric: str
     rows: dict[str, int]
+    averaged: tuple[str, ...]
     runs: tuple[Run, ...]
     notes: tuple[str, ...]
     quoted: tuple[Quoted, ...] = ()
@@ -158,17 +168,16 @@ def compare(
     stored = [read_evaluation(evaluation_folder(path)) for path in paths]
     first = stored[0]
     for evaluation in stored:
-        if metric == "acc_norm" and not evaluation.rows[0].choices:
+        if metric == "acc_norm" and not any(row.choices for row in evaluation.rows):
             raise InputError(f"{evaluation.folder}: protocol generate has no acc_norm")
         if evaluation is not first:
             _check_same(first, evaluation, across)
-    rows: dict[str, int] = {}
-    for row in first.rows:
-        rows[row.task] = rows.get(row.task, 0) + 1
+    answered = _answered(first.rows, metric)
     runs = tuple(_run(first, evaluation, metric) for evaluation in stored)
     return Comparison(
         metric=metric,
-        rows=rows,
+        rows={task: len(rows) for task, rows in answered.items()},
+        averaged=tuple(task for task, rows in answered.items() if not _graded(rows)),
         runs=runs,
         notes=tuple(f"{run.name}: {note}" for run in runs for note in run.notes),
         quoted=QUOTED if quote else (),
@@ -191,6 +200,7 @@ def _check_same(first: Stored, other: Stored, across: bool) -> None:
     if question.rows == other_question.rows:
         return
     data, other_data = first.manifest.identity.data, other.manifest.identity.data
+    _check_asked(pair, data, other_data, across)
     if data.keys() != other_data.keys():
         raise InputError(f"{pair}: not the same tasks: {', '.join(data)}; {', '.join(other_data)}")
     for task, rows in data.items():
@@ -201,6 +211,21 @@ def _check_same(first: Stored, other: Stored, across: bool) -> None:
             raise InputError(
                 f"{pair}: not the same rows: {task} has another number of rows {counts}"
             )
+
+
+def _check_asked(
+    pair: str, data: dict[str, TaskRows], other_data: dict[str, TaskRows], across: bool
+) -> None:
+    for task in data.keys() & other_data.keys():
+        asked, other_asked = data[task].asked or {}, other_data[task].asked or {}
+        for key in sorted(asked.keys() | other_asked.keys()):
+            values = asked.get(key, "none"), other_asked.get(key, "none")
+            if values[0] != values[1] and not (key == "prompt" and across):
+                hint = "; --across compares them still" if key == "prompt" else ""
+                raise InputError(
+                    f"{pair}: {task} is not asked the same: {key} {values[0]!r} and {values[1]!r}"
+                    f"{hint}"
+                )
 
 
 def _notes(first: Stored, other: Stored) -> list[str]:
@@ -231,24 +256,29 @@ def _notes(first: Stored, other: Stored) -> list[str]:
 
 def _run(first: Stored, evaluation: Stored, metric: str) -> Run:
     """Return an evaluation's accuracies, and its differences from the first if it is another."""
-    corrects = _corrects(evaluation.rows, metric)
-    accuracies: dict[str, tuple[float, float | None]] = {}
-    for task, of_task in corrects.items():
-        accuracy = sum(of_task) / len(of_task)
-        accuracies[task] = accuracy, standard_error(accuracy, len(of_task))
-    accuracies["average"] = mean_of(list(accuracies.values()))
+    answered = _answered(evaluation.rows, metric)
+    accuracies = {task: mean_value(rows) for task, rows in answered.items()}
+    counted = [accuracies[task] for task, rows in answered.items() if not _graded(rows)]
+    if counted:
+        accuracies["average"] = mean_of(counted)
     same = evaluation is first
     learned, epochs = _training(evaluation)
+    losses, of_first = (
+        _losses(stored.rows) if metric == "acc" else {} for stored in (evaluation, first)
+    )
+    alike, unlike = _alike(of_first, losses)
     return Run(
         name=str(evaluation.folder),
         about=evaluation.results.title,
         protocol=evaluation.results.protocol,
         prompt=evaluation.results.prompt,
         accuracies=accuracies,
-        unparseable=sum(row.parsed is None for row in evaluation.rows),
-        differences=() if same else _differences(_corrects(first.rows, metric), corrects),
+        unparseable=sum(row.unanswered for row in evaluation.rows),
+        differences=() if same else _differences(_answered(first.rows, metric), answered),
         changes=() if same else _changes(first.rows, evaluation.rows, metric),
-        notes=() if same else tuple(_notes(first, evaluation)),
+        notes=() if same else (*_notes(first, evaluation), *unlike),
+        losses={task: ratio_of_sums(pairs)[1:] for task, pairs in losses.items()},
+        loss_differences=() if same else tuple(_loss_difference(*of_task) for of_task in alike),
         learned=learned,
         epochs=epochs,
     )
@@ -269,13 +299,96 @@ def _training(evaluation: Stored) -> tuple[Learned | None, float | None]:
     return learned, recipe.training.epochs if steps is None else None
 
 
-def _corrects(rows: Sequence[Judged], metric: str) -> dict[str, list[bool]]:
-    """Return whether each row of each task was answered right, in the order of the task's file."""
-    corrects: dict[str, list[bool]] = {}
+_Losses = list[tuple[float, int]]  # of each row its loss, and the tokens of it
+
+
+def _losses(rows: Sequence[Judged]) -> dict[str, _Losses]:
+    """Return the losses of each task that has them, in the order of the task's file."""
+    found: dict[str, _Losses] = {}
     for row in sorted(rows, key=lambda row: row.row):
-        correct = row.correct if metric == "acc" else bool(row.correct_norm)
-        corrects.setdefault(row.task, []).append(correct)
-    return corrects
+        if row.loss is not None:
+            found.setdefault(row.task, []).append((row.loss, row.tokens or 0))
+    return found
+
+
+def _alike(
+    first: dict[str, _Losses], other: dict[str, _Losses]
+) -> tuple[list[tuple[str, _Losses, _Losses]], list[str]]:
+    """Return the tasks whose losses can be compared a token, and why others cannot."""
+    alike, unlike = [], []
+    for task, losses in first.items():
+        if [tokens for _, tokens in losses] == [tokens for _, tokens in other[task]]:
+            alike.append((task, losses, other[task]))
+        else:
+            unlike.append(
+                f"{task}: its tokens are others, so that losses a token do not compare (another "
+                "tokenizer or prompt)"
+            )
+    return alike, unlike
+
+
+def _loss_difference(task: str, first: _Losses, other: _Losses) -> Difference:
+    """Return how much more a token costs than at first, each token with the same weight."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    tokens = np.array([count for _, count in first])
+    apart = np.array([b - a for (a, _), (b, _) in zip(first, other, strict=True)])
+    difference = float(apart.sum() / tokens.sum())
+    if not apart.any():
+        return Difference(task, 0.0, 0.0, 0.0, None, None, 1.0)
+
+    def a_token(losses: Any, counts: Any, axis: int) -> Any:
+        return losses.sum(axis=axis) / counts.sum(axis=axis)
+
+    low = high = difference
+    if len(apart) > 1:
+        interval = bootstrap(
+            (apart, tokens),
+            a_token,
+            paired=True,
+            n_resamples=RESAMPLES,
+            batch=AT_ONCE,
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    return Difference(task, difference, low, high, None, None, _exchanged(apart))
+
+
+def _exchanged(apart: Any) -> float:
+    """Return the p-value of what rows are apart, (n,): in each the runs are exchanged, or not."""
+    import numpy as np
+    from scipy.stats import permutation_test
+
+    found = permutation_test(
+        (apart,),
+        lambda differences, axis: differences.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=AT_ONCE,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def _answered(rows: Sequence[Judged], metric: str) -> dict[str, list[Judged]]:
+    """Return each task's rows that are answered, in the order of its file, as a metric has them."""
+    answered: dict[str, list[Judged]] = {}
+    for row in sorted(rows, key=lambda row: row.row):
+        if metric == "acc_norm":
+            row = replace(row, correct=bool(row.correct_norm))
+        if row.loss is None and (metric == "acc" or row.choices):
+            answered.setdefault(row.task, []).append(row)
+    return answered
+
+
+def _graded(rows: Sequence[Judged]) -> bool:
+    """Return whether the answers of a task may be right in part."""
+    return any(row.score is not None for row in rows)
 
 
 def _answer(row: Judged, metric: str) -> str | None:
@@ -295,22 +408,26 @@ def _changes(first: Sequence[Judged], other: Sequence[Judged], metric: str) -> t
 
 
 def _differences(
-    first: dict[str, list[bool]], other: dict[str, list[bool]]
+    first: dict[str, list[Judged]], other: dict[str, list[Judged]]
 ) -> tuple[Difference, ...]:
-    by_task = (_difference(task, {task: first[task]}, {task: other[task]}) for task in first)
-    return (*by_task, _difference("average", first, other))
+    by_task = [_difference(task, [first[task]], [other[task]]) for task in first]
+    counted = [task for task, rows in first.items() if not _graded(rows)]
+    if counted:
+        pairs = ([rows[task] for task in counted] for rows in (first, other))
+        by_task.append(_difference("average", *pairs))
+    return tuple(by_task)
 
 
 def _difference(
-    name: str, first: dict[str, list[bool]], other: dict[str, list[bool]]
+    name: str, first: Sequence[list[Judged]], other: Sequence[list[Judged]]
 ) -> Difference:
     """Return how the answers to some tasks differ, each task with the same weight."""
     import numpy as np
     from scipy.stats import binomtest, bootstrap
 
     pairs = [
-        np.array(other[task], dtype=np.int8) - np.array(corrects, dtype=np.int8)
-        for task, corrects in first.items()
+        np.array([b.value - a.value for a, b in zip(of_first, of_other, strict=True)])
+        for of_first, of_other in zip(first, other, strict=True)
     ]
     gained = sum(int((pair > 0).sum()) for pair in pairs)
     lost = sum(int((pair < 0).sum()) for pair in pairs)
@@ -333,5 +450,8 @@ def _difference(
             rng=np.random.default_rng(0),  # the same runs, the same interval
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
+    if _graded(first[0]):
+        p = _exchanged(pairs[0]) if gained or lost else 1.0
+        return Difference(name, difference, low, high, None, None, p)
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Difference(name, difference, low, high, gained, lost, p)

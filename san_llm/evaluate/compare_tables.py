@@ -12,9 +12,10 @@ from rich.table import Table
 
 from san_llm.evaluate.compare import LEVEL, Comparison, Difference
 from san_llm.protocol.published import Quoted
-from san_llm.shown import percent
+from san_llm.shown import nats, percent
 
 SHOWN = 5  # changed rows that are listed; --json has all
+LONGEST = 60  # characters of an answer there
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -56,18 +57,27 @@ def grids(comparison: Comparison, names: Sequence[str] = ()) -> list[Grid]:
     names = names or [label(number) for number in range(len(runs))]
     first = names[0]
     rows = []
-    for task in [*comparison.rows, "average"]:
+    for task in [*comparison.rows, *(["average"] if comparison.averaged else [])]:
         cells = (run.accuracies[task] for run in runs)
         rows.append((task, *(f"{percent(mean)} ± {percent(error)}" for mean, error in cells)))
-    rows.append(("no answer", *(str(run.unparseable) for run in runs)))
     header = ("task", *names)
-    tables = [Grid(f"{comparison.metric}, percent", header, tuple(rows))]
+    tables = []
+    if rows:
+        rows.append(("no answer", *(str(run.unparseable) for run in runs)))
+        tables.append(Grid(f"{comparison.metric}, percent", header, tuple(rows)))
+    if runs[0].losses:
+        losses = ((task, *(nats(*run.losses[task]) for run in runs)) for task in runs[0].losses)
+        tables.append(Grid("loss, nats a token; less is better", header, tuple(losses)))
     for name, run in zip(names, runs, strict=True):
         if run.differences:
             interval = f"{LEVEL:.0%} interval"
             header = ("task", "difference", interval, f"only {name}", f"only {first}", "p")
             title = f"{name} - {first}, points"
             tables.append(Grid(title, header, tuple(map(_difference, run.differences))))
+        if run.loss_differences:
+            header = ("task", "difference", f"{LEVEL:.0%} interval", "p")
+            title = f"{name} - {first}, nats a token; below 0 is better"
+            tables.append(Grid(title, header, tuple(map(loss_cells, run.loss_differences))))
     if comparison.quoted:
         tables.append(published(comparison.quoted))
     return tables
@@ -96,10 +106,15 @@ def _difference(difference: Difference) -> tuple[str, ...]:
         difference.task,
         points(difference.difference),
         f"{points(difference.low)} to {points(difference.high)}",
-        str(difference.gained),
-        str(difference.lost),
+        *("-" if n is None else str(n) for n in (difference.gained, difference.lost)),
         p_value(difference.p),
     )
+
+
+def loss_cells(difference: Difference) -> tuple[str, ...]:
+    """Return the cells of a difference of losses: task, difference, interval, p-value."""
+    interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
+    return (difference.task, f"{difference.difference:+.4f}", interval, p_value(difference.p))
 
 
 def points(fraction: float) -> str:
@@ -116,12 +131,13 @@ def remarks(comparison: Comparison) -> list[str]:
     """Return what the tables do not say: of the average, the changed rows, notes and sources."""
     lines = _of_average(comparison)
     total = sum(comparison.rows.values())
-    for number, run in enumerate(comparison.runs[1:], start=1):
+    for number, run in enumerate(comparison.runs[1:] if total else (), start=1):
         count, name = len(run.changes), label(number)
         lines.append(f"{name} answers {count:,} of {total:,} rows otherwise than A")
         for change in run.changes[:SHOWN]:
-            answers = f"A {change.first or 'no answer'}, {name} {change.other or 'no answer'}"
-            lines.append(f"  {change.task} row {change.row}: {answers}; right is {change.answer}")
+            answers = f"A {_short(change.first)}, {name} {_short(change.other)}"
+            right = _short(change.answer)
+            lines.append(f"  {change.task} row {change.row}: {answers}; right is {right}")
         if count > SHOWN:
             lines.append(f"  and {count - SHOWN:,} more; --json has them all")
     lines += [f"note: {note}" for note in comparison.notes]
@@ -129,10 +145,22 @@ def remarks(comparison: Comparison) -> list[str]:
     return [*lines, *sources(comparison.quoted)]
 
 
+def _short(answer: str | None) -> str:
+    """Return an answer on one line, cut where it is a whole text."""
+    words = " ".join((answer or "no answer").split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+
+
 def _of_average(comparison: Comparison) -> list[str]:
-    if len(comparison.rows) == 1:
-        return []
-    return ["average: difference and interval weigh tasks alike; counts and p pool all rows"]
+    lines = []
+    counted = comparison.averaged
+    if len(counted) > 1:
+        lines.append(
+            "average: difference and interval weigh tasks alike; counts and p pool all rows"
+        )
+    if counted and (len(counted) < len(comparison.rows) or comparison.runs[0].losses):
+        lines.append(f"average: over {', '.join(counted)}, whose answers are right or wrong")
+    return lines
 
 
 def sources(quoted: Sequence[Quoted]) -> list[str]:

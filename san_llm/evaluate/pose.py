@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from san_llm.ask.answers import NEW_TOKENS, answers
 from san_llm.ask.likelihood import ChoiceQuestion, ChoiceScore, encode_question, score_choices
+from san_llm.ask.losses import score_losses
 from san_llm.data.batches import pad_id
-from san_llm.data.encode import evaluation_text
+from san_llm.data.encode import (
+    IGNORE,
+    Encoding,
+    check_tokenizer,
+    evaluation_text,
+    label_rows,
+)
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.evaluate.harness import score_with_lm_eval
-from san_llm.evaluate.questions import Questions, Settings
+from san_llm.evaluate.questions import Protocol, Questions, Settings
 from san_llm.evaluate.score import (
     ANSWER_TEXT,
     Choice,
@@ -29,7 +36,9 @@ from san_llm.evaluate.score import (
 from san_llm.launch.processes import world_size
 from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.rotary import alike_to
-from san_llm.protocol.tasks import Task
+from san_llm.protocol.prompts import Frame, training_prompt
+from san_llm.recipe.schema import MOST
+from san_llm.recipe.task_file import AnyTask, Judge, OwnTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -38,6 +47,11 @@ if TYPE_CHECKING:
 SCORED_AT_ONCE = 16  # rows of a unit by likelihood
 HARNESS_AT_ONCE = 256  # lm_eval takes a second to start
 
+Way = Literal["generate", "choice", "loss", "lm-eval"]
+# How a protocol asks the eight, and what of a task of one's own is not generated.
+WAYS: dict[Protocol, Way] = {"generate": "generate", "loglik": "choice", "lm-eval": "lm-eval"}
+SCORED: dict[Judge, Way] = {"choice": "choice", "loss": "loss"}
+
 
 @dataclass(frozen=True)
 class Item:
@@ -45,24 +59,36 @@ class Item:
 
     Attributes:
         task: The row's task.
+        way: How the model is asked.
         number: The row's number in the task's file, from 0.
         row: The row.
         prompt: The exact text that the model is given.
-        tokens: The prompt's tokens.
+        tokens: The prompt's tokens; by loss: those of the answer, too.
         answers: By likelihood: the answers that are compared.
+        labels: By loss: the tokens where they count, elsewhere -100.
     """
 
-    task: Task
+    task: AnyTask
+    way: Way
     number: int
     row: Row
     prompt: str
     tokens: list[int]
     answers: tuple[str, ...] = ()
+    labels: list[int] = field(default_factory=list)
 
     @property
     def question(self) -> ChoiceQuestion:
         """The prompt and the text of each answer."""
-        return ChoiceQuestion(self.prompt, tuple(map(ANSWER_TEXT.format, self.answers)))
+        own = isinstance(self.task, OwnTask)
+        texts = self.answers if own else map(ANSWER_TEXT.format, self.answers)
+        return ChoiceQuestion(self.prompt, tuple(texts))
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens of a generated answer."""
+        own = self.task.says.new_tokens if isinstance(self.task, OwnTask) else None
+        return own or NEW_TOKENS
 
 
 def pose(
@@ -84,52 +110,102 @@ def pose(
             hold a token that the model does not know.
     """
     context = getattr(config, "max_position_embeddings", None)
-    if settings.protocol == "generate":
-        pad_id(tokenizer)
     items = []
     for task, rows in questions.rows.items():
-        for number, row in enumerate(rows):
-            text, tokens = evaluation_text(settings.prompt, row, tokenizer)
-            refuse_past_embedding(tokens, config.vocab_size, row.where, tokenizer)
-            choices: tuple[str, ...] = ()
-            if settings.protocol != "generate":
-                choices = offered(task, row.instruction, row.answer)
-            item = Item(task, number, row, text, tokens, choices)
+        for item in _posed(task, rows, settings, tokenizer):
+            refuse_past_embedding(item.tokens, config.vocab_size, item.row.where, tokenizer)
             if context is not None:
                 _check_length(item, tokenizer, context)
             items.append(item)
+    if any(item.way == "generate" for item in items):
+        pad_id(tokenizer)
     return items
 
 
-def _check_length(item: Item, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
-    if not item.answers:
-        if len(item.tokens) + NEW_TOKENS > context:
-            raise InputError(
-                f"{item.row.where}: its prompt has {len(item.tokens):,} tokens; with {NEW_TOKENS} "
-                f"new ones that is more than the model's context of {context:,}"
-            )
+def _posed(
+    task: AnyTask, rows: Sequence[Row], settings: Settings, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Item]:
+    """Give a task's rows as they are asked: the eight by the protocol, one's own by its judge."""
+    if not isinstance(task, OwnTask):
+        way = WAYS[settings.protocol]
+        for number, row in enumerate(rows):
+            text, tokens = evaluation_text(settings.prompt, row, tokenizer)
+            answers = offered(task, row.instruction, row.answer) if way != "generate" else ()
+            yield Item(task, way, number, row, text, tokens, answers)
         return
+    frame, way = task.says.prompt or settings.prompt, SCORED.get(task.says.judge, "generate")
+    if way == "loss":
+        yield from _with_labels(task, rows, frame, tokenizer)
+        return
+    for number, row in enumerate(rows):
+        text, tokens = evaluation_text(frame, row, tokenizer)
+        if way == "choice" and frame == "none":
+            text = training_prompt(frame, row.instruction, row.context)  # a space, then the choice
+        yield Item(task, way, number, row, text, tokens, row.choices)
+
+
+def _with_labels(
+    task: OwnTask, rows: Sequence[Row], frame: Frame, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Item]:
+    """Give rows as training reads them, the answer and its end learned, none of it cut away.
+
+    A text that answers nothing has no end: of it all counts that follows the start token.
+    """
+    check_tokenizer(tokenizer, frame)
+    if frame == "none" and not any(row.instruction or row.messages for row in rows):
+        for number, row in enumerate(rows):
+            (start,), (text,) = encode_question(ChoiceQuestion("", (row.output,)), tokenizer)
+            labels = [IGNORE, *text]
+            yield Item(task, "loss", number, row, "", [start, *text], (), labels)
+        return
+    encoding = Encoding(tokenizer, frame, "response", MOST)
+    for number, (row, labelled) in enumerate(zip(rows, label_rows(rows, encoding), strict=True)):
+        begin = next(place for place, label in enumerate(labelled.labels) if label != IGNORE)
+        prompt = str(tokenizer.decode(labelled.tokens[:begin]))
+        yield Item(task, "loss", number, row, prompt, labelled.tokens, (), labelled.labels)
+
+
+def _check_length(item: Item, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
+    where, count = item.row.where, len(item.tokens)
+    if item.way == "generate" and count + item.new_tokens > context:
+        raise InputError(
+            f"{where}: its prompt has {count:,} tokens; with {item.new_tokens} new ones that is "
+            f"more than the model's context of {context:,}"
+        )
+    if item.way == "loss":
+        longest = count
     # A token has a character at least: only where that may not do, tokens are counted.
-    if len(item.tokens) + max(map(len, item.question.choices)) + 1 > context:
+    elif item.answers and count + max(map(len, item.question.choices)) + 1 > context:
         prompt, choices = encode_question(item.question, tokenizer)
         longest = len(prompt) + max(map(len, choices))
-        if longest > context:
-            raise InputError(
-                f"{item.row.where}: with an answer it has {longest:,} tokens, more than the "
-                f"model's context of {context:,}"
-            )
+    else:
+        return
+    if longest > context:
+        raise InputError(
+            f"{where}: with an answer it has {longest:,} tokens, more than the model's context of "
+            f"{context:,}"
+        )
 
 
 def units(items: Sequence[Item], settings: Settings) -> list[list[int]]:
     """Return the item numbers that are answered together, the longest prompts first."""
     order = sorted(range(len(items)), key=lambda i: (-len(items[i].tokens), i))
-    if settings.protocol == "generate" or settings.strict:
-        size = 1  # generate makes its own batches, and an answer does not depend on them
-    elif settings.protocol == "lm-eval":
-        size = min(HARNESS_AT_ONCE, -(-len(items) // world_size()))
-    else:
-        size = settings.batch_size or SCORED_AT_ONCE
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    by_way: dict[Way, list[int]] = {}
+    for number in order:
+        by_way.setdefault(items[number].way, []).append(number)
+    found = []
+    for way, numbers in by_way.items():
+        size = _unit_size(way, len(numbers), settings)
+        found += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return found
+
+
+def _unit_size(way: Way, count: int, settings: Settings) -> int:
+    if way == "generate" or settings.strict:
+        return 1  # generate makes its own batches, and an answer does not depend on them
+    if way == "lm-eval":
+        return min(HARNESS_AT_ONCE, -(-count // world_size()))
+    return settings.batch_size or SCORED_AT_ONCE
 
 
 def judged_answers(
@@ -151,18 +227,26 @@ def judged_answers(
     Yields:
         Judged rows by item number.
     """
+    generated: dict[tuple[bool, int], list[int]] = {}
     with _strictly(settings.strict):
-        if settings.protocol == "generate":
-            numbers = [number for unit in todo for number in unit]
-            yield from _generated(model, tokenizer, items, settings, numbers)
-            return
         for unit in todo:
             in_unit = [items[number] for number in unit]
-            scored = _scores(model, tokenizer, in_unit, settings)
-            yield {
-                number: _judge(item, scores)
-                for number, item, scores in zip(unit, in_unit, scored, strict=True)
-            }
+            first = in_unit[0]
+            if first.way == "generate":
+                alike = isinstance(first.task, OwnTask), first.new_tokens
+                generated.setdefault(alike, []).extend(unit)
+            elif first.way == "loss":
+                rows = [(item.tokens, item.labels) for item in in_unit]
+                losses = zip(unit, in_unit, score_losses(model, rows), strict=True)
+                yield {number: _with_loss(item, loss) for number, item, loss in losses}
+            else:
+                scored = _scores(model, tokenizer, in_unit, settings)
+                yield {
+                    number: _judge(item, scores)
+                    for number, item, scores in zip(unit, in_unit, scored, strict=True)
+                }
+        for numbers in generated.values():
+            yield from _generated(model, tokenizer, items, settings, numbers)
 
 
 def _generated(
@@ -172,13 +256,20 @@ def _generated(
     settings: Settings,
     numbers: Sequence[int],
 ) -> Iterator[dict[int, Judged]]:
-    def first_match(place: int, text: str) -> str | None:
-        return parse_answer(items[numbers[place]].task, text)
+    """Give the answers to items of the eight, or of tasks of one's own with as many new tokens."""
 
+    def first_match(place: int, text: str) -> str | None:
+        task = items[numbers[place]].task
+        assert not isinstance(task, OwnTask)
+        return parse_answer(task, text)
+
+    first = items[numbers[0]]
     prompts = [items[number].tokens for number in numbers]
     size = 1 if settings.strict else settings.batch_size
-    read = first_match if settings.answers_only else None
-    for texts in answers(model, tokenizer, prompts, size, read):
+    # More text may change what the judge of a task of one's own reads.
+    certain = settings.answers_only and not isinstance(first.task, OwnTask)
+    read = first_match if certain else None
+    for texts in answers(model, tokenizer, prompts, size, read, first.new_tokens):
         judged = {}
         for place, text in texts:
             item = items[numbers[place]]
@@ -188,6 +279,15 @@ def _generated(
         yield judged
 
 
+def _with_loss(item: Item, loss: float) -> Judged:
+    count = sum(label != IGNORE for label in item.labels)
+    return Judged(
+        *(item.task.name, item.number, item.prompt, "", None, item.row.answer, False),
+        loss=loss,
+        tokens=count,
+    )
+
+
 def _scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -195,7 +295,7 @@ def _scores(
     settings: Settings,
 ) -> Iterable[list[ChoiceScore]]:
     questions = [item.question for item in items]
-    if settings.protocol == "loglik":
+    if items[0].way == "choice":
         return score_choices(model, tokenizer, questions)
     right = [item.answers.index(item.row.answer) for item in items]
     # The harness pads to the longest: of rows that their length rotates otherwise, each is alone.

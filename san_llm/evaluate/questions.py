@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from san_llm.data.rows import Row, read_task, test_file
+from san_llm.data.task_rows import read_own_rows
 from san_llm.errors import InputError, not_one_of
+from san_llm.evaluate.judges import refuse_no_rouge, refuse_unreadable
 from san_llm.files import sha256_of
 from san_llm.protocol.prompts import PromptStyle
-from san_llm.protocol.tasks import Task
+from san_llm.protocol.tasks import is_task_file
+from san_llm.recipe.schema import Evaluation
+from san_llm.recipe.task_file import AnyTask, OwnTask, find_any
 
 NEARLY = 0.9  # a test file with this share of the published rows was meant to have them all
 
@@ -23,23 +28,30 @@ class Questions:
         rows: The rows of each task.
         sha256: The sha256 of each test file, by its path.
         notes: What a reader of the scores should know of the rows.
+        files: The test file of each task, by the task's name.
     """
 
-    rows: dict[Task, list[Row]]
+    rows: dict[AnyTask, list[Row]]
     sha256: dict[str, str]
     notes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
 
 
-def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Questions:
-    """Return the test rows of each task; ``data.rows.read_task`` says what is refused.
+def read_questions(tasks: Sequence[AnyTask], data: str, limit: int | None) -> Questions:
+    """Return the test rows of each task; ``read_task`` and ``read_own_rows`` say what is refused.
 
     Raises:
         InputError: also when a file has nearly all rows of the published test set, but not all.
     """
-    files = {task: test_file(data, task) for task in tasks}
-    rows = {task: read_task(file, task, limit) for task, file in files.items()}
+    files: dict[str, str] = {}
+    rows: dict[AnyTask, list[Row]] = {}
     notes = []
-    for task, file in files.items():
+    for task in tasks:
+        if isinstance(task, OwnTask):
+            files[task.name], rows[task] = str(task.rows), _own_rows(task, limit)
+            continue
+        file = test_file(data, task)
+        files[task.name], rows[task] = str(file), read_task(file, task, limit)
         count, published = len(rows[task]), task.test_rows
         if data == "pocket" or limit is not None or count == published:
             continue
@@ -49,7 +61,29 @@ def read_questions(tasks: Sequence[Task], data: str, limit: int | None) -> Quest
                 f"it is missing or too much; --limit {count} takes them as they are"
             )
         notes.append(f"{task.name}: {count:,} rows, not the {published:,} of the published set")
-    return Questions(rows, {str(file): sha256_of(file) for file in files.values()}, tuple(notes))
+    sha256 = {file: sha256_of(Path(file)) for file in files.values()}
+    return Questions(rows, sha256, tuple(notes), files)
+
+
+def refuse_wrong_tasks(evaluation: Evaluation) -> None:
+    """Refuse a recipe's tasks of one's own whose files or rows are wrong.
+
+    Raises:
+        InputError: naming the key besides.
+    """
+    own = [name for name in evaluation.tasks if is_task_file(name)]
+    try:
+        read_questions(find_any(own) if own else (), evaluation.data, evaluation.limit)
+    except InputError as error:
+        raise InputError(f"evaluation.tasks: {error}") from None
+
+
+def _own_rows(task: OwnTask, limit: int | None) -> list[Row]:
+    refuse_no_rouge(task.says)
+    rows = read_own_rows(task)[:limit]
+    for row in rows:
+        refuse_unreadable(task.says, row.answer, row.where)
+    return rows
 
 
 Protocol = Literal["generate", "loglik", "lm-eval"]

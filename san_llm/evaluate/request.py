@@ -12,8 +12,8 @@ from san_llm.files import refuse_files
 from san_llm.launch.processes import is_first
 from san_llm.models.subject import Subject, checked_date, find_subject
 from san_llm.protocol.prompts import prompt_style
-from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.recipe.schema import Evaluation
+from san_llm.recipe.task_file import OwnTask, find_any
 from san_llm.runs.folder import new_eval_folder
 
 
@@ -22,7 +22,7 @@ class EvalRequest:
     """What ``san-llm eval`` was asked; None stands for the recipe's word, or the default.
 
     Attributes:
-        tasks: Names of tasks.
+        tasks: Names of tasks, and files of one's own.
         model: A model, by folder or hub id.
         adapter: An adapter's folder, or its run's.
         run: A run's folder, or an adapter's.
@@ -91,7 +91,7 @@ def check_request(request: EvalRequest) -> EvalTask:
     Raises:
         InputError: when an option, the adapter or a row cannot be right.
     """
-    named = None if request.tasks is None else find_tasks(request.tasks)
+    named = None if request.tasks is None else find_any(request.tasks)
     style = None if request.prompt is None else prompt_style(request.prompt)
     protocol = find_protocol(request.protocol)
     date = request.date and checked_date(request.date)
@@ -108,20 +108,30 @@ def check_request(request: EvalRequest) -> EvalTask:
         alone = "base" if subject.run else "model"
         output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else alone)
         refuse_files(output, request.overwrite)
-    tasks = named or [TASKS[name] for name in defaults.tasks]
+    tasks = named or find_any(defaults.tasks)
+    own = [task for task in tasks if isinstance(task, OwnTask)]
+    if own and protocol == "lm-eval":
+        raise InputError(
+            f"--protocol lm-eval: it asks the eight alone, not {own[0].file}; --protocol generate "
+            "and loglik ask both"
+        )
+    files = [str(task.file) for task in own]
+    asked = ", ".join(files if len(own) == len(tasks) else [data, *files])
+    chat = "chat" in (style, *(task.says.prompt for task in own))
     return EvalTask(
         subject=subject,
         questions=read_questions(tasks, data, limit),
         settings=Settings(
             *(protocol, style, request.batch_size, request.strict, request.answers_only),
-            date=date or subject.date if style == "chat" else None,
+            date=date or subject.date if chat else None,
         ),
         about={
-            "title": f"{subject} on {data}",
+            "title": f"{subject} on {asked}",
             "model": subject.base.model,
             "adapter": str(subject.adapter) if subject.adapter else None,
-            "data": data,
+            "data": data if len(own) < len(tasks) else asked,
             "limit": limit,
+            **({"task_files": {task.name: str(task.file) for task in own}} if own else {}),
         },
         output=output or Path(),
         overwrite=request.overwrite,

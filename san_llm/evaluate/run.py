@@ -17,7 +17,7 @@ from san_llm.evaluate.identity import identity
 from san_llm.evaluate.pose import Item, judged_answers, pose, units
 from san_llm.evaluate.questions import Settings
 from san_llm.evaluate.request import EvalTask
-from san_llm.evaluate.score import Judged, score
+from san_llm.evaluate.score import Judged, loss_score, score
 from san_llm.evaluate.store import Part, Progress, progress_of, write_evaluation
 from san_llm.evaluate.table import EvalResult
 from san_llm.files import whole_folder
@@ -87,7 +87,8 @@ def _answer(
         for judged in judged_answers(model, tokenizer, items, settings, mine):
             file.append(judged)
             new |= judged
-            shown.advance(len(judged), f"{sum(row.correct for row in new.values())} right")
+            answered = [row.correct for row in new.values() if row.loss is None]
+            shown.advance(len(judged), f"{sum(answered)} right" if answered else "")
     return new
 
 
@@ -138,13 +139,17 @@ def _result(task: EvalTask, output: Path, judged: Sequence[Judged]) -> EvalResul
     by_task: dict[str, list[Judged]] = {}
     for row in judged:
         by_task.setdefault(row.task, []).append(row)
+    answered = {t: by_task[t.name] for t in task.questions.rows if by_task[t.name][0].loss is None}
     return EvalResult(
-        scores=tuple(
-            score(asked_task, by_task[asked_task.name]) for asked_task in task.questions.rows
+        scores=tuple(score(asked, rows) for asked, rows in answered.items()),
+        losses=tuple(
+            loss_score(asked, by_task[asked.name])
+            for asked in task.questions.rows
+            if asked not in answered
         ),
         settings=task.settings,
         output=str(output),
         about=task.about,
-        unparseable=tuple(row for row in judged if row.parsed is None),
+        unparseable=tuple(row for row in judged if row.unanswered),
         notes=task.questions.notes,
     )

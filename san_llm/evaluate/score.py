@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
+from san_llm.evaluate.judges import judged
 from san_llm.protocol.tasks import Task
+from san_llm.recipe.task_file import GRADED, AnyTask, OwnTask
 
 # What a model is trained to answer. The published rows' outputs all read so.
 ANSWER_TEXT = "the correct answer is {}"
@@ -33,6 +36,9 @@ class Choice:
     length: int
 
 
+_ANSWERED = ["output", "parsed", "correct"]
+
+
 @dataclass(frozen=True)
 class Judged:
     """One answered row.
@@ -48,6 +54,10 @@ class Judged:
         parsed_norm: By likelihood: the answer of the choice that is most likely a character.
         correct_norm: Whether ``parsed_norm`` is ``answer``.
         choices: By likelihood: every choice.
+        score: Where an answer may be right in part: how much of it is, from 0 to 1.
+        loss: By loss: the negative log-likelihood of the answer and its end, in nats; the fields
+            of an answer that was given then say nothing.
+        tokens: By loss: how many tokens these are.
     """
 
     task: str
@@ -60,20 +70,34 @@ class Judged:
     parsed_norm: str | None = None
     correct_norm: bool | None = None
     choices: tuple[Choice, ...] = ()
+    score: float | None = None
+    loss: float | None = None
+    tokens: int | None = None
+
+    @property
+    def value(self) -> float:
+        """What an answer counts, from 0 to 1."""
+        return float(self.correct) if self.score is None else self.score
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether an answer was asked for and none was found."""
+        return self.parsed is None and self.loss is None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as plain values; only one judged by likelihood has what that gives."""
+        """Return the row as plain values; it has only what its judge gives."""
         values = asdict(self)
-        if not self.choices:
-            for name in ("parsed_norm", "correct_norm", "choices"):
-                del values[name]
-        return values
+        absent = [] if self.choices else ["parsed_norm", "correct_norm", "choices"]
+        absent += ["loss", "tokens"] if self.loss is None else _ANSWERED
+        absent += ["score"] if self.score is None else []
+        return {name: value for name, value in values.items() if name not in absent}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Judged:
         """Return what :meth:`to_json` wrote; TypeError for anything else."""
         choices = tuple(Choice(**choice) for choice in values.get("choices", ()))
-        return cls(**{**values, "choices": choices})
+        absent = dict(zip(_ANSWERED, ("", None, False), strict=True)) if "loss" in values else {}
+        return cls(**{**absent, **values, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -85,11 +109,13 @@ class TaskScore:
         n: Rows answered.
         correct: Rows answered right.
         unparseable: Rows without any answer in the output; they count as wrong.
-        accuracy: ``correct / n``.
-        standard_error: The standard error of ``accuracy``, ``sqrt(p (1 - p) / (n - 1))``; None for
-            one row.
+        accuracy: ``correct / n``; where answers may be right in part, the mean of their scores.
+        standard_error: The standard error of ``accuracy``, ``sqrt(p (1 - p) / (n - 1))``, or that
+            of a mean of scores; None for one row.
         accuracy_norm: By likelihood: ``acc_norm``.
         standard_error_norm: The standard error of ``accuracy_norm``.
+        judge: Of a task of one's own: how its answers are judged.
+        guessing: Of a task of one's own: the accuracy of guessing, where it is known.
     """
 
     task: str
@@ -100,6 +126,27 @@ class TaskScore:
     standard_error: float | None
     accuracy_norm: float | None = None
     standard_error_norm: float | None = None
+    judge: str | None = None
+    guessing: float | None = None
+
+
+@dataclass(frozen=True)
+class LossScore:
+    """The result of a task that is judged by loss; the less, the better.
+
+    Attributes:
+        task: The task's name.
+        n: Rows.
+        tokens: Tokens of all answers, ends included.
+        loss: The mean negative log-likelihood a token, in nats.
+        standard_error: The standard error of ``loss``, over rows; None for one row.
+    """
+
+    task: str
+    n: int
+    tokens: int
+    loss: float
+    standard_error: float | None
 
 
 def parse_answer(task: Task, output: str) -> str | None:
@@ -124,14 +171,18 @@ def offered(task: Task, instruction: str, answer: str) -> tuple[str, ...]:
     return answers if answer in answers else task.answers
 
 
-def judge_text(task: Task, row: int, prompt: str, output: str, answer: str) -> Judged:
+def judge_text(task: AnyTask, row: int, prompt: str, output: str, answer: str) -> Judged:
     """Return a row, judged by a generated text."""
+    if isinstance(task, OwnTask):
+        parsed, value = judged(task.says, output, answer)
+        found = Judged(task.name, row, prompt, output, parsed, answer, value == 1)
+        return replace(found, score=value) if task.says.judge in GRADED else found
     parsed = parse_answer(task, output)
     return Judged(task.name, row, prompt, output, parsed, answer, parsed == answer)
 
 
 def judge_choices(
-    task: Task, row: int, prompt: str, choices: Sequence[Choice], answer: str
+    task: AnyTask, row: int, prompt: str, choices: Sequence[Choice], answer: str
 ) -> Judged:
     """Return a row, judged by likelihood, as lm-evaluation-harness does: the first of equals."""
     best = max(choices, key=lambda choice: choice.logprob)
@@ -155,30 +206,80 @@ def standard_error(accuracy: float, n: int) -> float | None:
     return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
 
 
-def score(task: Task, rows: Sequence[Judged]) -> TaskScore:
+def mean_value(rows: Sequence[Judged]) -> tuple[float, float | None]:
+    """Return the share of rows that are right, or the mean of their scores; its standard error."""
+    n = len(rows)
+    mean = sum(row.value for row in rows) / n
+    if n < 2 or all(row.score is None for row in rows):
+        return mean, standard_error(mean, n)
+    return mean, math.sqrt(sum((row.value - mean) ** 2 for row in rows) / (n - 1) / n)
+
+
+def score(task: AnyTask, rows: Sequence[Judged]) -> TaskScore:
     """Return a task's score over its judged rows (at least one)."""
+    own = task if isinstance(task, OwnTask) else None
     n, correct = len(rows), sum(row.correct for row in rows)
-    accuracy = correct / n
+    accuracy, error = mean_value(rows)
     norm = sum(bool(row.correct_norm) for row in rows) / n if rows[0].choices else None
     return TaskScore(
         task=task.name,
         n=n,
         correct=correct,
-        unparseable=sum(row.parsed is None for row in rows),
+        unparseable=sum(row.unanswered for row in rows),
         accuracy=accuracy,
-        standard_error=standard_error(accuracy, n),
+        standard_error=error,
         accuracy_norm=norm,
         standard_error_norm=None if norm is None else standard_error(norm, n),
+        judge=own.says.judge if own else None,
+        guessing=_guessing(own, rows) if own else None,
     )
 
 
+def _guessing(task: OwnTask, rows: Sequence[Judged]) -> float | None:
+    """Return the accuracy of guessing: as the task says, or by the choices of its rows."""
+    if task.says.guessing is not None or task.says.judge != "choice":
+        return task.says.guessing
+    return fmean(1 / len(row.choices) for row in rows)
+
+
+def loss_score(task: AnyTask, rows: Sequence[Judged]) -> LossScore:
+    """Return the loss of a task's rows (at least one), each token with the same weight."""
+    pairs = [(row.loss or 0.0, row.tokens or 0) for row in rows]
+    return LossScore(task.name, len(pairs), *ratio_of_sums(pairs))
+
+
+def ratio_of_sums(pairs: Sequence[tuple[float, int]]) -> tuple[int, float, float | None]:
+    """Return all tokens, the loss a token, and its standard error; None for one row.
+
+    The error is that of a ratio of two sums over rows, by linearization (Cochran 1977, Sampling
+    Techniques, section 2.11): of how far each row's loss is from its tokens times the ratio.
+
+    Args:
+        pairs: ``(loss, tokens)`` of each row.
+    """
+    n, tokens = len(pairs), sum(count for _, count in pairs)
+    ratio = sum(loss for loss, _ in pairs) / tokens
+    apart = sum((loss - ratio * count) ** 2 for loss, count in pairs)
+    return tokens, ratio, math.sqrt(apart * n / (n - 1)) / tokens if n > 1 else None
+
+
+def averaged(scores: Sequence[TaskScore]) -> list[TaskScore]:
+    """Return the scores that are shares of right answers, which an average is over."""
+    return [score for score in scores if score.judge not in GRADED]
+
+
 def average(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
-    """Return the mean accuracy over tasks and its standard error (None if a task has none)."""
+    """Return the mean accuracy over tasks and its standard error (None if a task has none).
+
+    It is over shares of right answers: tasks whose answers may be right in part are left out.
+    """
+    scores = averaged(scores)
     return mean_of([(score.accuracy, score.standard_error) for score in scores])
 
 
 def average_norm(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
     """Return the mean ``acc_norm`` and its standard error; None where it was not measured."""
+    scores = averaged(scores)
     pairs = [
         (score.accuracy_norm, score.standard_error_norm)
         for score in scores

@@ -14,17 +14,24 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from san_llm.errors import InputError
-from san_llm.evaluate.compare import LEVEL, Change, Comparison, compare
-from san_llm.evaluate.compare_tables import Grid, p_value, points
+from san_llm.evaluate.compare import LEVEL, Comparison, compare
+from san_llm.evaluate.compare_tables import Grid, loss_cells, p_value, points
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing
-from san_llm.protocol.tasks import guessing
-from san_llm.runs.record import ADAPTER_WEIGHTS, Accuracy, Question
-from san_llm.shown import with_error
+from san_llm.runs.record import (
+    ADAPTER_WEIGHTS,
+    Accuracy,
+    Question,
+    TaskAccuracy,
+    TaskLoss,
+    by_chance,
+)
+from san_llm.shown import nats, with_error
 
 CHANGED = 10  # answers that are shown
 VERDICTS = ("now wrong", "now right", "still wrong")
+GRADED_VERDICTS = ("now worse", "now better", "as good")  # of answers that may be right in part
 _Value = TypeVar("_Value")
 Of = Literal["base", "adapter", "another model"]
 
@@ -142,11 +149,12 @@ def _options(stored: Stored, facts: Facts) -> list[str]:
     results, manifest = stored.results, stored.manifest
     identity, recipe = manifest.identity, facts.recipe
     asking, defaults = identity.protocol, recipe.evaluation
-    tasks = ",".join(identity.data)
+    tasks = ",".join(results.task_files.get(task, task) for task in identity.data)
+    of_the_eight = results.data if identity.data.keys() - results.task_files else None
     pairs = [
         ("--protocol", asking.name, "generate"),
         ("--tasks", tasks, ",".join(defaults.tasks)),
-        ("--data", results.data, defaults.data),
+        ("--data", of_the_eight, defaults.data),
         ("--prompt", asking.prompt, defaults.prompt or recipe.data.prompt),
         ("--date", asking.date, recipe.data.date),
         ("--limit", results.limit, defaults.limit),
@@ -182,7 +190,7 @@ def judge(own: Iterable[Evaluated], others: Iterable[Evaluated] = ()) -> list[Ju
 
 def metrics_of(stored: Stored) -> tuple[str, ...]:
     """Return the metrics that an evaluation measured."""
-    return ("acc", "acc_norm") if stored.rows[0].choices else ("acc",)
+    return ("acc", "acc_norm") if any(row.choices for row in stored.rows) else ("acc",)
 
 
 def _judgement(adapter: Evaluated, base: Evaluated | None) -> Judgement:
@@ -190,33 +198,38 @@ def _judgement(adapter: Evaluated, base: Evaluated | None) -> Judgement:
         return Judgement(adapter, None, (), 0, "", ())
     paths = [base.stored.folder, adapter.stored.folder]
     comparisons = tuple(compare(paths, metric) for metric in metrics_of(adapter.stored))
-    changes = sorted(
-        comparisons[0].runs[1].changes, key=lambda change: VERDICTS.index(_verdict(change))
-    )
-    counts = Counter(map(_verdict, changes))
     before, after = (
         {(row.task, row.row): row for row in evaluated.stored.rows} for evaluated in (base, adapter)
     )
+    verdicts = (*VERDICTS, *GRADED_VERDICTS)
+    changes = sorted(
+        (
+            (_verdict(*both), *both)
+            for change in comparisons[0].runs[1].changes
+            for both in [(before[change.task, change.row], after[change.task, change.row])]
+        ),
+        key=lambda change: verdicts.index(change[0]),
+    )
+    counts = Counter(verdict for verdict, _, _ in changes)
     return Judgement(
         adapter,
         base,
         comparisons,
         len(changes),
-        ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS),
-        tuple(
-            _changed(
-                before[change.task, change.row], after[change.task, change.row], _verdict(change)
-            )
-            for change in evenly(changes, CHANGED)
-        ),
+        ", ".join(f"{counts[v]:,} {v}" for v in verdicts if v in VERDICTS or counts[v]),
+        tuple(_changed(old, new, verdict) for verdict, old, new in evenly(changes, CHANGED)),
     )
 
 
-def _verdict(change: Change) -> str:
+def _verdict(before: Judged, after: Judged) -> str:
     """Return whether a change was for the better."""
-    if change.other == change.answer:
+    if after.score is not None:
+        if after.value == before.value:
+            return "as good"
+        return "now better" if after.value > before.value else "now worse"
+    if after.correct:
         return "now right"
-    return "now wrong" if change.first == change.answer else "still wrong"
+    return "now wrong" if before.correct else "still wrong"
 
 
 def evenly(values: Sequence[_Value], count: int) -> list[_Value]:
@@ -241,57 +254,91 @@ def _question(prompt: str) -> str:
 
 
 def table(judgement: Judgement) -> list[Grid]:
-    """Return accuracies in percent with standard errors, beside the base's where it has any."""
-    if not judgement.comparisons:
-        results = judgement.adapter.stored.results
-        count = sum(task.n for task in results.tasks)
-        lost = sum(task.unparseable for task in results.tasks)
-        names = [task.task for task in results.tasks]
-        rows = (
-            *(
-                _line(task.task, [task.task], task, task.n, task.unparseable)
-                for task in results.tasks
-            ),
-            _line("average", names, results.average, count, lost),
+    """Return accuracies in percent and losses, with standard errors, beside the base's if any."""
+    results = judgement.adapter.stored.results
+    if judgement.comparisons:
+        grids = [
+            _beside(comparison, results.tasks)
+            for comparison in judgement.comparisons
+            if comparison.rows
+        ]
+        return grids + _losses_beside(judgement.comparisons[0], results.losses)
+    counted = [task for task in results.tasks if not task.graded]
+    rows = [_line(_named(task), [task], task, task.n, task.unparseable) for task in results.tasks]
+    if results.average is not None:
+        count, lost = sum(task.n for task in counted), sum(task.unparseable for task in counted)
+        rows.append(_line("average", counted, results.average, count, lost))
+    header = ("task", "rows", "guessing", "adapted", "no answer")
+    grids = [Grid("Accuracy, percent", header, tuple(rows))] if rows else []
+    if results.losses:
+        losses = tuple(
+            (of_task.task, f"{of_task.n:,}", nats(of_task.loss, of_task.standard_error))
+            for of_task in results.losses
         )
-        header = ("task", "rows", "guessing", "adapted", "no answer")
-        return [Grid("Accuracy, percent", header, rows)]
-    return [_beside(comparison) for comparison in judgement.comparisons]
+        grids.append(Grid(LOSS, ("task", "rows", "adapted"), losses))
+    return grids
+
+
+LOSS = "Loss, nats a token; less is better"
+
+
+def _named(task: TaskAccuracy) -> str:
+    """Return a task's name, and what stands in place of accuracy."""
+    return f"{task.task}, {task.judge}" if task.graded else task.task
 
 
 def _line(
-    name: str, tasks: Sequence[str], score: Accuracy, count: int, lost: int
+    name: str, tasks: Sequence[TaskAccuracy], score: Accuracy, count: int, lost: int
 ) -> tuple[str, ...]:
     accuracy = with_error(score.accuracy, score.standard_error)
     return name, f"{count:,}", _by_chance(tasks), accuracy, f"{lost:,}"
 
 
-def _by_chance(tasks: Sequence[str]) -> str:
-    share = guessing(tasks)
+def _by_chance(tasks: Sequence[TaskAccuracy]) -> str:
+    share = by_chance(tasks)
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _beside(comparison: Comparison) -> Grid:
+def _beside(comparison: Comparison, tasks: Sequence[TaskAccuracy]) -> Grid:
     base, adapted = comparison.runs
+    known = {task.task: task for task in tasks}
     header = (
         *("task", "rows", "guessing", "base", "adapted", "difference", f"{LEVEL:.0%} interval"),
         *("only adapted right", "only base right", "p"),
     )
-    rows = [
-        (
-            change.task,
-            f"{comparison.rows.get(change.task, sum(comparison.rows.values())):,}",
-            _by_chance([change.task] if change.task in comparison.rows else [*comparison.rows]),
-            *(with_error(*run.accuracies[change.task]) for run in (base, adapted)),
-            points(change.difference),
-            f"{points(change.low)} to {points(change.high)}",
-            *(f"{change.gained:,}", f"{change.lost:,}", p_value(change.p)),
+    rows = []
+    for change in adapted.differences:
+        of = [change.task] if change.task in comparison.rows else comparison.averaged
+        exact = ("-" if n is None else f"{n:,}" for n in (change.gained, change.lost))
+        rows.append(
+            (
+                _named(known[change.task]) if change.task in known else change.task,
+                f"{sum(comparison.rows[task] for task in of):,}",
+                _by_chance([known[task] for task in of]),
+                *(with_error(*run.accuracies[change.task]) for run in (base, adapted)),
+                points(change.difference),
+                f"{points(change.low)} to {points(change.high)}",
+                *(*exact, p_value(change.p)),
+            )
         )
-        for change in adapted.differences
-    ]
     rows.append(("no answer", "", "", str(base.unparseable), str(adapted.unparseable), *[""] * 5))
     name = "Accuracy" if comparison.metric == "acc" else "Accuracy by likelihood a character"
     return Grid(f"{name} ({comparison.metric}), percent", header, tuple(rows))
+
+
+def _losses_beside(comparison: Comparison, losses: Sequence[TaskLoss]) -> list[Grid]:
+    base, adapted = comparison.runs
+    apart = {change.task: loss_cells(change)[1:] for change in adapted.loss_differences}
+    rows = tuple(
+        (
+            *(loss.task, f"{loss.n:,}"),
+            *(nats(*run.losses[loss.task]) for run in (base, adapted)),
+            *apart.get(loss.task, ("", "", "")),
+        )
+        for loss in losses
+    )
+    header = ("task", "rows", "base", "adapted", "difference", f"{LEVEL:.0%} interval", "p")
+    return [Grid(LOSS, header, rows)] if rows else []
 
 
 def overview(evaluated: Iterable[Evaluated]) -> Grid:
@@ -300,12 +347,13 @@ def overview(evaluated: Iterable[Evaluated]) -> Grid:
     for evaluation in evaluated:
         stored, question = evaluation.stored, evaluation.question
         average = stored.results.average
-        lost = sum(row.parsed is None for row in stored.rows)
+        lost = sum(row.unanswered for row in stored.rows)
         rows.append(
             (
                 *(stored.folder.name, evaluation.of, Path(stored.results.data).name),
                 *(question.protocol, question.prompt, f"{len(stored.rows):,}"),
-                *(with_error(average.accuracy, average.standard_error), f"{lost:,}"),
+                with_error(average.accuracy, average.standard_error) if average else "-",
+                f"{lost:,}",
                 evaluation.made,
             )
         )

@@ -6,11 +6,11 @@ torch is not needed. What cannot be had is said in a line instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,18 +22,20 @@ from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import config_here
 from san_llm.models.scales import column_scales, neuron_scales
 from san_llm.models.weights import Numbers
-from san_llm.protocol.tasks import guessing
 from san_llm.recipe.schema import Base
 from san_llm.runs.folder import adapter_of, read_log, recipe_of
 from san_llm.runs.record import (
     Accuracy,
     EvaluationResults,
+    TaskAccuracy,
+    by_chance,
     evaluations_of,
     read_made,
     read_results,
 )
 from san_llm.san.formulas import carried
 from san_llm.san.graph import Node, propagation_graph
+from san_llm.shown import nats, with_error
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,34 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Other:
+    """What a task of one's own measures besides accuracy, as it is shown.
+
+    Attributes:
+        task: The task.
+        measure: What is measured, and in what.
+        before: The base's, with its standard error; a dash where it was not evaluated so.
+        after: The same with the adapter.
+    """
+
+    task: str
+    measure: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Scores:
     """An evaluation of a run, beside that of its base on the same rows.
 
     Attributes:
-        tasks: The tasks, and their average last if there are several.
+        tasks: The tasks, and their average last if there are several; empty where only other
+            things than accuracy were measured.
         rows: Rows of all tasks.
         data: The data's name.
         protocol: The protocol by which rows were asked.
         no_answer: Outputs without an answer: of the base, or None, and with the adapter.
+        others: What else was measured.
     """
 
     tasks: tuple[Score, ...]
@@ -95,6 +116,7 @@ class Scores:
     data: str
     protocol: str
     no_answer: tuple[int | None, int]
+    others: tuple[Other, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -288,33 +310,58 @@ def _measured(results: EvaluationResults) -> tuple[object, ...]:
     whatever the manifest says.
     """
     asking = (results.data, results.limit, results.protocol, results.prompt, results.strict)
-    return (results.model, *asking, *((task.task, task.n) for task in results.tasks))
+    return (
+        *(results.model, *asking),
+        *((task.task, task.n, task.judge) for task in results.tasks),
+        *((task.task, task.n) for task in results.losses),
+    )
 
 
 def _side_by_side(before: EvaluationResults | None, after: EvaluationResults) -> Scores:
     def pair(score: Accuracy) -> tuple[float, float | None]:
         return score.accuracy, score.standard_error
 
+    def counted(results: EvaluationResults) -> list[TaskAccuracy]:
+        return [task for task in results.tasks if not task.graded]
+
     def lost(results: EvaluationResults) -> int:
-        return sum(task.unparseable for task in results.tasks)
+        return sum(task.unparseable for task in counted(results))
 
     tasks = [
-        Score(
-            task.task,
-            None if before is None else pair(before.tasks[number]),
-            pair(task),
-            guessing([task.task]),
-        )
-        for number, task in enumerate(after.tasks)
+        Score(task.task, None if old is None else pair(old), pair(task), by_chance([task]))
+        for old, task in _beside(None if before is None else counted(before), counted(after))
     ]
-    if len(tasks) > 1:
-        old = None if before is None else pair(before.average)
-        by_chance = guessing([task.task for task in after.tasks])
-        tasks.append(Score("average", old, pair(after.average), by_chance))
+    if len(tasks) > 1 and after.average is not None:
+        old_average = None if before is None else before.average
+        of_base = None if old_average is None else pair(old_average)
+        tasks.append(Score("average", of_base, pair(after.average), by_chance(counted(after))))
     return Scores(
         tuple(tasks),
-        sum(task.n for task in after.tasks),
+        sum(task.n for task in counted(after)),
         after.data,
         after.protocol,
         (None if before is None else lost(before), lost(after)),
+        tuple(_others(before, after)),
     )
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _beside(
+    before: Sequence[_Kind] | None, after: Sequence[_Kind]
+) -> list[tuple[_Kind | None, _Kind]]:
+    return [(None if before is None else before[n], value) for n, value in enumerate(after)]
+
+
+def _others(before: EvaluationResults | None, after: EvaluationResults) -> Iterator[Other]:
+    def graded(results: EvaluationResults) -> list[TaskAccuracy]:
+        return [task for task in results.tasks if task.graded]
+
+    for old, task in _beside(None if before is None else graded(before), graded(after)):
+        shown = "-" if old is None else with_error(old.accuracy, old.standard_error)
+        now = with_error(task.accuracy, task.standard_error)
+        yield Other(task.task, f"{task.judge}, %", shown, now)
+    for old_loss, loss in _beside(None if before is None else before.losses, after.losses):
+        shown = "-" if old_loss is None else nats(old_loss.loss, old_loss.standard_error)
+        yield Other(*(loss.task, "loss, nats a token", shown, nats(loss.loss, loss.standard_error)))

@@ -80,7 +80,7 @@ def figures(numbers: RunNumbers) -> dict[str, Figure]:
             drawn["distribution"] = _distribution(numbers.gammas)
         if numbers.synapse is not None:
             drawn["synapse"] = _synapse(numbers.synapse)
-        if numbers.scores is not None:
+        if numbers.scores is not None and numbers.scores.tasks:
             drawn["scores"] = _scores(numbers.scores)
         for figure in drawn.values():
             finish(figure, numbers.title)

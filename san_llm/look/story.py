@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from san_llm.errors import InputError
-from san_llm.evaluate.compare import LEVEL
+from san_llm.evaluate.compare import LEVEL, Difference
 from san_llm.evaluate.compare_tables import Grid, label, p_value, points
 from san_llm.look.evaluations import Evaluated, Judgement, evenly, judge, overview
 from san_llm.look.facts import Facts, Missing
@@ -21,8 +21,8 @@ from san_llm.look.numbers import numbers_of
 from san_llm.look.plots import figures
 from san_llm.look.repeat import Step, steps
 from san_llm.recipe.schema import leaves
-from san_llm.runs.record import MANIFEST
-from san_llm.shown import duration, percent, shown, with_error
+from san_llm.runs.record import MANIFEST, TaskAccuracy
+from san_llm.shown import duration, nats, percent, shown, with_error
 
 LOSSES = 12  # rows of the table beside the curves
 
@@ -81,7 +81,7 @@ def tell(
     return Part(
         label=label(number),
         facts=facts,
-        story=(_done(facts), _came_to(facts), *map(_scored, judgements[-1:])),
+        story=(_done(facts), _came_to(facts), *_last(judgements)),
         drawings=drawn,
         losses=_losses(facts),
         costs=_costs(facts),
@@ -92,6 +92,10 @@ def tell(
         repeat=tuple(steps(facts, own)),
         missing=(*facts.missing, *wrong, *_not_judged(facts, judgements), *undrawn),
     )
+
+
+def _last(judgements: Sequence[Judgement]) -> list[str]:
+    return _scored(judgements[-1]) if judgements else []
 
 
 def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
@@ -141,17 +145,55 @@ def _came_to(facts: Facts) -> str:
     )
 
 
-def _scored(judgement: Judgement) -> str:
+def _scored(judgement: Judgement) -> list[str]:
+    """Return what an evaluation came to: accuracy, and whatever else it measured."""
     results = judgement.adapter.stored.results
-    count = len(judgement.adapter.stored.rows)
-    tasks = len(results.tasks)
-    questions = f"over {tasks} tasks" if tasks > 1 else f"on {results.tasks[0].task}"
+    counted = [task for task in results.tasks if not task.graded]
+    lines = [_accuracy(judgement, counted)] if counted else []
+    runs = judgement.comparisons[0].runs if judgement.comparisons else ()
+    changes = {
+        change.task: change for run in runs for change in (*run.differences, *run.loss_differences)
+    }
+    for task in (task for task in results.tasks if task.graded):
+        values = [_percent(*run.accuracies[task.task]) for run in runs]
+        values = values or [_percent(task.accuracy, task.standard_error)]
+        apart = changes.get(task.task)
+        lines.append(
+            _measured(f"{task.judge} on {task.task} ({task.n:,} rows)", values)
+            + (f"; {points(apart.difference)} points {_sure(apart, points)}." if apart else ".")
+        )
+    for loss in results.losses:
+        values = [nats(*run.losses[loss.task]) for run in runs]
+        values = values or [nats(loss.loss, loss.standard_error)]
+        apart = changes.get(loss.task)
+        lines.append(
+            _measured(f"Loss on {loss.task} ({loss.n:,} rows)", values)
+            + " nats a token"
+            + (f"; {apart.difference:+.4f} {_sure(apart, '{:+.4f}'.format)}." if apart else ".")
+        )
+    return lines
+
+
+def _measured(what: str, values: Sequence[str]) -> str:
+    """Return a value of the adapter, or those before and after."""
+    return f"{what}: " + (values[0] if len(values) == 1 else "{} before, {} after".format(*values))
+
+
+def _sure(change: Difference, shown: Callable[[float], str]) -> str:
+    interval = f"{LEVEL:.0%} interval {shown(change.low)} to {shown(change.high)}"
+    return f"({interval}; p by permutation {p_value(change.p)})"
+
+
+def _accuracy(judgement: Judgement, counted: Sequence[TaskAccuracy]) -> str:
+    results = judgement.adapter.stored.results
+    count, tasks = sum(task.n for task in counted), len(counted)
+    questions = f"over {tasks} tasks" if tasks > 1 else f"on {counted[0].task}"
     questions += f" ({count:,} rows of {Path(results.data).name})"
-    if not judgement.comparisons:
+    if not judgement.comparisons and results.average is not None:
         average = results.average
         return f"Accuracy {questions}: {_percent(average.accuracy, average.standard_error)}."
     base, adapted = judgement.comparisons[0].runs
-    change = adapted.differences[-1]
+    change = next(change for change in adapted.differences if change.task == "average")
     interval = f"{LEVEL:.0%} interval {points(change.low)} to {points(change.high)}"
     return (
         f"Accuracy {questions}: {_percent(*base.accuracies['average'])} before, "

@@ -32,7 +32,10 @@ def sketches(numbers: RunNumbers) -> Iterator[Table]:
         yield _map("mean distance of gamma from 1", "{:.4f}", modules, blocks, far)
         yield _map("LTP: channels with gamma > 1, %", "{:.0f}", modules, blocks, more)
     if numbers.scores is not None:
-        yield _scores(numbers.scores)
+        if numbers.scores.tasks:
+            yield _scores(numbers.scores)
+        if numbers.scores.others:
+            yield _others(numbers.scores)
 
 
 def _curves(numbers: RunNumbers) -> Table:
@@ -89,6 +92,16 @@ def _scores(scores: Scores) -> Table:
             *(shown(pair) for pair in (task.before, task.after)),
             f"|{bar}|",
         )
+    return table
+
+
+def _others(scores: Scores) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "measure", "base", "with adapter"):
+        table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+    for other in scores.others:
+        name = f"[bold]{escape(plain(other.task))}[/]"
+        table.add_row(name, other.measure, other.before, other.after)
     return table
 
 

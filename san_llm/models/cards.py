@@ -20,7 +20,7 @@ from san_llm.recipe.read import to_yaml
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.folder import recipe_of
 from san_llm.runs.record import METRICS, Accuracy, EvaluationResults, MergeResult, read_metrics
-from san_llm.shown import with_error
+from san_llm.shown import nats, with_error
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- scores -->", "<!-- end of scores -->"
@@ -120,17 +120,23 @@ def add_scores(adapter: Path, name: str, results: EvaluationResults) -> None:
     head.eval_results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=task.task,
-            dataset_name=f"{task.task} ({data})",
+            dataset_type=task,
+            dataset_name=f"{task} ({data})",
             dataset_split="test",
-            metric_type="accuracy",
-            metric_name=f"accuracy ({results.protocol})",
-            metric_value=round(task.accuracy, 4),
+            metric_type=metric,
+            metric_name=f"{metric} ({how})",
+            metric_value=round(value, 4),
         )
-        for task in results.tasks
+        for task, metric, how, value in _measured(results)
     ]
     rows = [_row(task.task, task, task.n) for task in results.tasks]
-    rows.append(_row("**average**", results.average, sum(task.n for task in results.tasks)))
+    if results.average is not None:
+        counted = sum(task.n for task in results.tasks if not task.graded)
+        rows.append(_row("**average**", results.average, counted))
+    rows += [
+        f"| {loss.task} | {nats(loss.loss, loss.standard_error)} nats a token | {loss.n:,} |"
+        for loss in results.losses
+    ]
     top = [
         f"Accuracy in percent ({about}):",
         "",
@@ -140,6 +146,20 @@ def add_scores(adapter: Path, name: str, results: EvaluationResults) -> None:
     text = "\n".join([_BEGIN, *top, *rows, _END])
     marked = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     write_text(path, marked.sub(lambda _: text, str(card), count=1))
+
+
+def _measured(results: EvaluationResults) -> list[tuple[str, str, str, float]]:
+    """Return each task, what was measured of it, how it was judged, and the value."""
+    accuracies = [
+        (
+            task.task,
+            str(task.judge) if task.graded else "accuracy",
+            task.judge or results.protocol,
+            task.accuracy,
+        )
+        for task in results.tasks
+    ]
+    return accuracies + [(loss.task, "loss", "nats a token", loss.loss) for loss in results.losses]
 
 
 def _row(name: str, score: Accuracy, rows: int) -> str:

@@ -8,6 +8,8 @@ hidden states' size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in fp32
+
+Head = Callable[[Tensor], Tensor]
+# Of hidden states, the head that makes logits of them, and the cap of these, if there is one.
+Made = Callable[[Tensor, Head, float | None], Tensor]
+
+
+@contextmanager
+def instead_of_logits(head: Any, config: Any, made: Made) -> Iterator[None]:
+    """Let a model's output head return something smaller than its logits, made of what it is given.
+
+    It happens inside the model's own forward, so wrappers that gather weights or hook outputs see
+    nothing unusual. Where the config has the model cap its logits (Gemma 2), ``made`` does that as
+    well: the model would cap what comes out.
+    """
+    plain = head.forward
+    cap = getattr(config, "final_logit_softcapping", None)
+    mine = "forward" in vars(head)
+    head.forward = lambda hidden: made(hidden, plain, cap)
+    if cap is not None:
+        config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        if cap is not None:
+            config.final_logit_softcapping = cap
+        if mine:
+            head.forward = plain
+        else:
+            del head.forward
+
+
+def losses(hidden: Tensor, head: Head, cap: float | None, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each target, in fp32, (n,), some logits at a time.
+
+    Args:
+        hidden: What predicts them, (n, hidden).
+        head: Makes logits of it.
+        cap: See :class:`HeadLoss`.
+        targets: (n,).
+    """
+    parts, start, step = [], 0, 1  # a row tells how many logits there are
+    while start < len(hidden):
+        logits = head(hidden[start : start + step]).float()
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        parts.append(F.cross_entropy(logits, targets[start : start + step], reduction="none"))
+        start, step = start + step, max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    return torch.cat(parts)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from san_llm.errors import InputError, not_one_of
 
 PromptStyle = Literal["llm-adapters", "llm-adapters-aligned", "alpaca", "chat"]
+Frame = Literal[PromptStyle, "none"]  # what may stand around a question: a style, or nothing
 
 STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
 
@@ -47,14 +48,18 @@ def _blocks(instruction: str, context: str) -> list[tuple[str, str]]:
     return blocks
 
 
-def training_prompt(style: PromptStyle, instruction: str, context: str = "") -> str:
+def training_prompt(style: Frame, instruction: str, context: str = "") -> str:
     """Return the text before the response in training.
 
     Args:
-        style: Any style but ``chat``.
+        style: Any but ``chat``. ``none`` is the question alone, and a space where it does not end
+            in white space, as lm-evaluation-harness delimits a target.
         instruction: What is asked.
         context: The row's ``input``; empty for none.
     """
+    if style == "none":
+        text = evaluation_prompt(style, instruction, context)
+        return text if not text or text[-1].isspace() else f"{text} "
     lead = _PAIRED if context else _PLAIN
     if style == "alpaca":
         body = "".join(f"### {name}:\n{text}\n\n" for name, text in _blocks(instruction, context))
@@ -69,8 +74,10 @@ def training_prompt(style: PromptStyle, instruction: str, context: str = "") -> 
     return f"{lead}{spaces}\n\n{body}{_INDENT}### Response:\n{_INDENT}"
 
 
-def evaluation_prompt(style: PromptStyle, instruction: str, context: str = "") -> str:
+def evaluation_prompt(style: Frame, instruction: str, context: str = "") -> str:
     """Return the text after which the model goes on in evaluation; see :func:`training_prompt`."""
+    if style == "none":
+        return f"{instruction}\n\n{context}" if context else instruction
     if style != "llm-adapters":
         return training_prompt(style, instruction, context)
     lead = _PAIRED if context else _PLAIN
@@ -82,6 +89,6 @@ def evaluation_prompt(style: PromptStyle, instruction: str, context: str = "") -
     return f"{lead}{spaces}\n\n{body}{_INDENT}### Response:\n{_INDENT}"
 
 
-def _refuse_chat(style: PromptStyle) -> None:
+def _refuse_chat(style: Frame) -> None:
     if style == "chat":
         raise ValueError("the chat style is the tokenizer's template, not a text of ours")

@@ -58,12 +58,18 @@ _ALL = (
     Task("openbookqa", _numbered("answer", 5), 500, 4957, ("obqa",), 4),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASK_FILES = (".yaml", ".yml")  # what a task of one's own is named by, see ``recipe.task_file``
 
 
 def guessing(names: Collection[str]) -> float | None:
     """Return the mean accuracy of guessing over tasks, from 0 to 1; None where one is not known."""
     known = [TASKS[name].guessing for name in names if name in TASKS]
     return sum(known) / len(known) if known and len(known) == len(names) else None
+
+
+def is_task_file(name: str) -> bool:
+    """Return whether a task's name is that of a file."""
+    return name.strip().lower().endswith(TASK_FILES)
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:
@@ -78,9 +84,10 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
     for name in names:
         task = known.get(name.strip().lower())
         if task is None:
+            hint = "; a task of your own is a .yaml file" if {"/", "."} & {*name} else ""
             raise InputError(
                 f"task {name.strip()!r} is not one of {', '.join(TASKS)}"
-                f"{did_you_mean(name.strip(), [*TASKS, *known])}"
+                f"{did_you_mean(name.strip(), [*TASKS, *known])}{hint}"
             )
         chosen[task.name] = task
     if not chosen:

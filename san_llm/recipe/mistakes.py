@@ -9,18 +9,30 @@ from typing import Any, Literal, get_args
 
 from san_llm.errors import did_you_mean, not_one_of
 from san_llm.recipe.aliases import called_here
-from san_llm.recipe.schema import Method, Recipe, SanMethod, section_keys
+from san_llm.recipe.schema import Method, Recipe, SanMethod, Section, section_keys
 
 PathInProject = tuple[str | int, ...]
 
 
 @dataclass
 class Source:
-    """Where each key of a recipe was written: a line of the file or an argument."""
+    """Where each key of a file was written: a line of it or an argument.
+
+    Attributes:
+        file: The file's name.
+        lines: The line of each key.
+        arguments: The argument that set a key instead.
+        model: What the file says, as a type.
+        kind: What the file is called in messages.
+        kept: Control characters that a text may have.
+    """
 
     file: str
     lines: dict[PathInProject, int] = field(default_factory=dict)
     arguments: dict[PathInProject, str] = field(default_factory=dict)
+    model: type[Section] = Recipe
+    kind: str = "a recipe"
+    kept: str = ""
 
     def of(self, path: PathInProject) -> str:
         """Return ``file:line`` or the argument that set ``path`` or the nearest key above it."""
@@ -55,9 +67,8 @@ def _strip(location: tuple[int | str, ...], raw: Any, missing: bool) -> PathInPr
     return tuple(path)
 
 
-def _fields(path: PathInProject, raw: Mapping[str, Any]) -> list[str]:
-    """Return the keys that the schema knows beside ``path``'s last one."""
-    model: Any = Recipe
+def _fields(model: Any, path: PathInProject, raw: Mapping[str, Any]) -> list[str]:
+    """Return the keys that a schema knows beside ``path``'s last one."""
     for key in path[:-1]:
         if key == "method":
             name = raw["method"].get("name") if isinstance(raw.get("method"), Mapping) else None
@@ -88,6 +99,7 @@ _EXPECTED = {
 _EITHER: dict[PathInProject, str] = {
     ("data", "train"): "'pocket', a file or a list of files",
     ("data", "held_out"): "a number of rows or a file",
+    ("choices",): "a list of two texts or more, or the name of a column with one",
 }
 
 
@@ -99,7 +111,7 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
         path = ("method", "name")
     where, key, value = source.of(path), dotted(path), _listed(error["input"])
     if kind == "extra_forbidden":
-        return f"{where}: {key}: unknown key{_way_out(path, _fields(path, raw))}"
+        return f"{where}: {key}: unknown key{_way_out(path, raw, source)}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{where}: {key}: missing"
     if kind == "union_tag_invalid":
@@ -122,14 +134,15 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
     return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {shown}"
 
 
-def _way_out(path: PathInProject, known: list[str]) -> str:
+def _way_out(path: PathInProject, raw: Mapping[str, Any], source: Source) -> str:
     """Return where an unknown key belongs, what it is called here, or the nearest one."""
-    name = str(path[-1])
-    for section, keys in section_keys().items():
-        if name in keys and name != "name" and section != path[0]:
-            return f" (it belongs to {section!r})"
-    if place := called_here(name):
-        return f" ({place})"
+    name, known = str(path[-1]), _fields(source.model, path, raw)
+    if source.model is Recipe:
+        for section, keys in section_keys().items():
+            if name in keys and name != "name" and section != path[0]:
+                return f" (it belongs to {section!r})"
+        if place := called_here(name):
+            return f" ({place})"
     # Long names of other programs are half alike to many: early_stopping_threshold, learning_rate.
     return did_you_mean(name, known, alike=0.65) or f": known here are {', '.join(known)}"
 

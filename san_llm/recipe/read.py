@@ -6,18 +6,19 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from san_llm.errors import InputError
 from san_llm.recipe.mistakes import PathInProject, Source, dotted, explained
-from san_llm.recipe.schema import Recipe, leaves
+from san_llm.recipe.schema import Recipe, Section, leaves
 from san_llm.shown import masked
 
 LONGEST = 256 * 2**10  # bytes of a recipe: what YAML's parser reads in a second
 INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps"}  # two ways to say one
+_Model = TypeVar("_Model", bound=Section)
 # Asked after YAML's own resolver of whole numbers, which it would match, too.
 _NUMBER = (
     "tag:yaml.org,2002:float",
@@ -33,17 +34,19 @@ class _Loader(yaml.SafeLoader):
     a short file cannot unfold into a long one.
     """
 
+    kind = "a recipe"
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             raise yaml.MarkedYAMLError(
-                problem=f"{sign}{event.anchor}: a recipe has no anchors and aliases",
+                problem=f"{sign}{event.anchor}: {self.kind} has no anchors and aliases",
                 problem_mark=event.start_mark,
             )
         if getattr(event, "tag", None) is not None:
             raise yaml.MarkedYAMLError(
-                problem=f"{event.tag}: a recipe has no tags", problem_mark=event.start_mark
+                problem=f"{event.tag}: {self.kind} has no tags", problem_mark=event.start_mark
             )
         return super().compose_node(parent, index)
 
@@ -94,22 +97,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: with one line for each mistake: where, what was found, what would be right.
     """
-    return parse_recipe(_text_of(path), str(path), overrides)
+    return parse_recipe(text_of(path), str(path), overrides)
 
 
 def given_keys(path: Path, overrides: Sequence[str] = ()) -> set[str]:
     """Return the dotted keys that a recipe's file or arguments give; all others are defaults."""
-    return set(leaves(_raw(_text_of(path), Source(str(path)), overrides)))
+    return set(leaves(_raw(text_of(path), Source(str(path)), overrides)))
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path, kind: str = "a recipe") -> str:
+    """Return the text of a recipe, or of another small file of that kind.
+
+    Raises:
+        InputError: when it cannot be read as one.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise InputError(f"{path}: a pipe or a device; expected a recipe, a YAML file")
+        raise InputError(f"{path}: a pipe or a device; expected {kind}, a YAML file")
     try:
         with path.open("rb") as file:
             raw = file.read(LONGEST + 1)
         if len(raw) > LONGEST:
-            raise InputError(f"{path}: more than {LONGEST // 2**10} KiB; a recipe is a small file")
+            raise InputError(f"{path}: more than {LONGEST // 2**10} KiB; {kind} is a small file")
         return raw.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
@@ -120,26 +128,45 @@ def _text_of(path: Path) -> str:
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe from its text; ``file`` names it in messages. See :func:`load_recipe`."""
     source = Source(file)
-    raw = _raw(text, source, overrides)
+    return checked(Recipe, _raw(text, source, overrides), source)
+
+
+def checked(
+    model: type[_Model], raw: dict[str, Any], source: Source, also: Sequence[str] = ()
+) -> _Model:
+    """Return what a file says, as its type; ``name`` is the file's stem unless it says otherwise.
+
+    Args:
+        model: The type.
+        raw: The file's values.
+        source: Where they stand.
+        also: Mistakes that were found besides, a line each.
+
+    Raises:
+        InputError: with one line for each mistake.
+    """
     _check_texts(raw, (), source)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).lstrip("._-").rstrip("-")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.file).stem).lstrip("._-").rstrip("-")
     raw.setdefault("name", stem or "recipe")
+    lines = list(also)
     try:
         # JSON has lists where the schema has tuples; YAML likewise, so validate as JSON does.
-        return Recipe.model_validate(_tuples(raw))
+        found = model.model_validate(_tuples(raw))
     except ValidationError as errors:
-        lines = [
+        lines += [
             explained(error, raw, source)
             for error in errors.errors()
             # A list whose items are wrong also counts as too short: said by the items already.
             if not (error["type"] == "too_short" and error["input"])
         ]
+    if lines:
         # A value that may be of two kinds gives one error for each.
-        raise InputError("\n".join(dict.fromkeys(lines))) from None
+        raise InputError("\n".join(dict.fromkeys(lines)))
+    return found
 
 
 def _raw(text: str, source: Source, overrides: Sequence[str]) -> dict[str, Any]:
-    raw = _parse_yaml(text, source)
+    raw = parse_yaml(text, source)
     if not isinstance(raw, dict):
         raise InputError(
             f"{source.file}: expected a mapping with the sections "
@@ -163,7 +190,7 @@ def _check_texts(value: Any, path: PathInProject, source: Source) -> None:
             _check_texts(item, (*path, index), source)
     elif isinstance(value, str):
         where = f"{source.of(path)}: {dotted(path)}"
-        if any(unicodedata.category(c) == "Cc" for c in value):
+        if any(unicodedata.category(c) == "Cc" and c not in source.kept for c in value):
             raise InputError(f"{where}: has a control character in {value!r}")
         if masked(value) != value:
             raise InputError(
@@ -178,10 +205,16 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _parse_yaml(text: str, source: Source) -> Any:
+def parse_yaml(text: str, source: Source) -> Any:
+    """Return what a YAML text holds, and note the line of each key in its source.
+
+    Raises:
+        InputError: when it is empty or not YAML, or gives a key twice.
+    """
     loader = None
     try:
         loader = _Loader(text)
+        loader.kind = source.kind
         node = loader.get_single_node()
         if node is None:
             raise InputError(f"{source.file}: the file is empty")

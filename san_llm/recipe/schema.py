@@ -10,6 +10,7 @@ import os
 import re
 from contextlib import suppress
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,7 +29,7 @@ from san_llm.architectures.entry import KINDS
 from san_llm.architectures.targets import PEFT_FEEDFORWARD, TargetWord, targets_of
 from san_llm.errors import InputError
 from san_llm.protocol.prompts import PromptStyle
-from san_llm.protocol.tasks import TASKS, find_tasks
+from san_llm.protocol.tasks import TASKS, find_tasks, is_task_file
 from san_llm.protocol.template_date import A_DATE
 from san_llm.san.options import FREE, Options, check_links, check_targets
 
@@ -57,11 +58,13 @@ ROW_FILES = (".json", ".jsonl")  # what rows are read from
 USUAL_WARMUP = 0.1
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """What a file of the user's says: strict, frozen, and no key that is not known."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Base(_Section):
+class Base(Section):
     """The frozen model that is tuned."""
 
     model: _Path = Field(
@@ -104,7 +107,7 @@ class Base(_Section):
         return self
 
 
-class _Targets(_Section):
+class _Targets(Section):
     name: str  # first, so that a printed recipe begins with it
     target_modules: Targets = Field(
         default="all",
@@ -270,7 +273,7 @@ class Ia3Method(_Targets):
 Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discriminator="name")]
 
 
-class Data(_Section):
+class Data(Section):
     """What is learned from."""
 
     train: _Path | Annotated[tuple[_Path, ...], Field(min_length=1)] = Field(
@@ -321,7 +324,7 @@ class Data(_Section):
         return value
 
 
-class Training(_Section):
+class Training(Section):
     """How it is learned."""
 
     epochs: float = Field(
@@ -424,11 +427,13 @@ class Training(_Section):
         return self
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """How the result is judged."""
 
     tasks: tuple[str, ...] = Field(
-        default=tuple(TASKS), min_length=1, description="which of the eight are asked, in order"
+        default=tuple(TASKS),
+        min_length=1,
+        description="which of the eight are asked, in order, and task files of your own",
     )
     data: _Path = Field(
         default="pocket", description="'pocket', or a directory with <task>/test.json"
@@ -443,10 +448,16 @@ class Evaluation(_Section):
     @field_validator("tasks")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(task.name for task in find_tasks(value))
+        names = (
+            (os.path.expanduser(name),)
+            if is_task_file(name)
+            else (task.name for task in find_tasks([name]))
+            for name in value
+        )
+        return tuple(dict.fromkeys(chain.from_iterable(names)))
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All of a run. ``name`` is the file's stem unless the file says otherwise."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -170,6 +170,8 @@ def _scores(run: Path, base: str) -> tuple[Score, ...]:
         alone = "base" if results.model == base else "another model"
         of = "adapter" if results.adapter else alone
         average = results.average
+        if average is None:  # of losses, and of answers that are right in part, there is none
+            continue
         scores.append(
             Score(str(folder), of, results.protocol, average.accuracy, average.standard_error)
         )

@@ -14,9 +14,10 @@ mistake.
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,8 @@ from pydantic_core import PydanticKnownError
 from san_llm import __version__
 from san_llm.errors import InputError, first_mistake
 from san_llm.files import read_json, write_json
+from san_llm.protocol.tasks import guessing
+from san_llm.recipe.task_file import GRADED
 
 # What a run's folder holds, by name; an adapter's two files are named by PEFT.
 MANIFEST, METRICS, RESULTS = "manifest.json", "metrics.json", "results.json"
@@ -124,12 +127,48 @@ class TaskAccuracy(Accuracy):
         n: Rows answered.
         unparseable: Rows without an answer in the output; they count as wrong.
         correct: Rows answered right.
+        judge: Of a task of one's own: how its answers are judged.
+        guessing: Of a task of one's own: the accuracy of guessing, where it is known.
     """
 
     task: str
     n: int
     unparseable: int
     correct: int | None = None
+    judge: str | None = None
+    guessing: float | None = None
+
+    @property
+    def graded(self) -> bool:
+        """Whether an answer may be right in part, so that no average has it."""
+        return self.judge in GRADED
+
+
+def by_chance(tasks: Sequence[TaskAccuracy]) -> float | None:
+    """Return the mean accuracy of guessing over tasks, from 0 to 1; None where one is not known."""
+    known = [guessing([task.task]) if task.judge is None else task.guessing for task in tasks]
+    shares = [share for share in known if share is not None]
+    return sum(shares) / len(shares) if shares and len(shares) == len(known) else None
+
+
+class TaskLoss(_Record):
+    """The loss of a task of one's own that is judged by it; the less, the better.
+
+    Attributes:
+        task: The task's name.
+        n: Rows.
+        tokens: Tokens of all answers, ends included.
+        loss: The mean negative log-likelihood a token, in nats.
+        standard_error: The standard error of ``loss``, over rows; None for one row.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    task: str
+    n: int
+    tokens: int
+    loss: float
+    standard_error: float | None
 
 
 class UnparseableExample(_Record):
@@ -160,7 +199,9 @@ class EvaluationResults(_Record):
         strict: Whether each row was computed alone.
         output: The evaluation's folder, as it was named.
         tasks: The accuracy of each task.
-        average: The mean over the tasks.
+        average: The mean over the tasks; None where there are none.
+        losses: The loss of each task that is judged by it.
+        task_files: The file of each task of one's own, by its name.
         unparseable_examples: Some outputs without an answer.
         notes: What a reader of the scores should know.
         sha256: The sha256 of each test file.
@@ -178,7 +219,9 @@ class EvaluationResults(_Record):
     strict: bool = False
     output: str = ""
     tasks: _List[TaskAccuracy]
-    average: Accuracy
+    average: Accuracy | None
+    losses: _List[TaskLoss] = ()
+    task_files: dict[str, str] = {}
     unparseable_examples: _List[UnparseableExample] = ()
     notes: _List[str] = ()
     sha256: dict[str, str] = {}
@@ -201,12 +244,14 @@ class TaskRows(_Record):
     Attributes:
         sha256: The sha256 of the test file.
         rows: How many rows were asked, from its first on.
+        asked: Of a task of one's own: how they were asked and judged.
     """
 
     model_config = ConfigDict(strict=True)
 
     sha256: str
     rows: int
+    asked: dict[str, Any] | None = None
 
 
 class Asking(_Record):
@@ -285,12 +330,13 @@ class Question:
     Attributes:
         protocol: The protocol by which rows were asked.
         prompt: The prompt style.
-        rows: ``(task, sha256 of its test file, number of rows)``, sorted by the tasks' names.
+        rows: ``(task, sha256 of its test file, number of rows, how they were asked)``, sorted by
+            the tasks' names; the last as JSON, of a task of one's own.
     """
 
     protocol: str
     prompt: str
-    rows: tuple[tuple[str, str, int], ...]
+    rows: tuple[tuple[str, str, int, str], ...]
 
 
 class Manifest(_Record):
@@ -330,7 +376,10 @@ class EvaluationManifest(Manifest):
     def question(self) -> Question:
         """What was asked, and how."""
         asking, data = self.identity.protocol, self.identity.data
-        rows = tuple((task, data[task].sha256, data[task].rows) for task in sorted(data))
+        rows = tuple(
+            (task, data[task].sha256, data[task].rows, json.dumps(data[task].asked, sort_keys=True))
+            for task in sorted(data)
+        )
         return Question(asking.name, asking.prompt, rows)
 
 

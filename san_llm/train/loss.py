@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from san_llm.data.encode import IGNORE
 from san_llm.ops.causal import Segments
-from san_llm.ops.head_loss import HeadLoss
+from san_llm.ops.head_loss import Head, HeadLoss, instead_of_logits
 
 
 def share_of_loss(
@@ -58,30 +56,9 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
         following = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
         sources = (following != IGNORE).nonzero()[:, 0]
         targets = following[sources]
-    with _head_gives_loss(bare.get_output_embeddings(), sources, targets, bare.config):
-        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **keywords).logits
-    return loss
+    head = bare.get_output_embeddings()
 
-
-def learned_tokens(inputs: dict[str, Any]) -> Tensor:
-    """Return how many tokens of a batch ``token_losses`` adds up, as a number of shape ()."""
-    labels: Tensor = inputs["labels"] if "layout" in inputs else inputs["labels"][:, 1:]
-    return (labels != IGNORE).sum()
-
-
-@contextmanager
-def _head_gives_loss(head: Any, sources: Tensor, targets: Tensor, config: Any) -> Iterator[None]:
-    """Let the output head return the loss of ``targets`` (n,) instead of logits.
-
-    Target i is predicted from token ``sources[i]`` of all the batch's tokens. It happens inside
-    the model's own forward, so wrappers that gather weights or hook outputs see nothing unusual.
-    Where the config has the model cap its logits (Gemma 2), the head does that as well: the model
-    would cap the loss.
-    """
-    plain = head.forward
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def loss(hidden: Tensor) -> Tensor:
+    def summed(hidden: Tensor, plain: Head, cap: float | None) -> Tensor:
         chosen = hidden.flatten(0, -2).index_select(0, sources)  # (n, hidden)
         # FSDP2 makes a Linear a subclass, of the same forward; a quantized one has its own.
         frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
@@ -92,16 +69,12 @@ def _head_gives_loss(head: Any, sources: Tensor, targets: Tensor, config: Any) -
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    mine = "forward" in vars(head)
-    head.forward = loss
-    if cap is not None:
-        config.final_logit_softcapping = None
-    try:
-        yield
-    finally:
-        if cap is not None:
-            config.final_logit_softcapping = cap
-        if mine:
-            head.forward = plain
-        else:
-            del head.forward
+    with instead_of_logits(head, bare.config, summed):
+        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **keywords).logits
+    return loss
+
+
+def learned_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Return how many tokens of a batch ``token_losses`` adds up, as a number of shape ()."""
+    labels: Tensor = inputs["labels"] if "layout" in inputs else inputs["labels"][:, 1:]
+    return (labels != IGNORE).sum()

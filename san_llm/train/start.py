@@ -17,6 +17,7 @@ from typing import Any
 from san_llm.data.rows import training_files
 from san_llm.data.split import count_rows, refuse_no_rows, row_files, rows_sha256
 from san_llm.errors import STOPPED, InputError, debugging
+from san_llm.evaluate.questions import refuse_wrong_tasks
 from san_llm.files import folder_sha256, write_text
 from san_llm.launch.command import (
     Ended,
@@ -192,6 +193,8 @@ def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
         _refuse_lost(recipe)
     refuse_no_rows(recipe.data)
     count_rows(recipe.data)
+    if run is None:
+        refuse_wrong_tasks(recipe.evaluation)
     say(to_yaml(recipe))
     found = find_base(recipe.base)
     if run is None:

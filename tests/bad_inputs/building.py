@@ -1107,3 +1107,80 @@ def token_as_a_model(here: Path) -> None:
 )
 def token_as_an_adapter(here: Path) -> None:
     pass
+
+
+# --- task files of one's own ---
+
+OWN = "eval --model model --tasks mine.yaml"
+
+
+def own_task(here: Path, **keys: Any) -> None:
+    """Write a task's file over ``rows.json`` with these keys."""
+    (here / "mine.yaml").write_text(json.dumps({"rows": "rows.json", "judge": "exact"} | keys))
+
+
+@bad(OWN, "mine.yaml:1: judge: 'exakt' is not one of choice, pattern, exact")
+def task_with_a_judge_that_is_none(here: Path) -> None:
+    own_task(here, judge="exakt")
+
+
+@bad(OWN, "mine.yaml:1: pattern: judge exact has no use for it; it belongs to pattern")
+def task_with_a_key_of_another_judge(here: Path) -> None:
+    own_task(here, pattern="a")
+
+
+@bad(OWN, "mine.yaml:1: pattern: '(a' is not a regular expression: missing ), unterminated")
+def task_with_half_a_pattern(here: Path) -> None:
+    own_task(here, judge="pattern", pattern="(a")
+
+
+@bad(
+    OWN,
+    "rows.json: row 1: no column 'frage'; its columns are 'instruction', 'input', 'output', "
+    "'answer'",
+)
+def task_with_a_column_that_is_not_there(here: Path) -> None:
+    own_task(here, question="frage")
+
+
+@bad(OWN, "rows.json: row 1: no column 'instructions'; its columns are 'instruction',")
+def task_with_a_place_for_nothing(here: Path) -> None:
+    own_task(here, template="Q: {instructions}")
+
+
+@bad(OWN, "rows.json: row 1: its answer 'true' is not among the choices 'yes', 'no'")
+def task_whose_answer_is_no_choice(here: Path) -> None:
+    own_task(here, judge="choice", choices=["yes", "no"])
+
+
+@bad(OWN, "none.json: no rows in it")
+def task_without_rows(here: Path) -> None:
+    own_task(here, rows="none.json")
+    (here / "none.json").write_text("[]")
+
+
+@bad(OWN, "rows.json: row 1: its answer 'true' has no number in it")
+def task_of_numbers_without_one(here: Path) -> None:
+    own_task(here, judge="number")
+
+
+@bad("eval --model model --tasks boolq,mein.yaml", "no such task file (did you mean 'mine.yaml'?)")
+def task_file_that_is_not_there(here: Path) -> None:
+    own_task(here)
+
+
+@bad("eval --model model --tasks mine.yaml --protocol lm-eval", "it asks the eight alone, not mine")
+def task_of_ones_own_for_the_harness(here: Path) -> None:
+    own_task(here)
+
+
+@bad(
+    "train good.yaml 'evaluation.tasks=[boolq, mein.yaml]'", "evaluation.tasks: mein.yaml: no such"
+)
+def recipe_with_a_task_file_that_is_not_there(here: Path) -> None:
+    own_task(here)
+
+
+@bad("train good.yaml 'evaluation.tasks=[mine.yaml]'", "rows.json: row 1: no column 'frage'")
+def recipe_whose_task_has_wrong_rows(here: Path) -> None:
+    own_task(here, question="frage")

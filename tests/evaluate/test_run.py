@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from san_llm.data.rows import POCKET
 from san_llm.errors import InputError
 from san_llm.evaluate.harness import check_installed
-from san_llm.evaluate.pose import SCORED_AT_ONCE, _strictly, judged_answers, pose, units
+from san_llm.evaluate.pose import SCORED_AT_ONCE, WAYS, _strictly, judged_answers, pose, units
 from san_llm.evaluate.questions import Settings, read_questions
 from san_llm.evaluate.request import EvalRequest, check_request
 from san_llm.evaluate.start import start
@@ -293,7 +293,8 @@ def test_a_strict_evaluation_shortens_no_sums_and_leaves_the_settings_as_they_we
 def test_rows_are_answered_together_by_protocol_the_longest_first(settings, sizes, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     lengths = [(number * 37) % 50 for number in range(70)]
-    items = [SimpleNamespace(tokens=[0] * length) for length in lengths]
+    way = WAYS[settings.protocol]
+    items = [SimpleNamespace(tokens=[0] * length, way=way) for length in lengths]
     found = units(items, settings)
     assert [len(unit) for unit in found] == sizes
     order = [number for unit in found for number in unit]

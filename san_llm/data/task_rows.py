@@ -1,0 +1,107 @@
+"""The rows of a task of one's own: columns by name, or the shapes that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from string import Formatter
+from typing import Any
+
+from san_llm.data.rows import Row, read_row, stream_values
+from san_llm.errors import InputError, did_you_mean
+from san_llm.recipe.task_file import OwnTask, places
+
+
+def read_own_rows(task: OwnTask) -> list[Row]:
+    """Return a task's rows, checked: what is asked, what is right, what may be chosen.
+
+    Where the task names no columns, a row is one that training reads. What is right is then its
+    ``answer``, if it has one, else its ``output``; for the judge ``loss``, which has the model say
+    all of it, always the latter.
+
+    Raises:
+        InputError: naming the file, the row and what is wrong with it.
+    """
+    says, rows = task.says, []
+    columns = says.question, says.answer, says.template
+    for where, value in stream_values(task.rows):
+        at = f"{task.rows}: {where}"
+        if columns == (None, None, None):
+            row = read_row(task.rows, where, value)
+        else:
+            row = _by_columns(task, at, value)
+        rows.append(_with_choices(task, at, _with_answer(task, row), value))
+    if not rows:
+        raise InputError(f"{task.rows}: no rows in it")
+    return rows[: says.limit]
+
+
+def _with_answer(task: OwnTask, row: Row) -> Row:
+    """Return a row whose answer is what is right."""
+    if task.says.judge == "loss":
+        return replace(row, answer=row.output)
+    if row.messages:
+        raise InputError(f"{row.where}: a conversation; of the judges only loss reads one")
+    return replace(row, answer=row.answer or row.output)
+
+
+def _by_columns(task: OwnTask, where: str, value: Any) -> Row:
+    says = task.says
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: expected an object with columns, found {value!r:.40}")
+    context = ""
+    if says.template is not None:
+        values = {name: _text(value, name, where) for name in places(says.template)}
+        question = Formatter().vformat(says.template, (), values)
+    else:
+        question = _text(value, says.question or "instruction", where)
+        if says.question is None and value.get("input") is not None:
+            context = _text(value, "input", where)
+    answer = says.answer
+    if answer is None:
+        has = value.get("answer") not in (None, "") and says.judge != "loss"
+        answer = "answer" if has else "output"
+    right = _text(value, answer, where)
+    if not right.strip():
+        raise InputError(
+            f"{where}: column {answer!r} is empty, so there is nothing to compare with"
+        )
+    return Row(question, context, right, right, where=where)
+
+
+def _text(value: Mapping[str, Any], column: str, where: str) -> str:
+    """Return what a row has in a column; a number as it is written."""
+    if column not in value:
+        have = ", ".join(map(repr, value)) or "none"
+        raise InputError(
+            f"{where}: no column {column!r}; its columns are {have}{did_you_mean(column, value)}"
+        )
+    found = value[column]
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        raise InputError(
+            f"{where}: column {column!r}: expected a text or a number, found {found!r}"
+        )
+    return str(found)
+
+
+def _with_choices(task: OwnTask, where: str, row: Row, value: Any) -> Row:
+    choices = task.says.choices
+    if choices is None:
+        return row
+    if isinstance(choices, str):
+        found = value.get(choices)
+        if choices not in value:
+            _text(value, choices, where)
+        if (
+            not isinstance(found, list)
+            or len(found) < 2
+            or not all(isinstance(text, str) and text for text in found)
+        ):
+            raise InputError(f"{where}: column {choices!r}: expected a list of two texts or more")
+        choices = tuple(found)
+    if row.answer not in choices:
+        raise InputError(
+            f"{where}: its answer {row.answer!r} is not among the choices "
+            f"{', '.join(map(repr, choices))}{did_you_mean(row.answer, choices)}"
+        )
+    return replace(row, choices=choices)
