@@ -1,11 +1,6 @@
 """Finished evaluations side by side, row by row: is one better than another, or was it luck?
 
-Both answered the same rows, so that they are compared in pairs. McNemar's exact test (McNemar 1947)
-asks whether the rows that only one has right fall evenly to both. The difference's interval is a
-paired bootstrap (Efron 1979) that draws rows again within each task, as the average is over tasks.
-
-A task of one's own that is judged by loss has a loss for each row. There the test is by permutation
-of the two losses within each row (Fisher 1935), and the difference is that of the losses a token.
+Both answered the same rows, so that they are compared in pairs, see ``evaluate.differences``.
 """
 
 from __future__ import annotations
@@ -13,44 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from san_llm.errors import InputError
+from san_llm.evaluate.differences import (
+    Difference,
+    alike_losses,
+    differences,
+    graded,
+    loss_difference,
+    losses_of,
+)
 from san_llm.evaluate.score import Judged, mean_of, mean_value, ratio_of_sums
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.protocol.published import QUOTED, Learned, Quoted
 from san_llm.runs.folder import recipe_of, run_of
 from san_llm.runs.record import MANIFEST, TaskRows
 
-RESAMPLES = 9999
-LEVEL = 0.95
-AT_ONCE = 100  # resamples held in memory together
-
 METRICS = ("acc", "acc_norm")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How another run differs from the first, over a task's rows or over all.
-
-    Attributes:
-        task: The task, or ``average``.
-        difference: Accuracy of the other minus that of the first; over all: the mean of the tasks'.
-        low: The lower end of its bootstrap interval.
-        high: The upper end.
-        gained: Rows that only the other has right; None where rows are not right or wrong.
-        lost: Rows that only the first has right; likewise.
-        p: The p-value of McNemar's exact test, two-sided; over all: on all rows together. Of
-            losses, and of answers that may be right in part: of a permutation test.
-    """
-
-    task: str
-    difference: float
-    low: float
-    high: float
-    gained: int | None
-    lost: int | None
-    p: float
 
 
 @dataclass(frozen=True)
@@ -177,7 +151,7 @@ def compare(
     return Comparison(
         metric=metric,
         rows={task: len(rows) for task, rows in answered.items()},
-        averaged=tuple(task for task, rows in answered.items() if not _graded(rows)),
+        averaged=tuple(task for task, rows in answered.items() if not graded(rows)),
         runs=runs,
         notes=tuple(f"{run.name}: {note}" for run in runs for note in run.notes),
         quoted=QUOTED if quote else (),
@@ -258,15 +232,15 @@ def _run(first: Stored, evaluation: Stored, metric: str) -> Run:
     """Return an evaluation's accuracies, and its differences from the first if it is another."""
     answered = _answered(evaluation.rows, metric)
     accuracies = {task: mean_value(rows) for task, rows in answered.items()}
-    counted = [accuracies[task] for task, rows in answered.items() if not _graded(rows)]
+    counted = [accuracies[task] for task, rows in answered.items() if not graded(rows)]
     if counted:
         accuracies["average"] = mean_of(counted)
     same = evaluation is first
     learned, epochs = _training(evaluation)
     losses, of_first = (
-        _losses(stored.rows) if metric == "acc" else {} for stored in (evaluation, first)
+        losses_of(stored.rows) if metric == "acc" else {} for stored in (evaluation, first)
     )
-    alike, unlike = _alike(of_first, losses)
+    alike, unlike = alike_losses(of_first, losses)
     return Run(
         name=str(evaluation.folder),
         about=evaluation.results.title,
@@ -274,11 +248,11 @@ def _run(first: Stored, evaluation: Stored, metric: str) -> Run:
         prompt=evaluation.results.prompt,
         accuracies=accuracies,
         unparseable=sum(row.unanswered for row in evaluation.rows),
-        differences=() if same else _differences(_answered(first.rows, metric), answered),
+        differences=() if same else differences(_answered(first.rows, metric), answered),
         changes=() if same else _changes(first.rows, evaluation.rows, metric),
         notes=() if same else (*_notes(first, evaluation), *unlike),
         losses={task: ratio_of_sums(pairs)[1:] for task, pairs in losses.items()},
-        loss_differences=() if same else tuple(_loss_difference(*of_task) for of_task in alike),
+        loss_differences=() if same else tuple(loss_difference(*of_task) for of_task in alike),
         learned=learned,
         epochs=epochs,
     )
@@ -299,82 +273,6 @@ def _training(evaluation: Stored) -> tuple[Learned | None, float | None]:
     return learned, recipe.training.epochs if steps is None else None
 
 
-_Losses = list[tuple[float, int]]  # of each row its loss, and the tokens of it
-
-
-def _losses(rows: Sequence[Judged]) -> dict[str, _Losses]:
-    """Return the losses of each task that has them, in the order of the task's file."""
-    found: dict[str, _Losses] = {}
-    for row in sorted(rows, key=lambda row: row.row):
-        if row.loss is not None:
-            found.setdefault(row.task, []).append((row.loss, row.tokens or 0))
-    return found
-
-
-def _alike(
-    first: dict[str, _Losses], other: dict[str, _Losses]
-) -> tuple[list[tuple[str, _Losses, _Losses]], list[str]]:
-    """Return the tasks whose losses can be compared a token, and why others cannot."""
-    alike, unlike = [], []
-    for task, losses in first.items():
-        if [tokens for _, tokens in losses] == [tokens for _, tokens in other[task]]:
-            alike.append((task, losses, other[task]))
-        else:
-            unlike.append(
-                f"{task}: its tokens are others, so that losses a token do not compare (another "
-                "tokenizer or prompt)"
-            )
-    return alike, unlike
-
-
-def _loss_difference(task: str, first: _Losses, other: _Losses) -> Difference:
-    """Return how much more a token costs than at first, each token with the same weight."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    tokens = np.array([count for _, count in first])
-    apart = np.array([b - a for (a, _), (b, _) in zip(first, other, strict=True)])
-    difference = float(apart.sum() / tokens.sum())
-    if not apart.any():
-        return Difference(task, 0.0, 0.0, 0.0, None, None, 1.0)
-
-    def a_token(losses: Any, counts: Any, axis: int) -> Any:
-        return losses.sum(axis=axis) / counts.sum(axis=axis)
-
-    low = high = difference
-    if len(apart) > 1:
-        interval = bootstrap(
-            (apart, tokens),
-            a_token,
-            paired=True,
-            n_resamples=RESAMPLES,
-            batch=AT_ONCE,
-            vectorized=True,
-            confidence_level=LEVEL,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
-    return Difference(task, difference, low, high, None, None, _exchanged(apart))
-
-
-def _exchanged(apart: Any) -> float:
-    """Return the p-value of what rows are apart, (n,): in each the runs are exchanged, or not."""
-    import numpy as np
-    from scipy.stats import permutation_test
-
-    found = permutation_test(
-        (apart,),
-        lambda differences, axis: differences.mean(axis=axis),
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        batch=AT_ONCE,
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return float(found.pvalue)
-
-
 def _answered(rows: Sequence[Judged], metric: str) -> dict[str, list[Judged]]:
     """Return each task's rows that are answered, in the order of its file, as a metric has them."""
     answered: dict[str, list[Judged]] = {}
@@ -384,11 +282,6 @@ def _answered(rows: Sequence[Judged], metric: str) -> dict[str, list[Judged]]:
         if row.loss is None and (metric == "acc" or row.choices):
             answered.setdefault(row.task, []).append(row)
     return answered
-
-
-def _graded(rows: Sequence[Judged]) -> bool:
-    """Return whether the answers of a task may be right in part."""
-    return any(row.score is not None for row in rows)
 
 
 def _answer(row: Judged, metric: str) -> str | None:
@@ -405,53 +298,3 @@ def _changes(first: Sequence[Judged], other: Sequence[Judged], metric: str) -> t
         if answer != other_answer:
             changes.append(Change(row.task, row.row, row.answer, answer, other_answer))
     return tuple(changes)
-
-
-def _differences(
-    first: dict[str, list[Judged]], other: dict[str, list[Judged]]
-) -> tuple[Difference, ...]:
-    by_task = [_difference(task, [first[task]], [other[task]]) for task in first]
-    counted = [task for task, rows in first.items() if not _graded(rows)]
-    if counted:
-        pairs = ([rows[task] for task in counted] for rows in (first, other))
-        by_task.append(_difference("average", *pairs))
-    return tuple(by_task)
-
-
-def _difference(
-    name: str, first: Sequence[list[Judged]], other: Sequence[list[Judged]]
-) -> Difference:
-    """Return how the answers to some tasks differ, each task with the same weight."""
-    import numpy as np
-    from scipy.stats import binomtest, bootstrap
-
-    pairs = [
-        np.array([b.value - a.value for a, b in zip(of_first, of_other, strict=True)])
-        for of_first, of_other in zip(first, other, strict=True)
-    ]
-    gained = sum(int((pair > 0).sum()) for pair in pairs)
-    lost = sum(int((pair < 0).sum()) for pair in pairs)
-
-    def mean(*samples: Any, axis: int) -> Any:
-        return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
-
-    difference = float(mean(*pairs, axis=-1))
-    low = high = difference
-    if gained or lost:
-        interval = bootstrap(
-            # scipy wants two rows at least: one row, drawn twice, has the same mean.
-            tuple(pair if len(pair) > 1 else pair.repeat(2) for pair in pairs),
-            mean,
-            n_resamples=RESAMPLES,
-            batch=AT_ONCE,
-            vectorized=True,
-            confidence_level=LEVEL,
-            method="percentile",
-            rng=np.random.default_rng(0),  # the same runs, the same interval
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
-    if _graded(first[0]):
-        p = _exchanged(pairs[0]) if gained or lost else 1.0
-        return Difference(name, difference, low, high, None, None, p)
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Difference(name, difference, low, high, gained, lost, p)

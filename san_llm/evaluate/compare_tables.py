@@ -10,7 +10,8 @@ from string import ascii_uppercase
 from rich.markup import escape
 from rich.table import Table
 
-from san_llm.evaluate.compare import LEVEL, Comparison, Difference
+from san_llm.evaluate.compare import Comparison
+from san_llm.evaluate.differences import LEVEL, Difference
 from san_llm.protocol.published import Quoted
 from san_llm.shown import nats, percent
 

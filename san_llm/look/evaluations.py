@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from san_llm.errors import InputError
-from san_llm.evaluate.compare import LEVEL, Comparison, compare
+from san_llm.evaluate.compare import Comparison, compare
 from san_llm.evaluate.compare_tables import Grid, loss_cells, p_value, points
+from san_llm.evaluate.differences import LEVEL
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing

@@ -326,9 +326,11 @@ def test_what_was_judged_otherwise_is_not_compared(command, here, own, evaluated
 
 
 def test_losses_of_other_tokens_are_left_out_with_a_word(tmp_path, evaluated):
-    from san_llm.evaluate.compare import _alike
+    from san_llm.evaluate.differences import alike_losses
 
-    alike, unlike = _alike({"x": [(1.0, 2)], "y": [(1.0, 2)]}, {"x": [(1.0, 2)], "y": [(1.0, 3)]})
+    alike, unlike = alike_losses(
+        {"x": [(1.0, 2)], "y": [(1.0, 2)]}, {"x": [(1.0, 2)], "y": [(1.0, 3)]}
+    )
     assert [task for task, *_ in alike] == ["x"]
     assert unlike == [
         "y: its tokens are others, so that losses a token do not compare (another tokenizer or "
@@ -339,7 +341,7 @@ def test_losses_of_other_tokens_are_left_out_with_a_word(tmp_path, evaluated):
 def test_a_permutation_test_exchanges_the_two_of_each_row():
     import numpy as np
 
-    from san_llm.evaluate.compare import _exchanged
+    from san_llm.evaluate.differences import _exchanged
 
     apart = [0.5, -0.25, 0.75, 0.125]
     signs = np.array(np.meshgrid(*[[1, -1]] * 4)).reshape(4, -1)
