@@ -33,6 +33,7 @@ from san_llm.commands.recipes import recipes_app
 from san_llm.commands.report import report_app
 from san_llm.commands.runs import runs_app
 from san_llm.commands.show import show_app
+from san_llm.commands.study import study_app
 from san_llm.commands.train import train_app
 from san_llm.errors import DEBUG, InputError, SanError, debugging, of_the_disk, unexpected
 from san_llm.launch.processes import is_first
@@ -78,6 +79,7 @@ app.add_typer(download_app)
 app.add_typer(train_app)
 app.add_typer(eval_app)
 app.add_typer(compare_app)
+app.add_typer(study_app)
 app.add_typer(merge_app)
 app.add_typer(diff_app)
 app.add_typer(runs_app, name="runs")

@@ -17,6 +17,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("commands",),
+    ("study",),
     ("look",),
     ("train",),
     ("evaluate",),
@@ -35,7 +36,7 @@ ROWS = (
 )
 GROUND = set(ROWS[-1])  # modules in no folder, which share the lowest row and may use each other
 DOOR = "__init__"  # the package's own: public names on first use, and the version
-STAGES = ("train", "evaluate", "merge", "plan")
+STAGES = ("study", "train", "evaluate", "merge", "plan")
 MOST_MODULES = 16  # in a folder; commands/ has a file for each command
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "trl"}
 # The only modules that may bring torch along when they are imported. Every other one answers at

@@ -51,6 +51,7 @@ def compare(
     from san_llm.evaluate import compare_tables as tables
     from san_llm.evaluate.compare import METRICS
     from san_llm.evaluate.compare import compare as start
+    from san_llm.evaluate.grids import drawn
 
     check_one_of("--metric", metric, METRICS)
     if markdown + latex + as_json > 1:
@@ -64,6 +65,6 @@ def compare(
         for line in tables.legend(result):
             results(line)
         for grid in tables.grids(result):
-            Console(highlight=False).print(tables.drawn(grid))
+            Console(highlight=False).print(drawn(grid))
         for line in tables.remarks(result):
             results(line)

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase
-
-from rich.markup import escape
-from rich.table import Table
 
 from san_llm.evaluate.compare import Comparison
 from san_llm.evaluate.differences import LEVEL, Difference
+from san_llm.evaluate.grids import Grid, latex_table, latex_text, markdown_table
 from san_llm.protocol.published import Quoted
 from san_llm.shown import nats, percent
 
 SHOWN = 5  # changed rows that are listed; --json has all
 LONGEST = 60  # characters of an answer there
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-} | {character: f"\\{character}" for character in "&%$#_{}"}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as texts; the first column is aligned to the left."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def label(number: int) -> str:
@@ -190,30 +172,11 @@ def _unlike_quoted(comparison: Comparison) -> list[str]:
     return lines
 
 
-def drawn(grid: Grid) -> Table:
-    """Return a grid for the terminal."""
-    table = Table(title=grid.title, title_justify="left")
-    for number, name in enumerate(grid.header):
-        table.add_column(escape(name), justify="right" if number else "left")
-    for row in grid.rows:
-        table.add_row(*map(escape, row))
-    return table
-
-
 def markdown(comparison: Comparison) -> str:
     """Return Markdown: the tables, and below them what the terminal says besides."""
-
-    def line(cells: tuple[str, ...]) -> str:
-        escaped = (cell.replace("|", "\\|") for cell in cells)
-        return f"| {' | '.join(escaped)} |"
-
-    def table(grid: Grid) -> str:
-        rule = ("---", *("--:",) * (len(grid.header) - 1))
-        return "\n".join([f"{grid.title}:\n", *map(line, (grid.header, rule, *grid.rows))])
-
     lines = [*legend(comparison), *remarks(comparison)]
     about = [re.sub(r"^( *)", r"\1- ", text) for text in lines]  # indented: a list in the list
-    return "\n\n".join([*map(table, grids(comparison)), "\n".join(about)])
+    return "\n\n".join([*map(markdown_table, grids(comparison)), "\n".join(about)])
 
 
 def latex(comparison: Comparison) -> str:
@@ -221,28 +184,10 @@ def latex(comparison: Comparison) -> str:
 
     What the runs are is in comments: a text has its own names for them.
     """
-
-    def escaped(text: str) -> str:
-        return "".join(_LATEX.get(character, character) for character in text)
-
-    def line(cells: tuple[str, ...]) -> str:
-        minus = (re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped(cell)) for cell in cells)
-        return " & ".join(minus) + r" \\"
-
-    def table(grid: Grid) -> str:
-        parts = [
-            f"% {grid.title}",
-            rf"\begin{{tabular}}{{l{'r' * (len(grid.header) - 1)}}}",
-            *(r"\toprule", line(grid.header), r"\midrule"),
-            *map(line, grid.rows),
-            *(r"\bottomrule", r"\end{tabular}"),
-        ]
-        return "\n".join(parts)
-
     about = [f"% {text}" for text in [*legend(comparison), *sources(comparison.quoted)]]
-    parts = ["\n".join(about), *map(table, grids(comparison))]
+    parts = ["\n".join(about), *map(latex_table, grids(comparison))]
     if notes := _footnotes(comparison):
-        small = (rf"\noindent {escaped(note)}\par" for note in notes)
+        small = (rf"\noindent {latex_text(note)}\par" for note in notes)
         parts.append("\n".join([r"{\footnotesize", *small, "}"]))
     return "\n\n".join(parts)
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from san_llm.ask.answers import BEAMS, NEW_TOKENS
-from san_llm.data.rows import Row
 from san_llm.evaluate.pose import SCORED
+from san_llm.evaluate.questions import rows_asked
 from san_llm.evaluate.request import EvalTask
 from san_llm.evaluate.score import ANSWER_TEXT
 from san_llm.files import code_sha256, folder_sha256
 from san_llm.launch.processes import world_size
 from san_llm.models.locate import FoundBase
-from san_llm.recipe.task_file import AnyTask, OwnTask
+from san_llm.recipe.task_file import OwnTask
 from san_llm.runs.record import versions
 
 FORMAT = 1  # part of the key: raise it when the same inputs give other rows
@@ -52,25 +52,13 @@ def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
         "model": folder_sha256(found.folder, fresh),
         "load": base.model_dump(mode="json", exclude={"model", "revision"}),
         "adapter": folder_sha256(subject.adapter, fresh) if subject.adapter else None,
-        "data": {
-            task.name: _asked(task, rows, questions.sha256[questions.files[task.name]])
-            for task, rows in questions.rows.items()
-        },
+        "data": rows_asked(questions),
         "protocol": protocol | {"strict": settings.strict},
         **shared,
         "device": _device(),
         "versions": versions() | ({"lm_eval": version("lm_eval")} if by_lm_eval else {}),
         "code": code_sha256(),
     }
-
-
-def _asked(task: AnyTask, rows: list[Row], sha256: str) -> dict[str, Any]:
-    """Return which rows a task asks, and of a task of one's own how it asks and judges them."""
-    found: dict[str, Any] = {"sha256": sha256, "rows": len(rows)}
-    if isinstance(task, OwnTask):
-        beside = {"name", "rows", "limit", "guessing"}  # they change no answer of these rows
-        found["asked"] = task.says.model_dump(mode="json", exclude=beside, exclude_none=True)
-    return found
 
 
 def _device() -> str:

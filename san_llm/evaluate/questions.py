@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from san_llm.data.rows import Row, read_task, test_file
 from san_llm.data.task_rows import read_own_rows
@@ -63,6 +63,20 @@ def read_questions(tasks: Sequence[AnyTask], data: str, limit: int | None) -> Qu
         notes.append(f"{task.name}: {count:,} rows, not the {published:,} of the published set")
     sha256 = {file: sha256_of(Path(file)) for file in files.values()}
     return Questions(rows, sha256, tuple(notes), files)
+
+
+def rows_asked(questions: Questions) -> dict[str, dict[str, Any]]:
+    """Return which rows each task asks, and of one's own how it asks and judges them."""
+    return {
+        task.name: {"sha256": questions.sha256[questions.files[task.name]], "rows": len(rows)}
+        | ({"asked": _own(task)} if isinstance(task, OwnTask) else {})
+        for task, rows in questions.rows.items()
+    }
+
+
+def _own(task: OwnTask) -> dict[str, Any]:
+    beside = {"name", "rows", "limit", "guessing"}  # they change no answer of these rows
+    return task.says.model_dump(mode="json", exclude=beside, exclude_none=True)
 
 
 def refuse_wrong_tasks(evaluation: Evaluation) -> None:

@@ -15,8 +15,9 @@ from typing import Literal, TypeVar
 
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import Comparison, compare
-from san_llm.evaluate.compare_tables import Grid, loss_cells, p_value, points
+from san_llm.evaluate.compare_tables import loss_cells, p_value, points
 from san_llm.evaluate.differences import LEVEL
+from san_llm.evaluate.grids import Grid
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing

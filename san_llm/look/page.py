@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from san_llm import __version__
 from san_llm.errors import InputError
-from san_llm.evaluate.compare_tables import Grid, published, sources
+from san_llm.evaluate.compare_tables import published, sources
 from san_llm.evaluate.differences import LEVEL, RESAMPLES
+from san_llm.evaluate.grids import Grid
 from san_llm.files import write_text
 from san_llm.look.evaluations import read_evaluations, table
 from san_llm.look.facts import read_facts

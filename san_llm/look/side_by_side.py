@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from san_llm.evaluate.compare import compare
-from san_llm.evaluate.compare_tables import Grid, grids
+from san_llm.evaluate.compare_tables import grids
+from san_llm.evaluate.grids import Grid
 from san_llm.look.evaluations import Evaluated, metrics_of
 from san_llm.look.facts import Missing
 from san_llm.look.story import Part

@@ -12,8 +12,9 @@ from typing import Any
 from rich.filesize import decimal
 
 from san_llm.errors import InputError
-from san_llm.evaluate.compare_tables import Grid, label, p_value, points
+from san_llm.evaluate.compare_tables import label, p_value, points
 from san_llm.evaluate.differences import LEVEL, Difference
+from san_llm.evaluate.grids import Grid
 from san_llm.look.evaluations import Evaluated, Judgement, evenly, judge, overview
 from san_llm.look.facts import Facts, Missing
 from san_llm.look.figures import as_svg, check_matplotlib

@@ -73,7 +73,7 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 def check_askable(adapter: Adapter) -> None:
-    """Refuse an adapter that learned a prompt: prompts that are answered together share a beginning.
+    """Refuse an adapter that learned a prompt: prompts answered together share a beginning.
 
     Raises:
         InputError: naming its method.

@@ -211,7 +211,7 @@ def load_model(found: FoundBase, adapter: Path | None) -> PreTrainedModel:
         InputError: when a part cannot be loaded, or an adapter cannot be asked.
     """
     if adapter is not None:
-        check_askable(open_adapter(adapter))  # what cannot be used is refused before the base is loaded
+        check_askable(open_adapter(adapter))  # before the base is loaded
     model: Any = load_base(found)
     if adapter is not None:
         model = load_adapter(model, adapter)
