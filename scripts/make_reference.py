@@ -101,9 +101,9 @@ def recipe_page() -> str:
         blocks += _section(f"## {section}", section, kinds[section.capitalize()])
     blocks += [
         "## method",
-        "`method.name` chooses one of four; each has keys of its own.",
+        "`method.name` chooses one of five; each has keys of its own.",
     ]
-    for name in ("san", "lora", "dora", "ia3"):
+    for name in ("san", "lora", "dora", "ia3", "peft"):
         blocks += _section(f"### {name}", "method", kinds[f"{name.capitalize()}Method"])
     return "\n\n".join(blocks) + "\n"
 
@@ -128,6 +128,8 @@ def _kind(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
+    if field["type"] == "object":
+        return "section"
     words = {
         "string": "text",
         "integer": "whole number",

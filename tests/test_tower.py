@@ -51,7 +51,7 @@ MAY_TORCH = {
     *("models.from_gguf", "models.load", "models.quantize", "models.reading"),
     "models.rotary",
     *("ops.attention", "ops.causal", "ops.head_loss", "ops.scale"),
-    "plan.largest",
+    *("plan.largest", "plan.measured"),
     *("san.config", "san.layer", "san.lean", "san.merging", "san.model", "san.rows"),
     *("train.batches", "train.callbacks", "train.checkpoint_check", "train.loss"),
     *("train.packed_attention", "train.prepare", "train.resume", "train.run", "train.samples"),

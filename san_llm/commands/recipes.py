@@ -113,7 +113,7 @@ def check(
     from san_llm.data.split import count_rows
     from san_llm.recipe.doubts import doubts
     from san_llm.recipe.read import load_recipe
-    from san_llm.recipe.schema import check_learnable
+    from san_llm.recipe.schema import PeftMethod, check_learnable
     from san_llm.recipe.shipped import find_recipe
 
     wrong: dict[str, list[str]] = {}
@@ -123,6 +123,10 @@ def check(
         try:
             recipe = load_recipe(find_recipe(file))
             check_learnable(recipe)
+            if isinstance(recipe.method, PeftMethod):
+                from san_llm.models.tuners import tuner_config
+
+                tuner_config(recipe.method)
         except InputError as error:
             wrong[file] = str(error).splitlines()
             continue

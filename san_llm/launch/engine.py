@@ -137,6 +137,11 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
                 f"base.quantization {recipe.base.quantization}: FSDP2 cannot shard a quantized "
                 "base; use DDP (MULTI_GPU), or leave the quantization out"
             )
+        if recipe.method.name == "peft":
+            raise InputError(
+                f"method.config.peft_type {recipe.method.peft_type}: not tried over a base that "
+                "FSDP2 shards; use DDP (MULTI_GPU)"
+            )
         if recipe.method.name == "dora":
             raise InputError(
                 "method.name dora: PEFT's DoRA does not start over a base that FSDP2 shards; use "
@@ -147,6 +152,11 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
             raise InputError(
                 f"base.quantization {recipe.base.quantization}: not tried with DeepSpeed; use DDP "
                 "(MULTI_GPU), or leave the quantization out"
+            )
+        if recipe.method.name == "peft":
+            raise InputError(
+                f"method.config.peft_type {recipe.method.peft_type}: not tried with DeepSpeed; use "
+                "DDP (MULTI_GPU)"
             )
         if recipe.training.bad_batches == "skip":
             raise InputError(

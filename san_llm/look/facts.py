@@ -61,7 +61,7 @@ class Facts:
         if method.name == "san":
             columns = ", free column scales" if method.options.free else ""
             return f"SAN ({method.carrier} carrier, mode {method.mode}{columns})"
-        return method.name.upper()
+        return method.kind.upper()
 
     @property
     def data(self) -> str:

@@ -170,7 +170,7 @@ def numbers_of(run: Path, weight: str | None = None) -> RunNumbers:
         left_out.append(f"neuron scales: {error}")
     scores = _scores(run, left_out)
     return RunNumbers(
-        f"{recipe.name}: {recipe.method.name} over {Path(recipe.base.model).name}",
+        f"{recipe.name}: {recipe.method.kind} over {Path(recipe.base.model).name}",
         curves["loss"],
         curves["eval_loss"],
         curves["learning_rate"],

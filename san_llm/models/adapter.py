@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 from san_llm.architectures.decoders import EMBEDDING
 from san_llm.errors import InputError, SanError, nearest_file
 from san_llm.files import read_json
+from san_llm.models.tuners import put_on, tuner_config
 from san_llm.models.weights import Stored, read_header
-from san_llm.recipe.schema import DoraMethod, Ia3Method, LoraMethod, Method, SanMethod
+from san_llm.recipe.schema import (
+    DoraMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PeftMethod,
+    SanMethod,
+)
 from san_llm.runs.record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from san_llm.san.options import SAVED_KEYS, saved_options
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # PEFT's, before a module's name in the base
+_SHARED = "base_model."
 _EMBEDDING, _HEAD = f"model.{EMBEDDING}", "lm_head"
 # A module that is trained whole is there as such; once resized, PEFT writes it two times more.
 _AGAIN = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -182,6 +191,8 @@ def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
     """Return the PEFT config of a recipe's method on a model of this family."""
     from peft import IA3Config, LoraConfig
 
+    if isinstance(method, PeftMethod):
+        return tuner_config(method, model_type)
     targets = method.targets(model_type)
     match method:
         case SanMethod():
@@ -222,12 +233,14 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     """Return a base with a fresh adapter on it.
 
     Raises:
-        InputError: when a target matches nothing in the model.
+        InputError: when a target matches nothing in the model, or a tuner does not fit.
     """
     from peft import get_peft_model
 
     from san_llm.models.quantize import keep_dtype
 
+    if isinstance(method, PeftMethod):
+        return put_on(model, method)
     try:
         adapted: PeftModel = get_peft_model(model, adapter_config(method, model.config.model_type))
     except InputError:
@@ -238,10 +251,22 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     return adapted
 
 
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model that hold its adapter, and perhaps some of the base.
+
+    What is trained is all there is to the methods that are named here. Other tuners have frozen
+    tensors of their own beside it, such as VeRA's projections, which PEFT picks out.
+    """
+    if model.active_peft_config.peft_type in ("SAN", "LORA", "IA3"):
+        # So that of a base that is sharded nothing is gathered.
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return state
+
+
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter that is trained; of a base that is sharded nothing is gathered for it."""
-    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(str(folder), state_dict=state)
+    """Save the adapter that is trained."""
+    model.save_pretrained(str(folder), state_dict=adapter_state(model))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -257,7 +282,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from san_llm.models.reading import is_finite, load_or_refuse
 
     adapter = open_adapter(folder)
-    held = {PREFIX + name for name in adapter.tensors}
+    # What all modules of a tuner share lies above the base's own names.
+    held = {name if name.startswith(_SHARED) else PREFIX + name for name in adapter.tensors}
     rows = model.get_input_embeddings().num_embeddings
     trained = embedding_rows(adapter, rows, bool(model.config.tie_word_embeddings))
     if trained != rows:  # every row comes from the adapter

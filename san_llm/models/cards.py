@@ -41,7 +41,7 @@ def write_card(run: Path, folder: Path) -> None:
     recipe, metrics = recipe_of(run), read_metrics(run)
     if metrics is None:
         raise InputError(f"{run}: no {METRICS} in it, so its training has not come to its end")
-    method, base = recipe.method.name, recipe.base.model
+    method, base = recipe.method.kind, recipe.base.model
     named = f"  # san-llm download {base}" if model_folder(base) else ""
     load = [
         *(

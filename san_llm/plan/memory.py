@@ -15,7 +15,7 @@ from typing import Literal
 from san_llm.architectures.decoders import DOWN, PARENTS, O
 from san_llm.architectures.sizes import Shape
 from san_llm.launch.malloc import spares_memory
-from san_llm.recipe.schema import DoraMethod, DType, Ia3Method, Method, SanMethod
+from san_llm.recipe.schema import DoraMethod, DType, Ia3Method, Method, PeftMethod, SanMethod
 from san_llm.san.graph import PropagationGraph, propagation_graph
 
 Device = Literal["cpu", "cuda"]
@@ -62,6 +62,23 @@ def full_batch(rows: int, length: int, packed: bool) -> Batch:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one of PEFT's tuners comes to on a base (``plan.measured``).
+
+    Attributes:
+        trained: Trained numbers by kind of module, over all blocks.
+        added: Bytes of all that it adds to the base, what is frozen of it included.
+        fixed: Bytes that autograd keeps of a block, whatever the tokens.
+        per_token: And a token.
+    """
+
+    trained: dict[str, int]
+    added: int
+    fixed: int
+    per_token: float
+
+
+@dataclass(frozen=True)
 class Setting:
     """All that the memory of a step depends on.
 
@@ -76,6 +93,7 @@ class Setting:
         device: The kind of device it runs on.
         devices: How many devices.
         sharded: Whether the base is spread over them (FSDP2).
+        measured: What the method comes to, if it is one of PEFT's other tuners.
     """
 
     shape: Shape
@@ -88,6 +106,14 @@ class Setting:
     device: Device
     devices: int = 1
     sharded: bool = False
+    measured: Measured | None = None
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Numbers that an adapter trains in each kind of module, over all blocks."""
+        if self.measured is not None:
+            return self.measured.trained
+        return {} if self.method is None else trained_numbers(self.shape, self.method)
 
     @property
     def width(self) -> int:
@@ -142,8 +168,10 @@ def memory(setting: Setting) -> Memory:
         adapter, gradients = 0, trained * width // share
         optimizer = trained * (FULL_OPTIMIZER if width < WIDE else ADAM) // share
     else:
-        trained = sum(trained_numbers(shape, setting.method).values())
+        trained = sum(setting.trained.values())
         adapter = gradients = trained * WIDE
+        if setting.measured is not None:
+            adapter = setting.measured.added
         optimizer = trained * ADAM
     if setting.devices > 1 and not (setting.sharded and setting.method is None):
         gradients *= 2  # DDP's buckets are copies of them
@@ -187,7 +215,7 @@ def traffic(setting: Setting, micro_batches: int = 1) -> int:
     if setting.method is None:
         exchanged = whole if setting.sharded else 2 * whole
     else:
-        exchanged = 2 * sum(trained_numbers(shape, setting.method).values()) * WIDE
+        exchanged = 2 * sum(setting.trained.values()) * WIDE
     if setting.sharded:
         once = shape.other_numbers * width
         exchanged += micro_batches * (2 * shape.linear_numbers * width + once)
@@ -195,8 +223,13 @@ def traffic(setting: Setting, micro_batches: int = 1) -> int:
 
 
 def trained_numbers(shape: Shape, method: Method) -> dict[str, int]:
-    """Return how many numbers a method trains in each kind of module, over all blocks."""
+    """Return how many numbers a method trains in each kind of module, over all blocks.
+
+    Of PEFT's other tuners that is measured.
+    """
     counts: dict[str, int] = {}
+    if isinstance(method, PeftMethod):
+        return counts
     if isinstance(method, SanMethod):
         for node in graph_of(shape, method):
             name = node.name.rsplit(".", 1)[-1]
@@ -218,7 +251,7 @@ def graph_of(shape: Shape, method: SanMethod) -> PropagationGraph:
 
 
 def _targets(shape: Shape, method: Method) -> list[str]:
-    names = method.targets(shape.config["model_type"])
+    names = method.targets(shape.config["model_type"]) or []
     return [name for name in shape.linears if name in names]
 
 
@@ -283,7 +316,7 @@ def _kept_by_block(setting: Setting) -> int:
         wide += sum(
             shape.linears[name][1] for name in targets if name in method.feedforward_modules
         )
-    else:
+    elif not isinstance(method, PeftMethod):
         wide += method.rank * len(targets)
         wide += _inputs(setting, read, targets, bool(method.dropout))
         noise = read * WIDE if method.dropout else 0
@@ -293,6 +326,8 @@ def _kept_by_block(setting: Setting) -> int:
     if setting.device == "cuda":
         noise = read if noise else 0  # a byte says what was dropped
     per_token = wide * WIDE + low * width + noise
+    if setting.measured is not None:
+        per_token += round(setting.measured.per_token)
     # Queries and output, whose sums are wide. Keys and values are shared by a group's query heads,
     # but under a mask SDPA is given a copy for each.
     per_token += 2 * q * width + shape.heads * WIDE + 2 * width * (q if batch.masked else kv)
@@ -303,6 +338,8 @@ def _kept_by_block(setting: Setting) -> int:
 
 def _kept_of_weights(setting: Setting) -> int:
     """Return the part of what is kept of a block that does not depend on tokens."""
+    if setting.measured is not None:
+        return setting.measured.fixed
     shape, method = setting.shape, setting.method
     each = [] if method is None else [shape.linears[name] for name in _targets(shape, method)]
     if isinstance(method, SanMethod) and method.carrier == "lora":

@@ -90,7 +90,9 @@ def marked_recipe(plan: Plan) -> list[tuple[str, bool]]:
             continue
         lines.append((f"{section}:", False))
         for key, item in value.items():
-            lines.append((f"  {key}: {_flow(item)}", f"{section}.{key}" not in plan.given))
+            place = f"{section}.{key}"
+            given = any(name == place or name.startswith(f"{place}.") for name in plan.given)
+            lines.append((f"  {key}: {_flow(item)}", not given))
     return lines
 
 

@@ -24,7 +24,6 @@ from san_llm.plan.memory import (
     graph_of,
     memory,
     traffic,
-    trained_numbers,
 )
 from san_llm.plan.planned import Plan, Seen, fits
 from san_llm.plan.request import PlanRequest, bytes_of, find_device
@@ -34,6 +33,7 @@ from san_llm.recipe.schema import (
     Base,
     LoraMethod,
     Method,
+    PeftMethod,
     Recipe,
     SanMethod,
     Training,
@@ -126,6 +126,11 @@ def make_plan(
         full = full_batch(at_once, recipe.data.cutoff, training.packing)
         seen = Seen(rows, full, full)
     steps, epochs = _steps(training, rows)
+    measured = None
+    if isinstance(method, PeftMethod):
+        from san_llm.plan.measured import measure
+
+        measured = measure(method, config, recipe.base.dtype)
     setting = Setting(
         shape=shape,
         dtype=recipe.base.dtype,
@@ -137,6 +142,7 @@ def make_plan(
         device=device,
         devices=devices,
         sharded=sharded,
+        measured=measured,
     )
     lora = LoraMethod(name="lora")
     beside: dict[str, Method | None] = {_title(method): method}
@@ -147,7 +153,7 @@ def make_plan(
         given=frozenset(given),
         config_from=config_from,
         graph=graph_of(shape, method) if isinstance(method, SanMethod) else None,
-        trained=trained_numbers(shape, method),
+        trained=setting.trained,
         rows=rows,
         missing=missing,
         steps=steps,
@@ -159,7 +165,14 @@ def make_plan(
         devices=devices,
         sharded=sharded,
         memory={
-            name: memory(replace(setting, method=compared, batch=seen.batch_for(compared)))
+            name: memory(
+                replace(
+                    setting,
+                    method=compared,
+                    batch=seen.batch_for(compared),
+                    measured=measured if compared is method else None,
+                )
+            )
             for name, compared in beside.items()
         },
         traffic=traffic(setting, training.batch_size // (at_once * devices)),
@@ -209,6 +222,7 @@ def _of_the_context(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
 def _title(method: Any) -> str:
     carrier = getattr(method, "carrier", "scale")
     names = {"san": "SAN", "lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
-    name = names[method.name] + ("" if carrier == "scale" else f" {carrier}")
+    name = names.get(method.name, method.kind.upper())
+    name += "" if carrier == "scale" else f" {carrier}"
     rank = getattr(method, "rank", None)
     return name if rank is None else f"{name} r{rank}"

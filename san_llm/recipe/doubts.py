@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from san_llm.recipe.schema import Method, Recipe, SanMethod
+from san_llm.recipe.schema import Method, PeftMethod, Recipe, SanMethod
 from san_llm.recipe.steps import steps_of, warmup_of
 
 # The rates that the shipped recipes and the published runs of LoRA and DoRA lie around. Scales
@@ -12,8 +12,10 @@ SCALES, MATRICES = 2e-3, 2e-4
 FAR = 10  # times what is usual
 
 
-def usual_rate(method: Method) -> tuple[str, float]:
-    """Return what a method trains, and the learning rate that it usually takes."""
+def usual_rate(method: Method) -> tuple[str, float] | None:
+    """Return what a method trains, and the learning rate that it usually takes, where known."""
+    if isinstance(method, PeftMethod):
+        return None
     scales = method.carrier == "scale" if isinstance(method, SanMethod) else method.name == "ia3"
     return ("scales", SCALES) if scales else ("low-rank matrices", MATRICES)
 
@@ -33,7 +35,10 @@ def doubts(recipe: Recipe, rows: int | None) -> list[str]:
 
 def _of_the_rate(recipe: Recipe) -> list[str]:
     rate = recipe.training.learning_rate
-    trained, usual = usual_rate(recipe.method)
+    known = usual_rate(recipe.method)
+    if known is None:
+        return []
+    trained, usual = known
     # Rounded: 2e-4 * 10 is a little more than 2e-3.
     times = round(rate / usual, 6)
     if 1 / FAR < times < FAR:

@@ -91,6 +91,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "too_short": "at least one",
+    "dict_type": "a section with keys",
     "model_type": "a section with keys",
     "model_attributes_type": "a section with keys",
     "string_pattern_mismatch": "letters, digits, '.', '_', '-', the first a letter or digit",

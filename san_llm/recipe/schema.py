@@ -121,6 +121,11 @@ class _Targets(Section):
             check_targets(value)
         return value
 
+    @property
+    def kind(self) -> str:
+        """The method's name, to be shown."""
+        return self.name
+
     def targets(self, model_type: str = "llama") -> list[str]:
         """Return the names of the Linears that are adapted in a model of this family.
 
@@ -270,7 +275,70 @@ class Ia3Method(_Targets):
         return value
 
 
-Method = Annotated[SanMethod | LoraMethod | DoraMethod | Ia3Method, Field(discriminator="name")]
+class PeftMethod(Section):
+    """Any tuner of PEFT that works on a decoder's weights or features, by its name there."""
+
+    name: Literal["peft"]
+    config: dict[str, Any] = Field(
+        description="peft_type, such as VERA or ROAD, and options of PEFT's config class for it",
+    )
+    target_modules: Targets | None = Field(
+        default=None,
+        description="a list of names, or all (seven) or peft (PEFT's choice); default: what "
+        "config says, or PEFT",
+    )
+
+    @field_validator("config")
+    @classmethod
+    def _has_a_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+        kind = value.get("peft_type")
+        if not isinstance(kind, str):
+            raise ValueError("expected a peft_type in it, such as peft_type: VERA")
+        return {key: _lists(item) for key, item in value.items()} | {"peft_type": kind.upper()}
+
+    @model_validator(mode="after")
+    def _targets_once(self) -> PeftMethod:
+        if self.target_modules is None:
+            return self
+        if "target_modules" in self.config:
+            raise ValueError("target_modules: given in config, too: take one of them out")
+        if self.target_modules == "published":
+            raise ValueError(
+                "target_modules published: not known of PEFT's tuners; all and peft are"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The tuner's name, to be shown."""
+        return self.peft_type.lower()
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the tuner."""
+        return str(self.config["peft_type"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What PEFT's config class is told, but for the tuner's name."""
+        return {key: item for key, item in self.config.items() if key != "peft_type"}
+
+    @property
+    def dropout(self) -> bool:
+        """Whether each row draws at random in training, as far as the options tell."""
+        drops = any(key.endswith("dropout") and item for key, item in self.config.items())
+        return drops or self.peft_type == "PVERA"
+
+    def targets(self, model_type: str = "llama") -> list[str] | None:
+        """Return the names of the Linears that are adapted; None where PEFT or config says it."""
+        if self.target_modules in (None, "peft"):
+            return None
+        return targets_of(self.name, self.target_modules, model_type)
+
+
+Method = Annotated[
+    SanMethod | LoraMethod | DoraMethod | Ia3Method | PeftMethod, Field(discriminator="name")
+]
 
 
 class Data(Section):
@@ -466,6 +534,13 @@ class Recipe(Section):
     data: Data
     training: Training
     evaluation: Evaluation = Evaluation()
+
+
+def _lists(value: Any) -> Any:
+    """Return a value of YAML as PEFT has it: with lists where a recipe has tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def check_date(text: str) -> str:

@@ -130,7 +130,7 @@ def look_at(path: Path) -> Run:
     status: Status = "stopped"
     try:
         recipe = recipe_of(path)
-        method, base = recipe.method.name, recipe.base.model
+        method, base = recipe.method.kind, recipe.base.model
         if seems_busy(path):
             status = "running"
         elif is_finished(path):

@@ -22,6 +22,7 @@ from transformers import TrainerState
 
 from san_llm.errors import InputError, first_line, first_mistake
 from san_llm.launch.engine import Engine
+from san_llm.models.adapter import adapter_state
 from san_llm.models.weights import read_header
 from san_llm.train.checkpoint import SEAL, best_of, checkpoint_of, step_of
 
@@ -139,8 +140,9 @@ def _check_adapter(folder: Path, model: PeftModel) -> None:
     if not path.is_file():
         raise InputError(f"{folder}: has no {ADAPTER}")
     read_header(path)
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    wanted = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+    wanted = get_peft_model_state_dict(
+        model, state_dict=adapter_state(model), save_embedding_layers=False
+    )
     tensors = load_file(path)
     for name in sorted(wanted.keys() ^ tensors.keys()):
         what = "has no" if name in wanted else "belongs to another adapter: it has"

@@ -93,7 +93,6 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     samples = Samples(recipe, tokenizer)
     data = token_rows(recipe, tokenizer, found)
     arguments = trainer_arguments(recipe, run, data)
-    set_seed(recipe.training.seed)
     if arguments.use_cpu and spares_memory(
         recipe.training.gradient_checkpointing, found.trained_bits
     ):
@@ -101,12 +100,14 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     base = load_base(found, sharded=engine == "FSDP2")
     vocabulary = base.get_input_embeddings().num_embeddings  # which may be adapted, next
     samples.check(base.config)
+    set_seed(recipe.training.seed)  # here, so that every method's dice begin alike
     model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
     longest = max(max(Rows(rows).lengths) for rows in (data.train, data.held_out) if rows)
     if recipe.training.packing and can_pack(base) and longest <= alike_to(base.config):
         use_packed_attention(base)
-        collator = Pack(share=not has_dropout(model))
+        draws = has_dropout(model) or bool(getattr(recipe.method, "dropout", None))
+        collator = Pack(share=not draws)
     trained = trainable_parameters(model)
     return Prepared(engine, found, data, samples, arguments, model, vocabulary, collator, trained)
 

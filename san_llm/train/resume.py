@@ -27,7 +27,7 @@ def facts_of(recipe: Recipe, prepared: Prepared) -> RunManifest:
     """Return what a run's manifest says: versions, seed, device, the sha256 of base and rows."""
     engine, device = prepared.engine, prepared.arguments.device
     say(
-        f"{recipe.method.name}: {prepared.trained_numbers:,} trained numbers on "
+        f"{recipe.method.kind}: {prepared.trained_numbers:,} trained numbers on "
         f"{recipe.base.model} ({device}, {_processes(engine)})"
     )
     return RunManifest(

@@ -32,7 +32,7 @@ from san_llm.launch.processes import agree, is_first
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.progress import say
 from san_llm.recipe.read import load_recipe, to_yaml
-from san_llm.recipe.schema import Recipe, check_learnable, leaves
+from san_llm.recipe.schema import PeftMethod, Recipe, check_learnable, leaves
 from san_llm.recipe.shipped import find_recipe
 from san_llm.runs.folder import begun, last_run, new_run, recipe_of
 from san_llm.runs.lock import refuse_busy
@@ -200,7 +200,11 @@ def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
     if run is None:
         from san_llm.models.load import load_config
 
-        load_config(found)
+        config = load_config(found)
+        if isinstance(recipe.method, PeftMethod):
+            from san_llm.models.tuners import on_meta
+
+            on_meta(recipe.method, config, recipe.base.dtype)
     elif _places(recipe_of(run)) != _places(recipe):  # else compared when they are loaded
         from san_llm.train.resume import refuse_other_data
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_gguf import gguf_model, write_gguf
 
@@ -647,6 +648,46 @@ def test_rows_of_a_gib(here: Path) -> None:
 def recipe_of_a_dtype_that_loses_small_gradients(here: Path) -> None:
     text = (here / "good.yaml").read_text()
     (here / "half.yaml").write_text(text.replace("float32", "float16"))
+
+
+PEFT = "method.name=peft 'method.config={peft_type: %s}'"
+
+
+@bad("train good.yaml method.name=peft", "method.config: missing")
+@bad(
+    "train good.yaml method.name=peft 'method.config={r: 4}'",
+    "method.config: expected a peft_type in it, such as peft_type: VERA",
+)
+@bad(
+    "train good.yaml method.name=peft method.config=5",
+    "method.config: expected a section with keys, found 5",
+)
+@bad("train good.yaml " + PEFT % "VERRA", "(did you mean 'VERA'?)")
+@bad(
+    "recipes check tuner.yaml",
+    "method.config.d_inital: no option of VERA (did you mean 'd_initial'?)",
+)
+@bad(
+    "plan good.yaml " + PEFT % "PROMPT_TUNING",
+    "PROMPT_TUNING: it puts a prompt of its own before a text, and rows are packed",
+)
+@bad(
+    "train good.yaml " + PEFT % "ROAD, group_size: 5",
+    "method.config: PEFT does not take it as ROAD: ",
+)
+@bad(
+    f"train good.yaml {PEFT % 'HRA'} method.target_modules=publishd",
+    "'publishd' is not one of all, published, peft (did you mean 'published'?)",
+)
+@bad(
+    f"train good.yaml {PEFT % 'HRA'} method.target_modules=published",
+    "target_modules published: not known of PEFT's tuners; all and peft are",
+)
+def a_tuner_that_peft_does_not_take(here: Path) -> None:
+    text = (here / "good.yaml").read_text()
+    section = "{name: peft, config: {peft_type: VERA, d_inital: 0.1}}"
+    values = yaml.safe_load(text) | {"method": yaml.safe_load(section)}
+    (here / "tuner.yaml").write_text(yaml.safe_dump(values))
 
 
 @bad("train huge.yaml", "huge.yaml: more than 256 KiB; a recipe is a small file")

@@ -20,6 +20,7 @@ from san_llm.models.adapter import add_adapter, trainable_parameters
 from san_llm.ops import head_loss
 from san_llm.plan.bases import KNOWN
 from san_llm.plan.largest import look_at
+from san_llm.plan.measured import SHARED, measure
 from san_llm.plan.memory import (
     LOGITS_AT_ONCE,
     RUNTIME,
@@ -29,13 +30,12 @@ from san_llm.plan.memory import (
     full_batch,
     memory,
     traffic,
-    trained_numbers,
 )
 from san_llm.plan.planned import marked_recipe
 from san_llm.plan.request import bytes_of
 from san_llm.plan.run import make_plan
 from san_llm.recipe.read import load_recipe, parse_recipe
-from san_llm.recipe.schema import Method, Recipe
+from san_llm.recipe.schema import Method, PeftMethod, Recipe
 from san_llm.recipe.shipped import hardware, shipped_recipes
 from san_llm.runs.folder import new_run
 from san_llm.train.loss import token_losses
@@ -56,6 +56,21 @@ METHODS = {
     "lora-nodrop": {"name": "lora", "rank": 4, "dropout": 0},
     "dora": {"name": "dora", "rank": 4},
     "ia3": {"name": "ia3"},
+}
+TUNERS = {
+    "road": {"peft_type": "ROAD", "group_size": 16},
+    "vera": {"peft_type": "VERA", "r": 8},
+    "hra": {"peft_type": "HRA"},  # keeps whole weights
+    "pvera": {"peft_type": "PVERA", "r": 8},  # rows draw at random, so that they share nothing
+    "ln_tuning": {"peft_type": "LN_TUNING"},
+}
+METHODS |= {
+    name: {
+        "name": "peft",
+        "config": config,
+        **({} if name == "ln_tuning" else {"target_modules": "all"}),
+    }
+    for name, config in TUNERS.items()
 }
 
 
@@ -85,6 +100,8 @@ def recipe_of(method: dict[str, Any], **training: Any) -> Recipe:
 def setting(method: Method | None, config: Any, batch: Batch, **how: Any) -> Setting:
     plain = {"dtype": "float32", "bits": None, "double_quant": False, "checkpointing": False}
     known = {**plain, "device": "cpu", **how}
+    if isinstance(method, PeftMethod):
+        known["measured"] = measure(method, config, known["dtype"])
     return Setting(shape=shape_of(config), method=method, batch=batch, **known)
 
 
@@ -99,7 +116,8 @@ def kept(method: Method, blocks: int, dtype: torch.dtype, packed: bool) -> tuple
     pieces = [{"input_ids": text, "labels": text} for text in texts]
     if packed:
         use_packed_attention(model.get_base_model())
-        inputs = Pack(share=not has_dropout(model))(pieces)
+        draws = has_dropout(model) or bool(getattr(method, "dropout", None))
+        inputs = Pack(share=not draws)(pieces)
         batch = Batch(
             inputs["input_ids"].numel(),
             len(inputs["labels"]),
@@ -110,7 +128,8 @@ def kept(method: Method, blocks: int, dtype: torch.dtype, packed: bool) -> tuple
     else:
         inputs = Pad(2)(pieces)
         batch = full_batch(6, inputs["input_ids"].shape[1], packed=False)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = (*model.parameters(), *model.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
     storages: dict[int, int] = {}
     alive = []
 
@@ -131,6 +150,8 @@ def kept(method: Method, blocks: int, dtype: torch.dtype, packed: bool) -> tuple
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_block_keeps_is_what_autograd_keeps(name, dtype):
+    if (name, dtype) == ("ln_tuning", torch.bfloat16):
+        return  # which is refused
     method = recipe_of(METHODS[name]).method
     two, told = kept(method, 2, dtype, packed=True)
     three, _ = kept(method, 3, dtype, packed=True)
@@ -150,8 +171,26 @@ def test_what_a_block_keeps_of_padded_rows(name):
 def test_trained_numbers_are_those_that_torch_counts(name):
     base = tiny_model()
     method = recipe_of(METHODS[name]).method
-    told = trained_numbers(shape_of(base.config.to_dict()), method)
+    batch = full_batch(1, 8, packed=True)
+    told = setting(method, base.config.to_dict(), batch).trained
     assert sum(told.values()) == trainable_parameters(add_adapter(base, method))
+
+
+@pytest.mark.parametrize("kind", ["SHIRA", "FROD"])
+def test_a_tuner_that_looks_at_the_base_is_counted_on_random_numbers(kind):
+    # 3 blocks, which are taken to be as the first two.
+    base = tiny_model(num_hidden_layers=3).requires_grad_(False)
+    config = {"peft_type": kind, **({"r": 4} if kind == "SHIRA" else {})}
+    method = PeftMethod(name="peft", config=config, target_modules="all")
+    told = measure(method, base.config.to_dict(), "float32")
+    assert sum(told.trained.values()) == trainable_parameters(add_adapter(base, method))
+    assert told.fixed > 0
+
+
+def test_what_all_blocks_share_is_counted_once():
+    config = {"peft_type": "UNILORA", "theta_d_length": 50}
+    method = PeftMethod(name="peft", config=config)
+    assert measure(method, tiny_model().config.to_dict(), "float32").trained == {SHARED: 50}
 
 
 def test_weights_are_those_that_torch_counts():

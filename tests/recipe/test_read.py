@@ -87,10 +87,10 @@ def test_the_published_settings_are_the_defaults():
          "true or false, found 1"]),
         (2, "  model: x\n  revision: 0123456", ["mine.yaml:3: base.revision: expected text, found "
          "42798; write it in quotes"]),
-        (4, "  name: sam", ["mine.yaml:4: method.name: 'sam' is not one of san, lora, dora, ia3 "
-         "(did you mean 'san'?)"]),
+        (4, "  name: sam", ["mine.yaml:4: method.name: 'sam' is not one of san, lora, dora, ia3, "
+         "peft (did you mean 'san'?)"]),
         (4, "  name: [san]", ["mine.yaml:4: method.name: ['san'] is not one of san, lora, dora, "
-         "ia3 (did you mean 'san'?)"]),
+         "ia3, peft (did you mean 'san'?)"]),
         (4, "  mode: both", ["mine.yaml:3: method.name: missing"]),
         (4, "  name: san\n  zzzzzz: 8", ["mine.yaml:5: method.zzzzzz: unknown key: known here are "
          "name, target_modules, carrier, mode, shift, links, adapt_embedding, rank, alpha, "
@@ -358,7 +358,10 @@ def test_another_method_starts_from_its_own_defaults():
         ("optimizer.name=sgd", "optimizer: unknown key (there is none: the optimizer is AdamW)"),
         ("lr=1e-3", "lr: unknown key (here it is training.learning_rate)"),
         ("engine.name=x", "engine: unknown key: known here are name, base, method, data, training"),
-        ("method.name=loro", "method.name: 'loro' is not one of san, lora, dora, ia3 (did you "),
+        (
+            "method.name=loro",
+            "method.name: 'loro' is not one of san, lora, dora, ia3, peft (did you ",
+        ),
         ("training.learning_rate=7", "training.learning_rate: input should be less than 1, found "),
         ("training.learning_rate=", "training.learning_rate: expected a number, found nothing"),
         ("training={learning_rate: 7}", "training.learning_rate: input should be less than 1"),
@@ -486,6 +489,15 @@ METHODS = st.one_of(
         },
     ),
     st.fixed_dictionaries({"name": st.just("ia3")}, optional={"target_modules": SOME_TARGETS}),
+    st.fixed_dictionaries(
+        {
+            "name": st.just("peft"),
+            "config": st.fixed_dictionaries(
+                {"peft_type": st.sampled_from(["VERA", "ROAD"])},
+                optional={"r": st.integers(1, 64), "names": st.lists(TEXTS), "of": TEXTS},
+            ),
+        }
+    ),
 )
 RECIPES = st.fixed_dictionaries(
     {
