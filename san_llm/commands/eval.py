@@ -22,6 +22,8 @@ eval_app = typer.Typer(rich_markup_mode=None)
 
     san-llm eval --tasks boolq,my_task.yaml
 
+    san-llm eval runs/mine --tasks boolq --forgetting
+
     san-llm eval runs/mine --base-only --limit 20
 
     san-llm eval --model runs/latest/merged --data path/to/dataset --processes 8
@@ -87,6 +89,14 @@ def evaluate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Answer every row, also those answered before.")
     ] = False,
+    forgetting: Annotated[
+        bool | None,
+        typer.Option(
+            "--forgetting/--no-forgetting",
+            help="Tell besides how much less well than its base it says a neutral text. Default: "
+            "the recipe's.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for rows.jsonl and results.json.")
     ] = None,
@@ -119,6 +129,7 @@ def evaluate(
             fresh=fresh,
             output=output,
             overwrite=overwrite,
+            forgetting=forgetting,
         )
     )
     result = ended.result

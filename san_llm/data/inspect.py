@@ -383,7 +383,8 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
         overlap = Table(box=None, pad_edge=False)
         for column in ("test rows in training", "test rows", "exact", f"{GRAM} words alike"):
             overlap.add_column(column, justify="left" if column[-1] == "g" else "right")
-        for task in inspection.overlap:
+        own = inspection.overlap.keys() - TASKS.keys()
+        for task in (*(name for name in TASKS if name in inspection.overlap), *sorted(own)):
             shared = inspection.overlap[task]
             overlap.add_row(task, f"{shared.test_rows:,}", f"{shared.exact:,}", f"{shared.grams:,}")
         yield overlap

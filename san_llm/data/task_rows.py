@@ -8,8 +8,9 @@ from string import Formatter
 from typing import Any
 
 from san_llm.data.rows import Row, read_row, stream_values
-from san_llm.errors import InputError, did_you_mean
-from san_llm.recipe.task_file import OwnTask, places
+from san_llm.errors import InputError, did_you_mean, first_line, nearest_file
+from san_llm.protocol.neutral import chunks
+from san_llm.recipe.task_file import TEXT, OwnTask, places
 
 
 def read_own_rows(task: OwnTask) -> list[Row]:
@@ -17,11 +18,13 @@ def read_own_rows(task: OwnTask) -> list[Row]:
 
     Where the task names no columns, a row is one that training reads. What is right is then its
     ``answer``, if it has one, else its ``output``; for the judge ``loss``, which has the model say
-    all of it, always the latter.
+    all of it, always the latter. A ``.txt`` is a plain text: its chunks answer nothing.
 
     Raises:
         InputError: naming the file, the row and what is wrong with it.
     """
+    if task.rows.suffix.lower() == TEXT:
+        return _chunks(task)
     says, rows = task.says, []
     columns = says.question, says.answer, says.template
     for where, value in stream_values(task.rows):
@@ -34,6 +37,24 @@ def read_own_rows(task: OwnTask) -> list[Row]:
     if not rows:
         raise InputError(f"{task.rows}: no rows in it")
     return rows[: says.limit]
+
+
+def _chunks(task: OwnTask) -> list[Row]:
+    """Return a plain text as rows that answer nothing."""
+    try:
+        text = task.rows.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = nearest_file(task.rows)
+        raise InputError(f"{task.rows}: cannot be read: {error.strerror}{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{task.rows}: cannot be read as UTF-8: {first_line(error)}") from None
+    rows = [
+        Row(output=chunk, answer=chunk, where=f"{task.rows}: chunk {number}")
+        for number, chunk in enumerate(chunks(text), start=1)
+    ]
+    if not rows:
+        raise InputError(f"{task.rows}: the file is empty")
+    return rows[: task.says.limit]
 
 
 def _with_answer(task: OwnTask, row: Row) -> Row:

@@ -21,11 +21,16 @@ from san_llm.runs.record import versions
 FORMAT = 1  # part of the key: raise it when the same inputs give other rows
 
 
-def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
+def identity(task: EvalTask, found: FoundBase, over: FoundBase | None = None) -> dict[str, Any]:
     """Return all that the answers depend on, by content: what makes it the same evaluation.
 
     The batch size and the processes are part of it where an answer's last bits may depend on which
     rows share a batch: not with ``strict``, nor in texts generated in fp32.
+
+    Args:
+        task: The evaluation.
+        found: The model.
+        over: What it was merged over, where that is asked, too.
     """
     subject, questions, settings = task.subject, task.questions, task.settings
     base, fresh = subject.base, task.fresh
@@ -50,6 +55,7 @@ def identity(task: EvalTask, found: FoundBase) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": folder_sha256(found.folder, fresh),
+        **({"base": folder_sha256(over.folder, fresh)} if over else {}),
         "load": base.model_dump(mode="json", exclude={"model", "revision"}),
         "adapter": folder_sha256(subject.adapter, fresh) if subject.adapter else None,
         "data": rows_asked(questions),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,7 +38,7 @@ from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.rotary import alike_to
 from san_llm.protocol.prompts import Frame, training_prompt
 from san_llm.recipe.schema import MOST
-from san_llm.recipe.task_file import AnyTask, Judge, OwnTask
+from san_llm.recipe.task_file import FORGETTING, TEXT, AnyTask, Judge, OwnTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -133,7 +133,8 @@ def _posed(
             answers = offered(task, row.instruction, row.answer) if way != "generate" else ()
             yield Item(task, way, number, row, text, tokens, answers)
         return
-    frame, way = task.says.prompt or settings.prompt, SCORED.get(task.says.judge, "generate")
+    usual: Frame = "none" if task.rows.suffix.lower() == TEXT else settings.prompt
+    frame, way = task.says.prompt or usual, SCORED.get(task.says.judge, "generate")
     if way == "loss":
         yield from _with_labels(task, rows, frame, tokenizer)
         return
@@ -214,6 +215,7 @@ def judged_answers(
     items: Sequence[Item],
     settings: Settings,
     todo: Sequence[Sequence[int]],
+    base_losses: Mapping[int, float] | None = None,
 ) -> Iterator[dict[int, Judged]]:
     """Give a loaded model's answers to items, judged, as they come.
 
@@ -223,6 +225,8 @@ def judged_answers(
         items: All items.
         settings: How to ask.
         todo: Units of item numbers that are to be answered.
+        base_losses: Of the neutral text: the base's losses by item number; an adapted model is its
+            own base, without the adapter.
 
     Yields:
         Judged rows by item number.
@@ -236,9 +240,9 @@ def judged_answers(
                 alike = isinstance(first.task, OwnTask), first.new_tokens
                 generated.setdefault(alike, []).extend(unit)
             elif first.way == "loss":
-                rows = [(item.tokens, item.labels) for item in in_unit]
-                losses = zip(unit, in_unit, score_losses(model, rows), strict=True)
-                yield {number: _with_loss(item, loss) for number, item, loss in losses}
+                losses = zip(unit, in_unit, _losses(model, in_unit), strict=True)
+                judged = {number: _with_loss(item, loss) for number, item, loss in losses}
+                yield judged | _with_base(model, items, judged, base_losses or {})
             else:
                 scored = _scores(model, tokenizer, in_unit, settings)
                 yield {
@@ -277,6 +281,39 @@ def _generated(
                 item.task, item.number, item.prompt, text, item.row.answer
             )
         yield judged
+
+
+def _losses(model: PreTrainedModel, items: Sequence[Item]) -> list[float]:
+    return list(score_losses(model, [(item.tokens, item.labels) for item in items]))
+
+
+def neutral_losses(
+    model: PreTrainedModel, items: Sequence[Item], todo: Sequence[Sequence[int]]
+) -> dict[int, float]:
+    """Return a model's losses of the neutral text's chunks, by item number."""
+    found: dict[int, float] = {}
+    for unit in todo:
+        numbers = [number for number in unit if items[number].task.name == FORGETTING]
+        found |= zip(numbers, _losses(model, [items[n] for n in numbers]), strict=True)
+    return found
+
+
+def _with_base(
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    judged: Mapping[int, Judged],
+    base_losses: Mapping[int, float],
+) -> dict[int, Judged]:
+    """Return the rows of the neutral text with the base's losses, where a base is known."""
+    bare: Any = model
+    if hasattr(model, "peft_config"):
+        with bare.disable_adapter():
+            base_losses = neutral_losses(model, items, [list(judged)])
+    return {
+        number: replace(row, base_loss=base_losses[number])
+        for number, row in judged.items()
+        if number in base_losses
+    }
 
 
 def _with_loss(item: Item, loss: float) -> Judged:

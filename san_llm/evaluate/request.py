@@ -13,7 +13,7 @@ from san_llm.launch.processes import is_first
 from san_llm.models.subject import Subject, checked_date, find_subject
 from san_llm.protocol.prompts import prompt_style
 from san_llm.recipe.schema import Evaluation
-from san_llm.recipe.task_file import OwnTask, find_any
+from san_llm.recipe.task_file import FORGETTING, OwnTask, find_any, neutral_task
 from san_llm.runs.folder import new_eval_folder
 
 
@@ -40,6 +40,7 @@ class EvalRequest:
         fresh: Answer every row, whatever was stored.
         output: The folder to make.
         overwrite: Replace what is there.
+        forgetting: Take the loss of the neutral text, too.
     """
 
     tasks: Sequence[str] | None = None
@@ -60,6 +61,7 @@ class EvalRequest:
     fresh: bool = False
     output: Path | None = None
     overwrite: bool = False
+    forgetting: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,18 @@ def check_request(request: EvalRequest) -> EvalTask:
         output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else alone)
         refuse_files(output, request.overwrite)
     tasks = named or find_any(defaults.tasks)
-    own = [task for task in tasks if isinstance(task, OwnTask)]
+    told = defaults.forgetting if request.forgetting is None else request.forgetting
+    if told:
+        tasks = list(dict.fromkeys([*tasks, neutral_task()]))
+    own = [task for task in tasks if isinstance(task, OwnTask) and task.name != FORGETTING]
+    neutral = ["the neutral text"] if neutral_task() in tasks else []
     if own and protocol == "lm-eval":
         raise InputError(
             f"--protocol lm-eval: it asks the eight alone, not {own[0].file}; --protocol generate "
             "and loglik ask both"
         )
-    files = [str(task.file) for task in own]
-    asked = ", ".join(files if len(own) == len(tasks) else [data, *files])
+    of_the_eight = [data] if len(own) + len(neutral) < len(tasks) else []
+    asked = ", ".join([*of_the_eight, *(str(task.file) for task in own), *neutral])
     chat = "chat" in (style, *(task.says.prompt for task in own))
     return EvalTask(
         subject=subject,
@@ -129,7 +135,7 @@ def check_request(request: EvalRequest) -> EvalTask:
             "title": f"{subject} on {asked}",
             "model": subject.base.model,
             "adapter": str(subject.adapter) if subject.adapter else None,
-            "data": data if len(own) < len(tasks) else asked,
+            "data": data if of_the_eight else asked,
             "limit": limit,
             **({"task_files": {task.name: str(task.file) for task in own}} if own else {}),
         },

@@ -7,14 +7,15 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from san_llm.evaluate.forgetting import forgotten, merged_over
 from san_llm.evaluate.harness import check_installed
 from san_llm.evaluate.identity import identity
-from san_llm.evaluate.pose import Item, judged_answers, pose, units
+from san_llm.evaluate.pose import Item, judged_answers, neutral_losses, pose, units
 from san_llm.evaluate.questions import Settings
 from san_llm.evaluate.request import EvalTask
 from san_llm.evaluate.score import Judged, loss_score, score
@@ -25,6 +26,7 @@ from san_llm.launch.processes import agree, gather, is_first, rank, told_once, w
 from san_llm.models.load import load_config, load_model, load_tokenizer
 from san_llm.models.locate import find_base
 from san_llm.progress import bar, say
+from san_llm.recipe.task_file import FORGETTING
 from san_llm.runs.record import manifest
 
 if TYPE_CHECKING:
@@ -49,12 +51,14 @@ def evaluate(task: EvalTask) -> EvalResult | None:
         tokenizer = load_tokenizer(found, task.subject.adapter, task.settings.date)
         config = load_config(found, task.subject.adapter)
         items = pose(task.questions, task.settings, tokenizer, config)
+        neutral = any(asked.name == FORGETTING for asked in task.questions.rows)
+        over = merged_over(task.subject) if neutral else None
         progress: Progress | None = None
         rows: dict[int, Judged] = {}
         whole = False
         facts: dict[str, Any] = {}
         if is_first():
-            facts = identity(task, found)
+            facts = identity(task, found, over)
             progress = stack.enter_context(progress_of(facts))
             rows, whole = _stored(progress, len(items), task.fresh)
         folder, done, whole = agree((progress.folder if progress else Path(), set(rows), whole))
@@ -63,9 +67,10 @@ def evaluate(task: EvalTask) -> EvalResult | None:
             mine = todo[rank() :: world_size()]
             new: dict[int, Judged] = {}
             if mine:
+                base_losses = neutral_losses(load_model(over, None), items, mine) if over else {}
                 model = load_model(found, task.subject.adapter)
                 file = stack.enter_context(closing(Progress(folder).part()))
-                new = _answer(model, tokenizer, items, task.settings, mine, file)
+                new = _answer(model, tokenizer, items, task.settings, mine, file, base_losses)
             rows |= dict(gather(list(new.items())))
         if progress is None:
             return None
@@ -79,12 +84,13 @@ def _answer(
     settings: Settings,
     mine: Sequence[Sequence[int]],
     file: Part,
+    base_losses: Mapping[int, float],
 ) -> dict[int, Judged]:
     """Return the answers to this process's units, each kept as soon as it is judged."""
     new: dict[int, Judged] = {}
     total = sum(len(unit) for unit in mine)
     with bar("Evaluating", total, "rows", quiet=not is_first()) as shown:
-        for judged in judged_answers(model, tokenizer, items, settings, mine):
+        for judged in judged_answers(model, tokenizer, items, settings, mine, base_losses):
             file.append(judged)
             new |= judged
             answered = [row.correct for row in new.values() if row.loss is None]
@@ -152,4 +158,5 @@ def _result(task: EvalTask, output: Path, judged: Sequence[Judged]) -> EvalResul
         about=task.about,
         unparseable=tuple(row for row in judged if row.unanswered),
         notes=task.questions.notes,
+        forgetting=forgotten(judged),
     )

@@ -58,6 +58,7 @@ class Judged:
         loss: By loss: the negative log-likelihood of the answer and its end, in nats; the fields
             of an answer that was given then say nothing.
         tokens: By loss: how many tokens these are.
+        base_loss: Of the neutral text: the loss without training.
     """
 
     task: str
@@ -73,6 +74,7 @@ class Judged:
     score: float | None = None
     loss: float | None = None
     tokens: int | None = None
+    base_loss: float | None = None
 
     @property
     def value(self) -> float:
@@ -89,7 +91,7 @@ class Judged:
         values = asdict(self)
         absent = [] if self.choices else ["parsed_norm", "correct_norm", "choices"]
         absent += ["loss", "tokens"] if self.loss is None else _ANSWERED
-        absent += ["score"] if self.score is None else []
+        absent += [name for name in ("score", "base_loss") if values[name] is None]
         return {name: value for name, value in values.items() if name not in absent}
 
     @classmethod

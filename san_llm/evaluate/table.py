@@ -23,6 +23,7 @@ from san_llm.recipe.task_file import GRADED
 from san_llm.runs.record import (
     Accuracy,
     EvaluationResults,
+    Forgetting,
     TaskAccuracy,
     TaskLoss,
     UnparseableExample,
@@ -45,6 +46,7 @@ class EvalResult:
         unparseable: The rows without an answer.
         notes: What a reader of the scores should know.
         losses: The loss of each task that is judged by it.
+        forgetting: What training made the model forget; None where that was not asked.
     """
 
     scores: tuple[TaskScore, ...]
@@ -54,6 +56,7 @@ class EvalResult:
     unparseable: tuple[Judged, ...] = ()
     notes: tuple[str, ...] = ()
     losses: tuple[LossScore, ...] = ()
+    forgetting: Forgetting | None = None
 
     @property
     def rows(self) -> str:
@@ -77,8 +80,11 @@ class EvalResult:
             ),
             notes=self.notes,
         )
-        losses = tuple(TaskLoss(**asdict(loss)) for loss in self.losses)
-        return results.model_copy(update={"losses": losses}) if losses else results
+        own: dict[str, Any] = {
+            "losses": tuple(TaskLoss(**asdict(loss)) for loss in self.losses),
+            "forgetting": self.forgetting,
+        }
+        return results.model_copy(update={name: found for name, found in own.items() if found})
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values; accuracies are fractions of 1."""
@@ -185,4 +191,6 @@ def remarks(result: EvalResult) -> list[str]:
             f"average: over {', '.join(score.task for score in counted)}, whose answers are right "
             "or wrong"
         )
+    if result.forgetting is not None:
+        lines.append(f"forgetting: {result.forgetting}")
     return [*lines, *(f"note: {note}" for note in result.notes)]

@@ -21,6 +21,7 @@ from san_llm.evaluate.grids import Grid
 from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing
+from san_llm.recipe.task_file import FORGETTING
 from san_llm.runs.record import (
     ADAPTER_WEIGHTS,
     Accuracy,
@@ -151,8 +152,10 @@ def _options(stored: Stored, facts: Facts) -> list[str]:
     results, manifest = stored.results, stored.manifest
     identity, recipe = manifest.identity, facts.recipe
     asking, defaults = identity.protocol, recipe.evaluation
-    tasks = ",".join(results.task_files.get(task, task) for task in identity.data)
-    of_the_eight = results.data if identity.data.keys() - results.task_files else None
+    neutral = FORGETTING in identity.data
+    asked = [task for task in identity.data if task != FORGETTING] or [FORGETTING]
+    tasks = ",".join(results.task_files.get(task, task) for task in asked)
+    of_the_eight = results.data if set(asked) - results.task_files.keys() else None
     pairs = [
         ("--protocol", asking.name, "generate"),
         ("--tasks", tasks, ",".join(defaults.tasks)),
@@ -172,6 +175,8 @@ def _options(stored: Stored, facts: Facts) -> list[str]:
     ]
     flags = [("--strict", asking.strict), ("--answers-only", asking.answers_only)]
     options += [flag for flag, given in flags if given]
+    if neutral != defaults.forgetting and asked != [FORGETTING]:
+        options.append("--forgetting" if neutral else "--no-forgetting")
     return [*([] if results.adapter else ["--base-only"]), *options]
 
 

@@ -23,6 +23,7 @@ from san_llm.models.locate import config_here
 from san_llm.models.scales import column_scales, neuron_scales
 from san_llm.models.weights import Numbers
 from san_llm.recipe.schema import Base
+from san_llm.recipe.task_file import FORGETTING
 from san_llm.runs.folder import adapter_of, read_log, recipe_of
 from san_llm.runs.record import (
     Accuracy,
@@ -365,3 +366,5 @@ def _others(before: EvaluationResults | None, after: EvaluationResults) -> Itera
     for old_loss, loss in _beside(None if before is None else before.losses, after.losses):
         shown = "-" if old_loss is None else nats(old_loss.loss, old_loss.standard_error)
         yield Other(*(loss.task, "loss, nats a token", shown, nats(loss.loss, loss.standard_error)))
+    if after.forgetting is not None:
+        yield Other(FORGETTING, "rise of that, nats a token", "", str(after.forgetting))

@@ -172,6 +172,8 @@ def _scored(judgement: Judgement) -> list[str]:
             + " nats a token"
             + (f"; {apart.difference:+.4f} {_sure(apart, '{:+.4f}'.format)}." if apart else ".")
         )
+    if results.forgetting is not None:
+        lines.append(f"Forgetting: {results.forgetting} of a neutral text.")
     return lines
 
 

@@ -512,6 +512,10 @@ class Evaluation(Section):
     limit: int | None = Field(
         default=None, ge=1, le=MOST, description="ask the first rows of each task only"
     )
+    forgetting: bool = Field(
+        default=False,
+        description="besides, how much less well than its base the model says a neutral text",
+    )
 
     @field_validator("tasks")
     @classmethod

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from san_llm.errors import InputError, nearest_file
+from san_llm.protocol.neutral import NEUTRAL
 from san_llm.protocol.prompts import Frame
 from san_llm.protocol.tasks import TASKS, Task, find_tasks, is_task_file
 from san_llm.recipe.mistakes import Source
@@ -41,6 +42,8 @@ USED: dict[Judge, frozenset[str]] = {
     "loss": frozenset(),
 }
 NEEDED: dict[Judge, str] = {"choice": "choices", "pattern": "pattern"}
+FORGETTING = "forgetting"  # the task that comes along: the loss of the neutral text
+TEXT = ".txt"  # rows that are no rows: a plain text, whose loss is taken in chunks
 
 
 class TaskFile(Section):
@@ -49,7 +52,9 @@ class TaskFile(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what scores call it: the file's stem"
     )
-    rows: str = Field(min_length=1, description="a JSON or JSONL file, from this file's folder on")
+    rows: str = Field(
+        min_length=1, description="a JSON or JSONL file, from this file's folder on, or a .txt"
+    )
     judge: Judge = Field(description="how an answer is judged")
     question: str | None = Field(
         default=None, min_length=1, description="the column that asks: instruction, with its input"
@@ -158,6 +163,12 @@ class OwnTask:
 AnyTask = Task | OwnTask
 
 
+def neutral_task() -> OwnTask:
+    """Return the task that is judged by the loss of the neutral text."""
+    says = TaskFile(name=FORGETTING, rows=NEUTRAL.name, judge="loss", prompt="none")
+    return OwnTask(Path(FORGETTING), NEUTRAL, says)
+
+
 def find_any(names: Iterable[str]) -> list[AnyTask]:
     """Return the tasks named, of the eight or by their files, in the order given, each once.
 
@@ -166,14 +177,21 @@ def find_any(names: Iterable[str]) -> list[AnyTask]:
     """
     chosen: dict[str, AnyTask] = {}
     for name in names:
-        task = load_task(Path(os.path.expanduser(name.strip()))) if is_task_file(name) else None
+        task = _own(name)
         found: AnyTask = task or find_tasks([name])[0]
         before = chosen.setdefault(found.name, found)
-        if before != found or (task and task.name in TASKS):
+        reserved = is_task_file(name) and found.name in (*TASKS, FORGETTING)
+        if before != found or reserved:
             raise InputError(
                 f"{name.strip()}: another task is called {found.name}, too; give it another 'name'"
             )
     return list(chosen.values()) or list(find_tasks([]))
+
+
+def _own(name: str) -> OwnTask | None:
+    if name.strip().lower() == FORGETTING:
+        return neutral_task()
+    return load_task(Path(os.path.expanduser(name.strip()))) if is_task_file(name) else None
 
 
 def load_task(path: Path) -> OwnTask:
@@ -209,8 +227,18 @@ def _of_the_judge(raw: dict[str, Any], source: Source) -> list[str]:
     judge = raw.get("judge")
     if judge not in JUDGES:
         return []
+    lines: list[str] = []
+    asks = {"question", "answer", "template", "prompt"}
+    if str(raw.get("rows")).lower().endswith(TEXT):
+        lines += [
+            f"{source.of((key,))}: {key}: a text as rows has no use for it"
+            for key in raw
+            if key in asks
+        ]
+        if judge != "loss":
+            lines.append(f"{source.of(('judge',))}: judge: of a text as rows only loss is told")
     own: frozenset[str] = frozenset().union(*USED.values())
-    lines = [
+    lines += [
         f"{source.of((key,))}: {key}: judge {judge} has no use for it; it belongs to "
         f"{', '.join(name for name in JUDGES if key in USED[name])}"
         for key in raw

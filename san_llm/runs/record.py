@@ -185,6 +185,32 @@ class UnparseableExample(_Record):
     output: str
 
 
+class Forgetting(_Record):
+    """How much less well than its base a model says the neutral text, in nats a token.
+
+    Attributes:
+        rise: The loss with training minus that without.
+        low: The lower end of its 95 % interval over the text's chunks.
+        high: The upper end.
+        p: The p-value of a permutation test.
+        base_loss: The loss without training.
+        base_standard_error: The standard error of ``base_loss``; None for one chunk.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rise: float
+    low: float
+    high: float
+    p: float
+    base_loss: float
+    base_standard_error: float | None
+
+    def __str__(self) -> str:
+        """Return ``+0.0120 [0.0080, 0.0160] nats a token``."""
+        return f"{self.rise:+.4f} [{self.low:.4f}, {self.high:.4f}] nats a token"
+
+
 class EvaluationResults(_Record):
     """What an evaluation came to.
 
@@ -201,6 +227,7 @@ class EvaluationResults(_Record):
         tasks: The accuracy of each task.
         average: The mean over the tasks; None where there are none.
         losses: The loss of each task that is judged by it.
+        forgetting: What training made the model forget; None where that was not asked.
         task_files: The file of each task of one's own, by its name.
         unparseable_examples: Some outputs without an answer.
         notes: What a reader of the scores should know.
@@ -221,6 +248,7 @@ class EvaluationResults(_Record):
     tasks: _List[TaskAccuracy]
     average: Accuracy | None
     losses: _List[TaskLoss] = ()
+    forgetting: Forgetting | None = None
     task_files: dict[str, str] = {}
     unparseable_examples: _List[UnparseableExample] = ()
     notes: _List[str] = ()

@@ -17,6 +17,7 @@ from san_llm.evaluate.pose import judged_answers, pose, units
 from san_llm.evaluate.questions import Settings, read_questions
 from san_llm.evaluate.score import ratio_of_sums
 from san_llm.evaluate.store import read_evaluation
+from san_llm.protocol.neutral import CHUNK, NEUTRAL, chunks
 from san_llm.recipe.task_file import find_any, load_task
 
 TOKENIZER = tiny_tokenizer()
@@ -407,3 +408,86 @@ def test_a_runs_page_drawings_and_card_tell_them(command, here, own, tiny_base):
     assert "--tasks said.yaml" in (here / "run" / "report.html").read_text()
     assert command("show", "run", "--terminal").returncode == 0
     assert command("runs").returncode == 0
+
+
+# --- forgetting ---
+
+
+def test_the_neutral_text_is_cut_at_words_and_nothing_of_it_is_lost():
+    text = NEUTRAL.read_text(encoding="utf-8")
+    found = chunks(text)
+    assert " ".join(" ".join(found).split()) == " ".join(text.split())
+    assert max(map(len, found)) <= CHUNK
+    assert min(map(len, found[:-1])) > CHUNK - 50
+    assert chunks("a bc\n") == ["a bc"]
+    assert chunks(" \n") == []
+
+
+@pytest.fixture
+def tuned(command, here, tiny_base):
+    """A run over the tiny base whose recipe asks what it forgot, its adapter merged."""
+    train = write_rows(here / "train.json", rows(12))
+    evaluation = {"forgetting": True, "tasks": ["boolq"], "limit": 3}
+    write_recipe(here / "r.yaml", tiny_base, train, evaluation=evaluation)
+    for words in (("train", "r.yaml", "--output", "run"), ("merge", "run", "--output", "merged")):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_was_forgotten_is_the_rise_over_the_base_of_the_adapter_and_the_merged_model(
+    command, here, tuned, tiny_base
+):
+    done = command("eval", "run", "--output", "a")
+    assert done.returncode == 0, done.stderr
+    results = read_evaluation(here / "a").results
+    told = results.forgetting
+    assert f"forgetting: {told}" in done.stdout
+    assert told.low < told.rise < told.high
+    (loss,) = results.losses
+    assert (loss.task, loss.n) == ("forgetting", 3)
+    assert told.rise == pytest.approx(loss.loss - told.base_loss)
+    assert results.task_files == {}
+    # Measured by itself the base says the same.
+    for subject in (("--model", tiny_base), ("run", "--base-only")):
+        base = command("eval", *subject, "--tasks", "forgetting", "--limit", 3, "--json")
+        assert base.returncode == 0, base.stderr
+        value = json.loads(base.stdout)
+        assert value["losses"][0]["loss"] == pytest.approx(told.base_loss, rel=1e-5)
+        assert "forgetting" not in value
+    asked = ("--tasks", "forgetting", "--limit", 3)
+    merged = command("eval", "--model", "merged", *asked, "--json")
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads(merged.stdout)["forgetting"]["rise"] == pytest.approx(told.rise, abs=1e-4)
+    manifest = here / "merged" / "merge_manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(tiny_base), "/gone/base"))
+    alone = command("eval", "--model", "merged", *asked, "--fresh", "--json")
+    assert "its base /gone/base is not here: what it forgot is not told" in alone.stderr
+    assert "forgetting" not in json.loads(alone.stdout)
+
+
+def test_a_page_tells_what_was_forgotten_and_how_to_ask_again(command, here, tuned):
+    assert command("eval", "run").returncode == 0
+    assert command("eval", "run", "--no-forgetting", "--base-only").returncode == 0
+    page = command("report", "run", "--json")
+    assert page.returncode == 0, page.stderr
+    text = (here / "run" / "report.html").read_text()
+    told = read_evaluation(next((here / "run" / "eval").glob("*-adapter"))).results.forgetting
+    assert f"Forgetting: {told} of a neutral text." in text
+    assert "san-llm eval --base-only --no-forgetting" in text
+    assert str(told) in command("show", "run", "--terminal").stdout
+
+
+def test_a_text_of_ones_own_is_told_by_loss_alone(here):
+    (here / "tale.txt").write_text("Once there was a hen. " * 60)
+    (here / "t.yaml").write_text("rows: tale.txt\njudge: loss\n")
+    found = answers(tiny_model(), TOKENIZER, asked("t.yaml"))
+    assert [row.base_loss for row in found] == [None, None]
+    assert found[0].tokens + found[1].tokens == 22 * 60 - 2  # the space between, and at the end
+    (here / "t.yaml").write_text("rows: tale.txt\njudge: exact\nprompt: alpaca\n")
+    with pytest.raises(InputError) as told:
+        asked("t.yaml")
+    assert "prompt: a text as rows has no use for it" in str(told.value)
+    assert "judge: of a text as rows only loss is told" in str(told.value)
+    (here / "t.yaml").write_text("rows: tales.txt\njudge: loss\n")
+    with pytest.raises(InputError, match=r"No such file .*did you mean '.*tale.txt'"):
+        asked("t.yaml")
