@@ -13,6 +13,7 @@ from san_llm.recipe.schema import Recipe
 # In a wheel beside this file, in a folder of its name; in a clone at the top.
 _INSTALLED = Path(__file__).with_suffix("")
 SHIPPED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+EXAMPLES = ("study_", "task_")  # of files of other forms, which lie beside the recipes
 SCHEMA = "recipe.schema.json"  # beside the shipped recipes, whose comment for editors names it
 
 
@@ -25,7 +26,8 @@ def recipe_schema() -> dict[str, Any]:
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    files = sorted(SHIPPED.glob("*.yaml"))
+    return {path.stem: path for path in files if not path.stem.startswith(EXAMPLES)}
 
 
 def shipped_configs() -> dict[str, Path]:
