@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from san_llm.errors import InputError
 from san_llm.evaluate.questions import read_questions, rows_asked
-from san_llm.evaluate.store import Stored, read_evaluation
+from san_llm.evaluate.store import read_evaluation
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import Task
-from san_llm.recipe.task_file import AnyTask, OwnTask, find_any
+from san_llm.recipe.task_file import FORGETTING, AnyTask, OwnTask, find_any, neutral_task
 from san_llm.runs.record import TaskRows, evaluations_of, read_evaluation_manifest
 from san_llm.study.record import Measure
 from san_llm.study.schema import Study, recipe_of
@@ -61,8 +61,9 @@ def asked_of(study: Study) -> Asked:
     """
     recipe = recipe_of(study, study.baseline)
     evaluation, prompt = recipe.evaluation, recipe.evaluation.prompt or recipe.data.prompt
-    tasks = tuple(find_any(evaluation.tasks))
-    questions = read_questions(tasks, evaluation.data, evaluation.limit)
+    named = find_any(evaluation.tasks)
+    tasks = dict.fromkeys([*named, neutral_task()] if evaluation.forgetting else named)
+    questions = read_questions(list(tasks), evaluation.data, evaluation.limit)
     return Asked(
         tasks=tuple(questions.rows),
         names=evaluation.tasks,
@@ -70,7 +71,7 @@ def asked_of(study: Study) -> Asked:
         prompt=prompt,
         limit=evaluation.limit,
         protocol=study.protocol,
-        forgetting=False,
+        forgetting=evaluation.forgetting,
         rows={name: TaskRows(**told) for name, told in rows_asked(questions).items()},
     )
 
@@ -92,17 +93,17 @@ def find_evaluation(run: Path, asked: Asked, of_base: bool = False) -> Path | No
 def row_values(folder: Path) -> dict[str, np.ndarray]:
     """Return each task's numbers by row, whose mean is the task's score.
 
-    Of a loss each row counts by its tokens, so that the mean is the loss a token.
+    Of a loss each row counts by its tokens, so that the mean is the loss a token. Forgetting is the
+    rise of the loss over the base's, which the same evaluation has; the base alone has none.
     """
-    return _values(read_evaluation(folder))
-
-
-def _values(stored: Stored) -> dict[str, np.ndarray]:
     import numpy as np
 
     by_task: dict[str, list[tuple[float, int | None]]] = {}
-    for row in sorted(stored.rows, key=lambda row: row.row):
-        if row.loss is not None:
+    for row in sorted(read_evaluation(folder).rows, key=lambda row: row.row):
+        if row.task == FORGETTING and row.loss is not None:
+            if row.base_loss is not None:
+                by_task.setdefault(row.task, []).append((row.loss - row.base_loss, row.tokens))
+        elif row.loss is not None:
             by_task.setdefault(row.task, []).append((row.loss, row.tokens))
         else:
             by_task.setdefault(row.task, []).append((row.value, None))

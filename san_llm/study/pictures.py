@@ -16,8 +16,9 @@ from san_llm.look.figures import (
     save_figures,
     styled,
 )
+from san_llm.recipe.task_file import FORGETTING
 from san_llm.shown import plain
-from san_llm.study.record import FORGETTING, HELD_OUT, Measure, StudyResult, VariantResult
+from san_llm.study.record import HELD_OUT, Measure, StudyResult, VariantResult
 from san_llm.study.statistics import LEVEL, t_interval
 
 if TYPE_CHECKING:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from san_llm.errors import InputError
 from san_llm.plan.request import find_device
 from san_llm.plan.run import make_plan
+from san_llm.recipe.schema import check_learnable
 from san_llm.study.grid import Grid
 
 STATES = 4  # a number that is trained is kept four times in a checkpoint: AdamW's two, and a best
@@ -93,7 +95,11 @@ def plan_study(grid: Grid, at_once: int) -> StudyPlan:
 
 def _plan(grid: Grid, variant: str) -> VariantPlan:
     recipe = grid.cell(variant, None, grid.study.sweep_seed).recipe
-    told = make_plan(recipe, set(), find_device(None))
+    try:
+        check_learnable(recipe)
+        told = make_plan(recipe, set(), find_device(None))
+    except InputError as error:
+        raise InputError(f"variants.{variant}: {error}") from None
     trained = sum(told.trained.values())
     finished = [trial for trial in grid.of(variant) if trial.metrics is not None]
     times = [

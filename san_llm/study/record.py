@@ -12,7 +12,7 @@ from san_llm.files import read_json, write_json
 from san_llm.study.statistics import Apart, Spread
 
 STUDY = "study.json"
-HELD_OUT, FORGETTING = "held-out loss", "forgetting"  # measures that are no task
+HELD_OUT = "held-out loss"  # the measure that is no task: rates are chosen by it
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from san_llm.recipe.task_file import FORGETTING
 from san_llm.runs.record import manifest
 from san_llm.study.evaluations import Asked, find_evaluation, measures_of, row_values
 from san_llm.study.found import Trial
 from san_llm.study.grid import Curve, Grid
-from san_llm.study.record import FORGETTING, HELD_OUT, Measure, StudyResult, VariantResult
+from san_llm.study.record import HELD_OUT, Measure, StudyResult, VariantResult
 from san_llm.study.statistics import Apart, apart, smallest_p, spread
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def results_of(grid: Grid, asked: Asked) -> StudyResult:
     """Return what a study came to, as far as its runs and evaluations are there."""
     study = grid.study
     base = _base_rows(grid, asked)
-    measured = {name: _measured(grid, name, asked, base) for name in study.variants}
+    measured = {name: _measured(grid, name, asked) for name in study.variants}
     measures = [Measure(HELD_OUT, "nats", lower_is_better=True)]
     measures += [_with_base(measure, base) for measure in measures_of(asked)]
     measures = [
@@ -82,7 +83,7 @@ def _base_rows(grid: Grid, asked: Asked) -> Rows:
     return {}
 
 
-def _measured(grid: Grid, variant: str, asked: Asked, base: Rows) -> dict[int, Measured]:
+def _measured(grid: Grid, variant: str, asked: Asked) -> dict[int, Measured]:
     """Return a variant's finished and evaluated runs by seed."""
     found = {}
     for cell in grid.seeds(variant):
@@ -94,9 +95,7 @@ def _measured(grid: Grid, variant: str, asked: Asked, base: Rows) -> dict[int, M
             folder = find_evaluation(trial.place, asked)
             if folder is None:
                 continue
-            rows = dict(row_values(folder))
-            if FORGETTING in rows and FORGETTING in base:
-                rows[FORGETTING] = rows[FORGETTING] - base[FORGETTING]
+            rows = row_values(folder)
         values = {name: float(numbers.mean()) for name, numbers in rows.items()}
         found[cell.seed] = Measured(trial, {HELD_OUT: trial.loss} | values, rows)
     return found
@@ -104,10 +103,11 @@ def _measured(grid: Grid, variant: str, asked: Asked, base: Rows) -> dict[int, M
 
 def _with_base(measure: Measure, base: Rows) -> Measure:
     """Return a measure with the base's value; forgetting is counted from there."""
-    if measure.name not in base:
-        return measure
-    value = 0.0 if measure.name == FORGETTING else float(base[measure.name].mean())
-    return replace(measure, base=value)
+    if measure.name == FORGETTING:
+        return replace(measure, base=0.0)
+    return (
+        replace(measure, base=float(base[measure.name].mean())) if measure.name in base else measure
+    )
 
 
 def _apart(

@@ -57,7 +57,7 @@ def grids(result: StudyResult) -> list[Grid]:
 
 def _overview(result: StudyResult) -> Grid:
     header = ("variant", "trained", "rate", "seeds", *(m.name for m in result.measures))
-    header = (*header, "time", "memory, GB")
+    header = (*header, "time", "GB")
     rows = []
     if any(measure.base is not None for measure in result.measures):
         values = (value(measure, measure.base) for measure in result.measures)
@@ -67,13 +67,13 @@ def _overview(result: StudyResult) -> Grid:
         rows.append(("guessing", NONE, NONE, NONE, *values, NONE, NONE))
     rows += [_line(result, one) for one in result.variants]
     arrows = ", ".join(m.name for m in result.measures if m.lower_is_better)
-    title = f"{result.name}: mean ± standard deviation over seeds"
+    title = f"{result.name}: mean ± standard deviation over seeds; baseline {result.baseline}"
     return Grid(title + (f"; less is better: {arrows}" if arrows else ""), header, tuple(rows))
 
 
 def _line(result: StudyResult, one: VariantResult) -> tuple[str, ...]:
     return (
-        one.variant + (" (baseline)" if one.variant == result.baseline else ""),
+        one.variant,
         NONE if one.trained is None else f"{one.trained:,}",
         NONE if one.rate is None else f"{one.rate:g}",
         f"{len(one.seeds)} of {len(result.seeds)}",

@@ -1225,3 +1225,78 @@ def recipe_with_a_task_file_that_is_not_there(here: Path) -> None:
 @bad("train good.yaml 'evaluation.tasks=[mine.yaml]'", "rows.json: row 1: no column 'frage'")
 def recipe_whose_task_has_wrong_rows(here: Path) -> None:
     own_task(here, question="frage")
+
+
+def study(here: Path, **changes: Any) -> None:
+    """Write ``study.yaml``, which is right but for the changes."""
+    told: dict[str, Any] = {
+        "recipe": "good.yaml",
+        "common": {"data": {"held_out": "rows.json"}},
+        "variants": {"san": {"rates": [1e-3, 1e-2]}, "lora": {"method": {"name": "lora"}}},
+        "baseline": "lora",
+        "seeds": [1, 2],
+    }
+    (here / "study.yaml").write_text(json.dumps(told | changes, indent=1))
+
+
+STUDY = "study study.yaml"
+
+
+@bad(STUDY, "study.yaml:10: variants.san.rates: one rate is no choice: give two or more")
+def study_with_one_rate(here: Path) -> None:
+    study(here, variants={"san": {"rates": [1e-3]}, "lora": {}})
+
+
+@bad(STUDY, "seeds: a seed is there twice: 1, 2, 1")
+def study_with_a_seed_twice(here: Path) -> None:
+    study(here, seeds=[1, 2, 1])
+
+
+@bad(STUDY, "baseline: 'lore' is none of the variants san, lora (did you mean 'lora'?)")
+def study_with_another_baseline(here: Path) -> None:
+    study(here, baseline="lore")
+
+
+@bad(STUDY, "study.yaml:2: recepie: unknown key (did you mean 'recipe'?)")
+def study_with_an_unknown_key(here: Path) -> None:
+    study(here)
+    text = (here / "study.yaml").read_text()
+    (here / "study.yaml").write_text(text.replace('"recipe"', '"recepie"'))
+
+
+@bad(
+    STUDY, "variants.lora: argument 'method.rnk=3': method.rnk: unknown key (did you mean 'rank'?)"
+)
+def study_with_a_wrong_key_in_a_variant(here: Path) -> None:
+    study(here, variants={"san": {}, "lora": {"method": {"name": "lora", "rnk": 3}}})
+
+
+@bad(STUDY, "variants.veri: method.config.peft_type: 'VERI' is not one of")
+def study_with_an_unknown_tuner(here: Path) -> None:
+    veri = {"method": {"name": "peft", "config": {"peft_type": "VERI"}}}
+    study(here, variants={"lora": {"method": {"name": "lora"}}, "veri": veri})
+
+
+@bad(STUDY, "data.held_out: a seed would take other rows out (4), and rates are chosen by them")
+def study_whose_held_out_rows_are_drawn(here: Path) -> None:
+    study(here, common={"data": {"held_out": 4}})
+
+
+@bad(STUDY, "god.yaml: no such recipe (did you mean 'good.yaml'?)")
+def study_of_a_recipe_that_is_not_there(here: Path) -> None:
+    study(here, recipe="god.yaml")
+
+
+@bad("study studie.yaml", "studie.yaml: no such file (did you mean 'study.yaml'?)")
+def study_that_is_not_there(here: Path) -> None:
+    study(here)
+
+
+@bad("study good.yaml", "good.yaml:1: base: unknown key")
+def study_that_is_a_recipe(here: Path) -> None:
+    study(here)
+
+
+@bad("study study.yaml --plan --output rows.json", "rows.json: a file stands there")
+def study_into_a_file(here: Path) -> None:
+    study(here)
