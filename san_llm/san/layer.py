@@ -255,7 +255,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form."""
         if scale is None or not self.san_options[adapter].lean:
             return scaled(features, scale)
-        product: Tensor = Scaled.apply(features, scale)
+        product: Tensor = Scaled.apply(features, scale.to(features.device))
         return product
 
     def _low_rank(self, adapter: str, x: Tensor) -> Tensor:

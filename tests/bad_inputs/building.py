@@ -265,7 +265,7 @@ def adapter_with_column_scales_that_it_does_not_name(here: Path) -> None:
     rewrite(adapter(here), change)
 
 
-@bad_adapter("has no sigma for model.layers.0.self_attn.q_proj", ("merge",))
+@bad_adapter("has no sigma for model.layers.0.mlp.down_proj", ("merge",))
 @bad_adapter("san_sigma", ("eval --tasks boolq --data data",))
 def adapter_without_the_column_scales_that_it_names(here: Path) -> None:
     patch(adapter(here).with_name("adapter_config.json"), {"links": "free"})
