@@ -104,6 +104,22 @@ class SanLayer(nn.Module, BaseTunerLayer):
         self._merged_gamma: dict[str, Tensor | None] = {}
         self._squared_norms: Tensor | None = None
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter to where the base is, at PEFT's request.
+
+        PEFT's own also casts to the base's dtype: bf16 would round what was saved in fp32.
+        """
+        place = device or self.get_base_weight().device
+        for name in self.adapter_layer_names:
+            numbers = getattr(self, name)
+            if adapter_name in numbers and "meta" not in (
+                numbers[adapter_name].device.type,
+                place.type,
+            ):
+                numbers[adapter_name] = numbers[adapter_name].to(place)
+
     def update_layer(
         self, adapter_name: str, options: Options, gamma: bool, beta: bool, sigma: bool
     ) -> None:

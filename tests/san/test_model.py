@@ -309,13 +309,20 @@ def test_the_file_holds_each_trained_vector_once_and_nothing_else(tmp_path, opti
     assert sum(value.numel() for value in found.values()) == trained
 
 
-def test_scales_are_saved_in_fp32_over_a_bf16_base(tmp_path):
-    model = adapt(tiny_model(dtype=torch.bfloat16))
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("carrier", ["scale", "dora"])
+def test_scales_are_saved_and_loaded_in_fp32_over_a_bf16_base(tmp_path, low_cpu_mem_usage, carrier):
+    model = adapt(tiny_model(dtype=torch.bfloat16), carrier=carrier)
     before = logits(model)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
-    again = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path)
+    again = PeftModel.from_pretrained(
+        tiny_model(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(logits(again), before)
+    again.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    again.set_adapter("second")
     assert torch.equal(logits(again), before)
 
 
