@@ -163,6 +163,8 @@ def _exchanged(apart: Any) -> float:
     import numpy as np
     from scipy.stats import permutation_test
 
+    if len(apart) < 2:  # what scipy wants at least; exchanged, one row is as far apart
+        return 1.0
     found = permutation_test(
         (apart,),
         lambda differences, axis: differences.mean(axis=axis),

@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from tiny import rows, save_tiny, tiny_model, tiny_tokenizer, write_recipe, write_rows
+from tiny import (
+    rows,
+    save_tiny,
+    tiny_model,
+    tiny_phi3,
+    tiny_tokenizer,
+    write_recipe,
+    write_rows,
+)
 
 from san_llm.ask.losses import score_losses
 from san_llm.data.task_rows import read_own_rows
@@ -17,6 +25,7 @@ from san_llm.evaluate.pose import judged_answers, pose, units
 from san_llm.evaluate.questions import Settings, read_questions
 from san_llm.evaluate.score import ratio_of_sums
 from san_llm.evaluate.store import read_evaluation
+from san_llm.ops.head_loss import losses
 from san_llm.protocol.neutral import CHUNK, NEUTRAL, chunks
 from san_llm.recipe.task_file import find_any, load_task
 
@@ -180,6 +189,30 @@ def test_the_eight_and_own_ones_are_asked_together_as_they_are_alone(here, own):
                 assert row == alone
 
 
+def test_a_file_can_say_what_one_of_the_eight_asks(here):
+    model = tiny_model()
+    write_rows(here / "d" / "boolq" / "test.json", rows(6))
+    (here / "read.yaml").write_text(
+        "rows: d/boolq/test.json\njudge: pattern\npattern: true|false\n"
+    )
+    (here / "likely.yaml").write_text(
+        "rows: d/boolq/test.json\nanswer: output\njudge: choice\n"
+        "choices: [the correct answer is true, the correct answer is false]\n"
+    )
+    for name, protocol in (("read", "generate"), ("likely", "loglik")):
+        (theirs, own) = (
+            answers(
+                model, TOKENIZER, read_questions(find_any([task]), "d", None), protocol=protocol
+            )
+            for task in ("boolq", f"{name}.yaml")
+        )
+        for one, other in zip(theirs, own, strict=True):
+            assert (one.prompt, one.output, one.correct) == (
+                *(other.prompt, other.output, other.correct),
+            )
+            assert [c.logprob for c in one.choices] == [c.logprob for c in other.choices]
+
+
 # --- loss ---
 
 
@@ -245,6 +278,29 @@ def test_losses_of_packed_rows_are_those_of_each_row_alone():
             count = sum(label != -100 for label in labels)
             assert loss == pytest.approx(out.loss.item() * count, rel=1e-5)
     assert list(score_losses(model, [])) == []
+
+
+def test_a_model_that_cannot_be_packed_is_asked_row_by_row():
+    model = tiny_phi3(switch=64)
+    rows = [([0, 9, *range(10, 10 + n)], [-100, -100, *range(10, 10 + n)]) for n in (20, 75)]
+    for (tokens, labels), loss in zip(rows, list(score_losses(model, rows)), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[:-1]])).logits[0]  # the last predicts nothing
+        expected = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(labels[1:]), reduction="sum"
+        )
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_logits_are_capped_where_the_model_would_and_made_some_at_a_time(monkeypatch):
+    monkeypatch.setattr("san_llm.ops.head_loss.LOGITS_AT_ONCE", 30)
+    head, hidden = torch.nn.Linear(4, 10), torch.randn(17, 4)
+    targets = torch.arange(17) % 10
+    for cap in (None, 2.0):
+        logits = head(hidden)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        assert torch.allclose(losses(hidden, head, cap, targets), expected)
 
 
 def test_a_loss_a_token_has_the_error_of_a_ratio():
@@ -349,6 +405,7 @@ def test_a_permutation_test_exchanges_the_two_of_each_row():
     sums = np.abs(np.array(apart) @ signs)
     expected = (sums >= abs(sum(apart)) - 1e-12).mean()
     assert _exchanged(np.array(apart)) == pytest.approx(expected)
+    assert _exchanged(np.array([0.5])) == 1
 
 
 def test_the_same_again_takes_what_is_stored_and_goes_on_where_it_stopped(command, here, own):
