@@ -215,9 +215,9 @@ def load_task(path: Path) -> OwnTask:
 def _found(path: Path) -> Path:
     if path.exists():
         return path
-    shipped = SHIPPED / "tasks" / path.name
-    # `recipes/tasks/NAME.yaml` works outside a clone, too.
-    if shipped.is_file() and path.parts[-3:-1] == ("recipes", "tasks"):
+    shipped = SHIPPED / path.name
+    # `recipes/task_NAME.yaml` works outside a clone, too.
+    if shipped.is_file() and path.parts[-2:-1] == ("recipes",):
         return shipped
     raise InputError(f"{path}: no such task file{nearest_file(path)}")
 

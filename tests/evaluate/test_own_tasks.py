@@ -420,9 +420,7 @@ def test_the_same_again_takes_what_is_stored_and_goes_on_where_it_stopped(comman
 
 
 def test_the_shipped_example_runs(command, here, tiny_base):
-    done = command(
-        "eval", "--model", tiny_base, "--tasks", "recipes/tasks/opposites.yaml", "--json"
-    )
+    done = command("eval", "--model", tiny_base, "--tasks", "recipes/task_example.yaml", "--json")
     assert done.returncode == 0, done.stderr
     (task,) = json.loads(done.stdout)["tasks"]
     assert (task["task"], task["n"], task["guessing"]) == ("opposites", 24, pytest.approx(1 / 3))

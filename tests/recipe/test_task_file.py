@@ -119,7 +119,7 @@ def test_a_file_that_is_not_there_names_the_nearest_and_a_shipped_one_is_found_a
         find_any(["min.yaml"])
     with pytest.raises(InputError, match=r"'mine.json' is not one of .*; a task of your own is a"):
         find_any(["mine.json"])
-    assert find_any(["recipes/tasks/opposites.yaml"])[0].name == "opposites"
+    assert find_any(["recipes/task_example.yaml"])[0].name == "opposites"
 
 
 def test_a_recipe_names_task_files_among_its_tasks(monkeypatch):
@@ -131,7 +131,7 @@ def test_a_recipe_names_task_files_among_its_tasks(monkeypatch):
 
 
 def test_the_docs_show_the_shipped_example_as_it_is():
-    shipped = (ROOT / "recipes" / "tasks" / "opposites.yaml").read_text(encoding="utf-8")
+    shipped = (ROOT / "recipes" / "task_example.yaml").read_text(encoding="utf-8")
     body = "".join(line for line in shipped.splitlines(keepends=True) if line[:1] not in "#\n")
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert f"```yaml\n{body}```" in page
