@@ -23,7 +23,9 @@ report_app = typer.Typer(rich_markup_mode=None)
 
     san-llm report runs/mine --output mine.html --overwrite
 
-    san-llm report runs/san runs/lora"""
+    san-llm report runs/san runs/lora
+
+    san-llm report studies/mine"""
 )
 def report(
     runs: Annotated[
@@ -31,7 +33,8 @@ def report(
         typer.Argument(
             metavar="[RUN]...",
             autocompletion=run_folders,
-            help="Runs, the first of which the others are compared with. Default: the last run.",
+            help="Runs, the first of which the others are compared with, or one study. "
+            "Default: the last run.",
         ),
     ] = None,
     output: Annotated[
@@ -45,6 +48,13 @@ def report(
     from san_llm.look.page import default_output, write_page
     from san_llm.runs.folder import last_run
 
+    if runs and len(runs) == 1:
+        from san_llm.study.page import is_study, write_study_page
+
+        if is_study(runs[0]):
+            page = write_study_page(runs[0], output, overwrite)
+            results(json.dumps({"output": str(page)}) if as_json else str(page))
+            return
     chosen = runs or [last_run()]
     if len({run.resolve() for run in chosen}) < len(chosen):
         raise InputError("a run is named twice")

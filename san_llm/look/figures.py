@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,25 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
+def plain_ticks(digits: tuple[int, ...] = (1, 2, 3, 5), short: bool = False) -> Any:
+    """Return a formatter for a log axis that writes 0.2 and 1, and leaves some in-betweens out.
+
+    Args:
+        digits: The leading digits that are written.
+        short: Write 300k and 1M.
+    """
+    import numpy as np
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    written = EngFormatter(sep="").format_eng if short else "{:g}".format
+
+    def shown(value: float, _: object) -> str:
+        digit = round(value / 10 ** np.floor(np.log10(value) + 1e-9))
+        return written(value) if digit in digits else ""
+
+    return FuncFormatter(shown)
+
+
 def finish(figure: Figure, caption: str) -> None:
     """Write a caption below a figure and fix its layout; within :func:`styled`."""
     look: dict[str, Any] = {"ha": "right", "va": "bottom", "size": 9, "color": SOFT}
@@ -102,6 +123,26 @@ def as_png(figure: Figure) -> bytes:
     with styled():
         figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
     return image.getvalue()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing.
+
+    Attributes:
+        title: What the drawing shows, for those who cannot see it.
+        source: A ``data:`` address with the SVG: as a picture it can neither run a script nor
+            disturb the page, and its names are its own.
+    """
+
+    title: str
+    source: str
+
+
+def drawing(figure: Figure) -> Drawing:
+    """Return a figure as a page shows it."""
+    encoded = b64encode(as_svg(figure).encode()).decode()
+    return Drawing(figure.get_suptitle(), f"data:image/svg+xml;base64,{encoded}")
 
 
 def save_figures(drawn: Mapping[str, Figure], folder: Path, overwrite: bool) -> list[Path]:

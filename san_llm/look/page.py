@@ -77,7 +77,7 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
         ]
         parts.append(tell(number, facts, own, others, wrong))
     text = (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(parts=parts, both=side_by_side(parts) if len(parts) > 1 else None)
     )
@@ -86,9 +86,10 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
     return parts
 
 
-def _environment() -> Environment:
+def environment(*folders: Path) -> Environment:
+    """Return what renders a page's templates, this folder's and those of others."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -26,6 +26,7 @@ from san_llm.look.figures import (
     check_matplotlib,
     finish,
     new_figure,
+    plain_ticks,
     save_figures,
     styled,
 )
@@ -128,7 +129,7 @@ def _loss(numbers: RunNumbers, train: Curve) -> Figure:
     if min(curve.values.min() for curve in (train, held_out) if curve is not None) > 0:
         top.set_yscale("log")
         for axis in (top.yaxis.set_major_formatter, top.yaxis.set_minor_formatter):
-            axis(_plain_ticks())
+            axis(plain_ticks())
         top.set_ylabel("loss (nats a token, log scale)")
     else:
         top.set_ylabel("loss (nats a token)")
@@ -140,17 +141,6 @@ def _loss(numbers: RunNumbers, train: Curve) -> Figure:
     below.set_xlabel("optimizer step")
     below.xaxis.get_major_locator().set_params(integer=True)
     return figure
-
-
-def _plain_ticks() -> Any:
-    """Return a formatter for a log axis that writes 0.2 and 1, and leaves some in-betweens out."""
-    from matplotlib.ticker import FuncFormatter
-
-    def shown(value: float, _: object) -> str:
-        digit = round(value / 10 ** np.floor(np.log10(value) + 1e-9))
-        return f"{value:g}" if digit in (1, 2, 3, 5) else ""
-
-    return FuncFormatter(shown)
 
 
 def _gamma(gammas: Mapping[str, Numbers]) -> Figure:

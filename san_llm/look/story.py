@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from san_llm.evaluate.differences import LEVEL, Difference
 from san_llm.evaluate.grids import Grid
 from san_llm.look.evaluations import Evaluated, Judgement, evenly, judge, overview
 from san_llm.look.facts import Facts, Missing
-from san_llm.look.figures import as_svg, check_matplotlib
+from san_llm.look.figures import Drawing, check_matplotlib, drawing
 from san_llm.look.numbers import numbers_of
 from san_llm.look.plots import figures
 from san_llm.look.repeat import Step, steps
@@ -274,20 +273,6 @@ def _scales(facts: Facts) -> Grid | None:
     return Grid("Neuron scales over all blocks", header, rows)
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One drawing.
-
-    Attributes:
-        title: What the drawing shows, for those who cannot see it.
-        source: A ``data:`` address with the SVG: as a picture it can neither run a script nor
-            disturb the page, and its names are its own.
-    """
-
-    title: str
-    source: str
-
-
 def drawings(facts: Facts) -> tuple[dict[str, Drawing], list[Missing]]:
     """Return what can be drawn of a run, by name, and what hinders it."""
     try:
@@ -296,6 +281,5 @@ def drawings(facts: Facts) -> tuple[dict[str, Drawing], list[Missing]]:
         return {}, [Missing(f"It has no drawings: {error}.")]
     drawn = {}
     for name, figure in figures(numbers_of(facts.folder)).items():
-        encoded = b64encode(as_svg(figure).encode()).decode()
-        drawn[name] = Drawing(figure.get_suptitle(), f"data:image/svg+xml;base64,{encoded}")
+        drawn[name] = drawing(figure)
     return drawn, []

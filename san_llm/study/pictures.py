@@ -13,6 +13,7 @@ from san_llm.look.figures import (
     check_matplotlib,
     finish,
     new_figure,
+    plain_ticks,
     save_figures,
     styled,
 )
@@ -83,7 +84,7 @@ def _measures(result: StudyResult) -> Figure:
                     ha="right",
                     va="bottom",
                 )
-        panel.set_xscale("log")
+        _log(panel, (1, 3), short=True)
         panel.set_title(plain(measure.name), weight="bold")
         better = "less is better" if measure.lower_is_better else "more is better"
         panel.set_ylabel(f"{'%' if measure.unit == 'share' else 'nats a token'} ({better})")
@@ -94,6 +95,13 @@ def _measures(result: StudyResult) -> Figure:
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=10)
     return figure
+
+
+def _log(axis: Axes, digits: tuple[int, ...], short: bool = False) -> None:
+    """Give an axis a logarithmic scale with labels in plain numbers."""
+    axis.set_xscale("log")
+    for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        set_formatter(plain_ticks(digits, short))
 
 
 def _near(result: StudyResult, measure: Measure, level: float) -> bool:
@@ -148,7 +156,7 @@ def _rates(result: StudyResult) -> Figure:
             mfc="none",
             color=INK,
         )
-    axis.set_xscale("log")
+    _log(axis, (1, 2, 3, 5))
     axis.set_xlabel("learning rate")
     axis.set_ylabel("held-out loss (nats a token)")
     axis.grid(axis="y", color="#dddddd", lw=0.6)

@@ -25,7 +25,7 @@ from san_llm.evaluate.store import read_evaluation, write_evaluation
 from san_llm.evaluate.table import EvalResult
 from san_llm.files import sha256_of
 from san_llm.look.evaluations import evenly
-from san_llm.look.page import _environment, write_page
+from san_llm.look.page import environment, write_page
 from san_llm.models.subject import Subject
 from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.recipe.read import load_recipe
@@ -314,7 +314,7 @@ def test_hostile_texts_are_shown_as_texts(hostile):
     assert "2 now wrong" not in words(page)
 
 
-PARAGRAPH = _environment().from_string("<p>{{ text }}</p>")
+PARAGRAPH = environment().from_string("<p>{{ text }}</p>")
 
 
 @settings(deadline=None)

@@ -143,6 +143,12 @@ def test_asked_again_it_runs_nothing_and_tells_the_same(study, command):
     then = json.loads((study / "study.json").read_text())
     assert {**now, "made": ""} == {**then, "made": ""}
     assert {path: path.stat().st_mtime_ns for path in study.glob("runs/**/*")} == before
+    page = command("report", study)
+    assert page.stdout.strip() == f"{study}/report.html"
+    text = (study / "report.html").read_text()
+    for part in ("How far from lora", "less is better", "data:image/svg+xml", "rates:"):
+        assert part in text
+    assert "is there already" in command("report", study).stderr
     for option, word in (("--markdown", "| variant |"), ("--latex", r"\begin{tabular}")):
         assert word in command("study", "study.yaml", option).stdout
 
