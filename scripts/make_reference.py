@@ -101,9 +101,9 @@ def recipe_page() -> str:
         blocks += _section(f"## {section}", section, kinds[section.capitalize()])
     blocks += [
         "## method",
-        "`method.name` chooses one of five; each has keys of its own.",
+        "`method.name` chooses one of six; each has keys of its own.",
     ]
-    for name in ("san", "lora", "dora", "ia3", "peft"):
+    for name in ("san", "lora", "dora", "ia3", "peft", "full"):
         blocks += _section(f"### {name}", "method", kinds[f"{name.capitalize()}Method"])
     return "\n\n".join(blocks) + "\n"
 

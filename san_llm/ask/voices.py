@@ -28,6 +28,11 @@ def voices(subject: Subject, compare: bool) -> list[str]:
         InputError: when two are to be compared and there is no adapter.
     """
     if compare:
+        if subject.whole is not None:
+            raise InputError(
+                "--compare: the run trained every weight, so that its base is another model: ask "
+                "it with --base-only"
+            )
         if subject.adapter is None:
             raise InputError("--compare: there is no adapter to leave out; name one with --adapter")
         return ["base", "adapted"]

@@ -111,10 +111,10 @@ def merge(
 
 def _table(result: MergeResult, gguf: str | None) -> Table:
     rows = [
-        ("merged", result.output),
+        ("copied" if result.whole else "merged", result.output),
         *([("run", result.run)] if result.run else []),
         ("base", result.base),
-        ("adapter", result.adapter),
+        ("model" if result.whole else "adapter", result.adapter),
         ("weights", f"{result.parameters:,} in {result.stored_as}"),
     ]
     if result.gguf is not None:

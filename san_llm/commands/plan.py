@@ -126,7 +126,8 @@ def _facts(run_plan: Plan) -> Table:
         "trained numbers",
         f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in run_plan.trained.items()),
     )
-    table.add_row("adapter", f"{size(run_plan.adapter_bytes)}, in fp32")
+    product = "model" if run_plan.recipe.method.name == "full" else "adapter"
+    table.add_row(product, f"{size(run_plan.adapter_bytes)}, in fp32")
     if run_plan.missing is not None:
         rows = f"not known: {plain(run_plan.missing)} is not here"
     else:

@@ -57,7 +57,7 @@ def train(
     as_json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train an adapter as a recipe says; the run's folder holds all that it leaves behind."""
+    """Train as a recipe says; the run's folder holds all that it leaves behind."""
     quiet_libraries()
     from san_llm.train.start import TrainRequest, start
 
@@ -87,6 +87,13 @@ def train(
     raise typer.Exit(ended.code)
 
 
+def _product(run: str) -> tuple[str, str]:
+    from san_llm.runs.folder import product_of
+
+    product = product_of(Path(run))
+    return product.name, str(product)
+
+
 def _table(result: TrainResult) -> Table:
     loss = result.held_out_loss
     return pairs(
@@ -99,6 +106,6 @@ def _table(result: TrainResult) -> Table:
             ("steps", f"{result.steps:,}; the checkpoint of step {result.best_step:,} is kept"),
             ("held-out loss", "-" if loss is None else f"{loss:.4f} a token"),
             ("time", f"{result.seconds:.0f} s"),
-            ("adapter", f"{result.run}/adapter"),
+            _product(result.run),
         ]
     )

@@ -111,7 +111,7 @@ def evaluation_folder(path: Path) -> Path:
     if (path / MANIFEST).is_file() and not (path / "recipe.yaml").is_file():
         return path
     folders = sorted(file.parent for file in path.glob(f"eval/*/{MANIFEST}"))
-    of_adapter = [folder for folder in folders if folder.name.endswith("-adapter")]
+    of_adapter = [folder for folder in folders if folder.name.endswith(("-adapter", "-trained"))]
     for candidates in (folders, of_adapter):
         if len(candidates) == 1:
             return candidates[0]

@@ -107,7 +107,7 @@ def check_request(request: EvalRequest) -> EvalTask:
     style = style or defaults.prompt or subject.prompt or "llm-adapters"
     output = request.output
     if is_first():
-        alone = "base" if subject.run else "model"
+        alone = "trained" if subject.whole else "base" if subject.run else "model"
         output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else alone)
         refuse_files(output, request.overwrite)
     tasks = named or find_any(defaults.tasks)

@@ -49,9 +49,9 @@ def start(request: EvalRequest) -> Ended[EvalResult]:
 
 
 def _into_card(subject: Subject, result: EvalResult) -> None:
-    if subject.adapter is None or subject.recipe is None:
+    if subject.trained is None or subject.recipe is None:
         return
     try:
-        add_scores(subject.adapter, subject.recipe.name, result.results)
+        add_scores(subject.trained, subject.recipe.name, result.results)
     except InputError as error:  # a card of somebody's own; the evaluation stands
         say(f"scores are not put into the card: {error}")

@@ -131,6 +131,11 @@ def check_engine(engine: Engine, recipe: Recipe) -> None:
     Raises:
         InputError: naming the key, and what would work.
     """
+    if recipe.method.name == "full" and engine != "DDP":
+        raise InputError(
+            f"method.name full: not tried with {engine}; use DDP (MULTI_GPU), with the whole model "
+            "on every device"
+        )
     if engine == "FSDP2":
         if recipe.base.quantization is not None:
             raise InputError(

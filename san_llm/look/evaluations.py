@@ -22,6 +22,7 @@ from san_llm.evaluate.score import Judged
 from san_llm.evaluate.store import Stored, read_evaluation
 from san_llm.look.facts import Facts, Missing
 from san_llm.recipe.task_file import FORGETTING
+from san_llm.runs.folder import is_its_model
 from san_llm.runs.record import (
     ADAPTER_WEIGHTS,
     Accuracy,
@@ -132,6 +133,8 @@ def _evaluated(stored: Stored, facts: Facts) -> Evaluated:
         known = facts.manifest.sha256.adapter
         if known in (None, (manifest.identity.adapter or {})[ADAPTER_WEIGHTS]):
             of = "adapter"
+    elif is_its_model(results.model, facts.folder):
+        of = "adapter"
     elif results.model == facts.recipe.base.model:
         of = "base"
     command = shlex.join(["san-llm", "eval", *_options(stored, facts)])
@@ -177,7 +180,8 @@ def _options(stored: Stored, facts: Facts) -> list[str]:
     options += [flag for flag, given in flags if given]
     if neutral != defaults.forgetting and asked != [FORGETTING]:
         options.append("--forgetting" if neutral else "--no-forgetting")
-    return [*([] if results.adapter else ["--base-only"]), *options]
+    trained = results.adapter or is_its_model(results.model, facts.folder)
+    return [*([] if trained else ["--base-only"]), *options]
 
 
 def judge(own: Iterable[Evaluated], others: Iterable[Evaluated] = ()) -> list[Judgement]:

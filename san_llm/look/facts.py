@@ -12,7 +12,7 @@ from san_llm.errors import SanError
 from san_llm.look.diff import DiffResult, diff
 from san_llm.models.cards import trained_on
 from san_llm.recipe.schema import Recipe
-from san_llm.runs.folder import read_log, recipe_of
+from san_llm.runs.folder import is_finished, read_log, recipe_of
 from san_llm.runs.listing import Run, look_at
 from san_llm.runs.record import Metrics, RunManifest, read_metrics, read_run_manifest
 
@@ -82,7 +82,7 @@ def read_facts(folder: Path) -> Facts:
     log = tuple(read_log(folder))
     if run.status == "running":
         missing.append(Missing(f"It is running: this is what it was after step {run.steps:,}."))
-    elif not (folder / "adapter" / "adapter_config.json").is_file():
+    elif not is_finished(folder):
         missing.append(
             Missing(
                 f"Its training was not finished: it stopped after step {run.steps:,}.",

@@ -24,7 +24,7 @@ from san_llm.models.scales import column_scales, neuron_scales
 from san_llm.models.weights import Numbers
 from san_llm.recipe.schema import Base
 from san_llm.recipe.task_file import FORGETTING
-from san_llm.runs.folder import adapter_of, read_log, recipe_of
+from san_llm.runs.folder import MODEL, adapter_of, is_its_model, read_log, recipe_of
 from san_llm.runs.record import (
     Accuracy,
     EvaluationResults,
@@ -287,14 +287,19 @@ def _scores(run: Path, left_out: list[str]) -> Scores | None:
         except InputError as error:
             left_out.append(f"scores: {error}")
     evaluated.sort(key=lambda pair: pair[0])
-    after = next((results for _, results in reversed(evaluated) if results.adapter), None)
-    if after is None:
-        left_out.append(f"scores: not evaluated yet: `san-llm eval --adapter {run / 'adapter'}`")
+    ours = [results for _, results in evaluated if _is_trained(results, run)]
+    if not ours:
+        subject = run if (run / MODEL).is_dir() else f"--adapter {run / 'adapter'}"
+        left_out.append(f"scores: not evaluated yet: `san-llm eval {subject}`")
         return None
+    after = ours[-1]
+    base = after.model if after.adapter else recipe_of(run).base.model
     same = [
         results
         for _, results in evaluated
-        if not results.adapter and _measured(results) == _measured(after)
+        if not _is_trained(results, run)
+        and results.model == base
+        and _measured(results) == _measured(after)
     ]
     before = same[-1] if same else None
     if before is None:
@@ -302,17 +307,21 @@ def _scores(run: Path, left_out: list[str]) -> Scores | None:
     return _side_by_side(before, after)
 
 
+def _is_trained(results: EvaluationResults, run: Path) -> bool:
+    """Whether they are of what a run has trained: its adapter, or its whole model."""
+    return bool(results.adapter) or is_its_model(results.model, run)
+
+
 def _measured(results: EvaluationResults) -> tuple[object, ...]:
     """Return what two evaluations must have in common for their scores to stand side by side.
 
-    This rule is not that of their ``Question``. The model must be the same, which is the adapter's
-    own base, and so must ``strict``, as no note beside a drawing says what else differs. The data
-    go by name and number of rows: no row is compared with another, so that the results are enough,
-    whatever the manifest says.
+    This rule is not that of their ``Question``. ``strict`` must be the same, as no note beside a
+    drawing says what else differs. The data go by name and number of rows: no row is compared with
+    another, so that the results are enough, whatever the manifest says.
     """
     asking = (results.data, results.limit, results.protocol, results.prompt, results.strict)
     return (
-        *(results.model, *asking),
+        *asking,
         *((task.task, task.n, task.judge) for task in results.tasks),
         *((task.task, task.n) for task in results.losses),
     )

@@ -99,10 +99,12 @@ def _last(judgements: Sequence[Judgement]) -> list[str]:
 
 
 def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
-    adapter = facts.folder / "adapter"
+    whole = facts.recipe.method.name == "full"
     if not judgements and facts.run.status == "finished":
-        sentence = "Its adapter was not evaluated."
-        return [Missing(sentence, shlex.join(["san-llm", "eval", "--adapter", str(adapter)]))]
+        sentence = f"Its {'model' if whole else 'adapter'} was not evaluated."
+        adapter = ["--adapter", str(facts.folder / "adapter")]
+        subject = [str(facts.folder)] if whole else adapter
+        return [Missing(sentence, shlex.join(["san-llm", "eval", *subject]))]
     missing = []
     for judgement in judgements:
         if judgement.base is not None:
@@ -251,9 +253,10 @@ def _costs(facts: Facts) -> Grid:
             ("rows cut", f"{metrics.cut_rows:,} (the cutoff took the response's end)"),
             ("batches skipped", f"{metrics.skipped_batches:,}"),
         ]
-    weights = facts.folder / "adapter" / "adapter_model.safetensors"
-    if weights.is_file():
-        rows.append(("adapter", decimal(weights.stat().st_size)))
+    for name in ("adapter", "model"):
+        files = list((facts.folder / name).glob("*.safetensors"))
+        if files:
+            rows.append((name, decimal(sum(file.stat().st_size for file in files))))
     rows.append(("the run's folder", decimal(run.bytes)))
     return Grid("Time and memory", ("what", "how much"), tuple(rows))
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from san_llm.files import sha256_of
 from san_llm.merge.checked import answered, check_answers
 from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep, round_plain
 from san_llm.merge.stock_logits import in_fp32, place_in_fp32
+from san_llm.merge.whole import save_weights
 from san_llm.models.adapter import load_adapter
 from san_llm.models.load import load_base, numbers_in
 from san_llm.models.locate import FoundBase
@@ -61,7 +61,7 @@ def merge_in_memory(
         merged.config.dtype = target
         progress.advance(note="folded")
         # As it stands: a reverse of how it was loaded is not implemented for 4-bit layers.
-        _save(merged, folder, max_shard_size=shard_size, save_original_format=way is None)
+        save_weights(merged, folder, shard_size, save_original_format=way is None)
         progress.advance(note="written")
     sums = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
     return sums, sum(_size(parameter) for parameter in merged.parameters()), checked
@@ -85,16 +85,6 @@ def _checked(way: str | None, adapter: Path, before: torch.Tensor, merged: Any) 
     after = answered(merged)
     # Told by the weight's name, when its file is read again.
     return check_answers(adapter, before, after) if is_finite(after) else None
-
-
-def _save(model: Any, folder: Path, **how: Any) -> None:
-    """Save a model's weights and config; its base's generation settings are copied as a file.
-
-    transformers before 5.23 refuses to write settings that go against each other, as many have.
-    """
-    model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, **how)
-    (folder / "generation_config.json").unlink()
 
 
 def _size(parameter: Any) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from san_llm.errors import InputError, check_one_of
 from san_llm.files import read_json, refuse_files
 from san_llm.merge.gguf import KINDS, check_exportable
+from san_llm.merge.whole import WholeTask
 from san_llm.models.adapter import Adapter, open_adapter
 from san_llm.models.agree import check_base
 from san_llm.models.hub import check_push
@@ -141,6 +142,30 @@ def check_values(
             check_one_of(option, value, known)
     if private and push_to is None:
         raise InputError("--private: says how to --push, which is not asked for")
+
+
+def check_whole(request: MergeRequest) -> WholeTask:
+    """Return a request for a model that was trained whole; refuse what cannot be done with it.
+
+    Raises:
+        InputError: when an option cannot be followed, or a file cannot be read.
+    """
+    check_values(request.dtype, request.quantized, request.gguf, request.push_to, request.private)
+    if request.quantized is not None:
+        raise InputError("--quantized: the run trained every weight, over a base that was not")
+    if request.verified:
+        raise InputError(
+            "--verify: the run trained every weight, so its model is copied: there is no base + "
+            "adapter to compare it with"
+        )
+    refuse_files(request.output, request.overwrite)
+    if request.push_to is not None:
+        check_push(request.push_to)
+    found = find_base(request.subject.base)
+    check_base(found)
+    if request.gguf is not None:
+        check_exportable(found.folder, found.config)
+    return WholeTask(found, request.dtype or request.subject.base.dtype, request.shard_size)
 
 
 def check_request(request: MergeRequest) -> MergeTask:

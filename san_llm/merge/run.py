@@ -9,23 +9,22 @@ it was quantized in training (``quantized``).
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from san_llm.errors import SanError, first_line
-from san_llm.files import refuse_link, sha256_of, whole_folder, write_json, write_text
+from san_llm.files import sha256_of, whole_folder, write_json, write_text
 from san_llm.merge.checked import check_rows
 from san_llm.merge.gguf import export_gguf
 from san_llm.merge.in_range import check_files, in_range
-from san_llm.merge.request import MergeRequest, MergeTask, check_request
+from san_llm.merge.request import MergeRequest, MergeTask, check_request, check_whole
 from san_llm.merge.stream import Merged
+from san_llm.merge.whole import WholeTask, copy_companions, copy_whole
 from san_llm.merge.write import write_weights
 from san_llm.models.cards import model_card
 from san_llm.models.hub import push
-from san_llm.models.tokenizer_files import tokenizer_files
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 from san_llm.runs.record import (
@@ -37,51 +36,64 @@ from san_llm.runs.record import (
     write_merge_manifest,
 )
 
-COMPANIONS = ("generation_config.json", "LICENSE*", "NOTICE*")
-
 
 def merge(request: MergeRequest) -> MergeResult:
     """Merge an adapter into its base, save a stock model, and return what came of it.
+
+    A model that was trained whole is copied.
 
     Raises:
         InputError: when the adapter or base cannot be read, do not fit, or files are in the way.
         SanError: when merged numbers are not finite, or the hub does not take the folder, which
             stays then.
     """
-    task = check_request(request)
+    whole = request.subject.whole is not None
+    task = check_whole(request) if whole else check_request(request)
     output, recipe = request.output, request.subject.recipe
     with whole_folder(output, request.overwrite) as folder:
-        sums, parameters, checked = merge_weights(task, folder)
-        copy_companions(task.found.folder, folder, task.adapter.folder)
+        checked = trained_over = None
+        if isinstance(task, WholeTask):
+            made_from, method = task.found.folder, "full"
+            base = recipe.base.model if recipe else task.found.base.model
+            sums, parameters = copy_whole(task, folder)
+            files = sorted(made_from.glob("*.safetensors"))
+            sources = {f"model {file.name}": sha256_of(file) for file in files}
+        else:
+            made_from, method = task.adapter.folder, task.adapter.method
+            base, trained_over = task.found.base.model, task.trained_over
+            sums, parameters, checked = merge_weights(task, folder)
+            sources = {"adapter": sha256_of(task.adapter.weights)}
+        copy_companions(task.found.folder, folder, made_from)
         result = MergeResult(
             output=str(output),
-            base=task.found.base.model,
-            adapter=str(task.adapter.folder),
+            base=base,
+            adapter=str(made_from),
             dtype=task.dtype,
             parameters=parameters,
-            trained_over=task.trained_over,
+            trained_over=trained_over,
             quantized=request.quantized,
             run=str(request.subject.run) if request.subject.run else None,
             checked=checked,
+            whole=whole,
         )
         if request.gguf is not None:
             file = export_gguf(folder, request.gguf)
             result = replace(result, gguf=str(output / file.name))
             sums[file.name] = sha256_of(file)
-        write_text(folder / "README.md", model_card(result, recipe, task.adapter.method))
+        write_text(folder / "README.md", model_card(result, recipe, method))
         facts = MergeManifest(
             **manifest(),
-            base=task.found.base.model,
+            base=base,
             prompt=recipe.data.prompt if recipe else None,
             date=recipe.data.date if recipe else None,
             sha256={
                 "base config": sha256_of(task.found.folder / "config.json"),
-                "adapter": sha256_of(task.adapter.weights),
+                **sources,
                 **sums,
             },
         )
         write_merge_manifest(folder, facts)
-        if request.verified:
+        if request.verified and isinstance(task, MergeTask):
             result = replace(result, verified=_verified(task, folder))
     if request.push_to is not None:
         result = replace(result, pushed=push(output, request.push_to, request.private))
@@ -130,21 +142,6 @@ def _in_one_line(adapter: Path) -> Iterator[None]:
         raise
     except ValueError as error:  # PEFT's word for numbers that are not finite
         raise SanError(f"{adapter}: cannot be merged: {first_line(error)}") from error
-
-
-def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
-    """Copy the tokenizer, its chat template, the generation config and the licence.
-
-    Args:
-        source: The base's folder.
-        folder: Where to.
-        adapter: The adapter's, whose own tokenizer and template come before the base's.
-    """
-    files = [file for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
-    for file in tokenizer_files(source, adapter) + files:
-        if file.is_file() and not (folder / file.name).exists():
-            refuse_link(file)
-            shutil.copyfile(file, folder / file.name)
 
 
 def full_precision_note(result: MergeResult) -> str | None:

@@ -57,9 +57,10 @@ def write_card(run: Path, folder: Path) -> None:
         'model = PeftModel.from_pretrained(model, "THIS FOLDER")',
         "tokenizer = AutoTokenizer.from_pretrained(BASE)",
     ]
+    whole = method == "full"
     head = ModelCardData(
         base_model=hub_id(recipe.base.model),
-        library_name="peft",
+        library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
         tags=[method, "san-llm"],
         model_name=recipe.name,
@@ -72,7 +73,8 @@ def write_card(run: Path, folder: Path) -> None:
         "",
         f"# {recipe.name}",
         "",
-        f"A {method} adapter over `{recipe.base.model}`, trained by san-llm {__version__}: "
+        f"{f'Every weight of `{base}`' if whole else f'A {method} adapter over `{base}`'}, "
+        f"trained by san-llm {__version__}: "
         f"{metrics.trained_numbers:,} numbers, {metrics.steps:,} steps, "
         f"{metrics.rows:,} rows of {trained_on(recipe)}.",
         *([] if loss is None else ["", f"Loss on held-out rows: {loss:.4f} a token."]),
@@ -80,9 +82,9 @@ def write_card(run: Path, folder: Path) -> None:
         _BEGIN,
         _END,
         "",
-        *asking_section(recipe.data.prompt, load, recipe.data.date),
+        *asking_section(recipe.data.prompt, LOAD if whole else load, recipe.data.date),
         "",
-        "`san-llm generate --adapter` writes prompts so by itself.",
+        f"`san-llm generate {'RUN' if whole else '--adapter'}` writes prompts so by itself.",
         "",
         *recipe_section(recipe),
     ]
@@ -250,17 +252,22 @@ def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base_card}"] if base_card else []
     head += ["tags:", "- san-llm", f"- {method.lower()}", "---"]
+    made = f"with a {method} adapter merged into its weights"
+    if result.whole:
+        made = "with every weight trained"
     lines = [
         *head,
         "",
         f"# {name} tuned with {method}",
         "",
-        f"{base} with a {method} adapter merged into its weights "
+        f"{base} {made} "
         f"by san-llm {__version__}. It is a stock checkpoint: `transformers` loads it as it is.",
         "",
         f"- Parameters: {result.parameters:,}, stored as {result.stored_as}.",
-        f"- Adapter: sha256 `{sha256_of(Path(result.adapter) / 'adapter_model.safetensors')}`.",
     ]
+    if not result.whole:
+        digest = sha256_of(Path(result.adapter) / "adapter_model.safetensors")
+        lines.append(f"- Adapter: sha256 `{digest}`.")
     if result.quantized:
         lines.append(
             f"- The adapter was trained over the base in {result.trained_over}, and merged into "

@@ -8,7 +8,7 @@ from pathlib import Path
 from san_llm.errors import InputError, SanError, first_line, nearest_file
 from san_llm.files import refuse_link
 from san_llm.progress import say
-from san_llm.runs.folder import adapter_of, last_run
+from san_llm.runs.folder import last_run, product_of
 from san_llm.runs.record import ADAPTER_CONFIG
 
 
@@ -69,7 +69,8 @@ def upload(folder: Path | None, name: str, private: bool, dry_run: bool) -> Uplo
     check_push(name, "HUB_ID", signed_in=not dry_run)
     folder = folder or last_run()
     if (folder / "recipe.yaml").is_file():
-        folder = adapter_of(folder)
+        folder = product_of(folder)
+    of_run = (folder.parent / "recipe.yaml").is_file()
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: neither a run, nor an adapter, nor a model")
@@ -77,7 +78,7 @@ def upload(folder: Path | None, name: str, private: bool, dry_run: bool) -> Uplo
     for path in paths:
         refuse_link(path)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in paths if path.is_file()}
-    kind = "Adapter" if is_adapter else "Merged model"
+    kind = "Adapter" if is_adapter else "Tuned model" if of_run else "Merged model"
     return Upload(folder, files, None if dry_run else push(folder, name, private, kind))
 
 

@@ -13,7 +13,15 @@ from san_llm.models.locate import find_base
 from san_llm.progress import say
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 from san_llm.recipe.schema import DTYPES, Base, Recipe, check_date
-from san_llm.runs.folder import adapter_of, last_run, recipe_of, run_of
+from san_llm.runs.folder import (
+    MODEL,
+    adapter_of,
+    is_its_model,
+    last_run,
+    product_of,
+    recipe_of,
+    run_of,
+)
 from san_llm.runs.record import ADAPTER_CONFIG, read_merge_manifest
 
 
@@ -32,6 +40,18 @@ class Subject:
     adapter: Path | None
     run: Path | None
     recipe: Recipe | None
+
+    @property
+    def whole(self) -> Path | None:
+        """The folder of the model that its run trained whole, if that is what is meant."""
+        if self.run is None or not is_its_model(self.base.model, self.run):
+            return None
+        return Path(self.base.model)
+
+    @property
+    def trained(self) -> Path | None:
+        """The folder of what training has made: the adapter, or the whole model; None without."""
+        return self.adapter or self.whole
 
     @property
     def prompt(self) -> PromptStyle | None:
@@ -92,7 +112,11 @@ def find_subject(
         run = adapter
     if run is not None and model is None:
         recipe = recipe_of(run)
-        return Subject(recipe.base, None if base_only else adapter_of(run), run, recipe)
+        product = None if base_only else product_of(run)
+        if product is not None and product.name == MODEL:
+            base = recipe.base.model_copy(update={"model": str(product), "revision": None})
+            return Subject(base, None, run, recipe)
+        return Subject(recipe.base, product, run, recipe)
     adapter = adapter_of(run) if run is not None else adapter
     assert adapter is not None
     owner = run_of(adapter)

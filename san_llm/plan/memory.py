@@ -9,13 +9,21 @@ terms and was not measured. Bytes everywhere; "tokens" are those of one micro-ba
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from san_llm.architectures.decoders import DOWN, PARENTS, O
 from san_llm.architectures.sizes import Shape
 from san_llm.launch.malloc import spares_memory
-from san_llm.recipe.schema import DoraMethod, DType, Ia3Method, Method, PeftMethod, SanMethod
+from san_llm.recipe.schema import (
+    AdapterMethod,
+    DoraMethod,
+    DType,
+    Ia3Method,
+    PeftMethod,
+    SanMethod,
+)
 from san_llm.san.graph import PropagationGraph, propagation_graph
 
 Device = Literal["cpu", "cuda"]
@@ -100,7 +108,7 @@ class Setting:
     dtype: DType
     bits: Literal["4bit", "8bit"] | None
     double_quant: bool
-    method: Method | None
+    method: AdapterMethod | None
     batch: Batch
     checkpointing: bool
     device: Device
@@ -110,10 +118,14 @@ class Setting:
 
     @property
     def trained(self) -> dict[str, int]:
-        """Numbers that an adapter trains in each kind of module, over all blocks."""
+        """Numbers that are trained in each kind of module, over all blocks."""
         if self.measured is not None:
             return self.measured.trained
-        return {} if self.method is None else trained_numbers(self.shape, self.method)
+        if self.method is not None:
+            return trained_numbers(self.shape, self.method)
+        shape = self.shape
+        linears = {name: shape.blocks * math.prod(shape.linears[name]) for name in shape.linears}
+        return linears | {"all else": shape.other_numbers}
 
     @property
     def width(self) -> int:
@@ -222,7 +234,7 @@ def traffic(setting: Setting, micro_batches: int = 1) -> int:
     return exchanged * (setting.devices - 1) // setting.devices
 
 
-def trained_numbers(shape: Shape, method: Method) -> dict[str, int]:
+def trained_numbers(shape: Shape, method: AdapterMethod) -> dict[str, int]:
     """Return how many numbers a method trains in each kind of module, over all blocks.
 
     Of PEFT's other tuners that is measured.
@@ -250,7 +262,7 @@ def graph_of(shape: Shape, method: SanMethod) -> PropagationGraph:
     return propagation_graph(shape.config, method.options)
 
 
-def _targets(shape: Shape, method: Method) -> list[str]:
+def _targets(shape: Shape, method: AdapterMethod) -> list[str]:
     names = method.targets(shape.config["model_type"]) or []
     return [name for name in shape.linears if name in names]
 

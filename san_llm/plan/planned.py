@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter's file, in fp32, without its header of some kilobytes."""
+        """The adapter's file, or the whole model's, in fp32, without some kilobytes of headers."""
         return sum(self.trained.values()) * WIDE
 
 

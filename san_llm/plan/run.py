@@ -30,21 +30,26 @@ from san_llm.plan.request import PlanRequest, bytes_of, find_device
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.read import given_keys, load_recipe
 from san_llm.recipe.schema import (
+    AdapterMethod,
     Base,
+    FullMethod,
     LoraMethod,
-    Method,
     PeftMethod,
     Recipe,
     SanMethod,
     Training,
     check_learnable,
     micro_batch,
+    refuse_bits,
 )
 from san_llm.recipe.shipped import find_recipe
 from san_llm.recipe.steps import steps_of
 
 if TYPE_CHECKING:
     from san_llm.data.inspect import Inspection
+
+
+FULL = "full fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,9 @@ def make_plan(
         full = full_batch(at_once, recipe.data.cutoff, training.packing)
         seen = Seen(rows, full, full)
     steps, epochs = _steps(training, rows)
+    if isinstance(method, FullMethod):
+        refuse_bits(bits, recipe.base.model)
+    adapting = None if isinstance(method, FullMethod) else method
     measured = None
     if isinstance(method, PeftMethod):
         from san_llm.plan.measured import measure
@@ -136,8 +144,8 @@ def make_plan(
         dtype=recipe.base.dtype,
         bits=bits,
         double_quant=double_quant,
-        method=method,
-        batch=seen.batch_for(method),
+        method=adapting,
+        batch=seen.batch_for(adapting),
         checkpointing=training.gradient_checkpointing,
         device=device,
         devices=devices,
@@ -145,9 +153,9 @@ def make_plan(
         measured=measured,
     )
     lora = LoraMethod(name="lora")
-    beside: dict[str, Method | None] = {_title(method): method}
+    beside: dict[str, AdapterMethod | None] = {_title(method): adapting}
     beside.setdefault(_title(lora), lora)  # the recipe's own is of other modules, perhaps
-    beside["full fine-tuning"] = None
+    beside.setdefault(FULL, None)
     return Plan(
         recipe=recipe,
         given=frozenset(given),
@@ -170,7 +178,7 @@ def make_plan(
                     setting,
                     method=compared,
                     batch=seen.batch_for(compared),
-                    measured=measured if compared is method else None,
+                    measured=measured if compared is adapting else None,
                 )
             )
             for name, compared in beside.items()
@@ -221,6 +229,8 @@ def _of_the_context(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
 
 def _title(method: Any) -> str:
     carrier = getattr(method, "carrier", "scale")
+    if method.name == "full":
+        return FULL
     names = {"san": "SAN", "lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
     name = names.get(method.name, method.kind.upper())
     name += "" if carrier == "scale" else f" {carrier}"

@@ -9,6 +9,8 @@ from san_llm.recipe.steps import steps_of, warmup_of
 # start at 1 and have to move by tenths (SAN 1e-3 to 5e-3 here, IA3 5e-3 in PEFT's own benchmark);
 # matrices start at 0 and may move little (1e-4 to 3e-4).
 SCALES, MATRICES = 2e-3, 2e-4
+# All weights of a model are tuned at 1e-5 (Stanford Alpaca 2e-5) to 1e-4.
+WEIGHTS = 3e-5
 FAR = 10  # times what is usual
 
 
@@ -16,6 +18,8 @@ def usual_rate(method: Method) -> tuple[str, float] | None:
     """Return what a method trains, and the learning rate that it usually takes, where known."""
     if isinstance(method, PeftMethod):
         return None
+    if method.name == "full":
+        return "whole weights", WEIGHTS
     scales = method.carrier == "scale" if isinstance(method, SanMethod) else method.name == "ia3"
     return ("scales", SCALES) if scales else ("low-rank matrices", MATRICES)
 

@@ -336,9 +336,22 @@ class PeftMethod(Section):
         return targets_of(self.name, self.target_modules, model_type)
 
 
-Method = Annotated[
-    SanMethod | LoraMethod | DoraMethod | Ia3Method | PeftMethod, Field(discriminator="name")
-]
+class FullMethod(Section):
+    """Every weight of the base, in float32; there is no adapter."""
+
+    name: Literal["full"]
+
+    @property
+    def kind(self) -> str:
+        """The method's name, to be shown."""
+        return self.name
+
+    def targets(self, model_type: str = "llama") -> None:
+        """Return None: no modules are chosen."""
+
+
+AdapterMethod = SanMethod | LoraMethod | DoraMethod | Ia3Method | PeftMethod
+Method = Annotated[AdapterMethod | FullMethod, Field(discriminator="name")]
 
 
 class Data(Section):
@@ -577,6 +590,29 @@ def check_learnable(recipe: Recipe) -> None:
         raise InputError(
             "base.dtype float16: gradients of less than 6e-8 would be 0 there without a word (no "
             "loss is scaled up here); use bfloat16, or float32 on a GPU older than Ampere"
+        )
+    if recipe.method.name == "full" and recipe.base.quantization is not None:
+        raise InputError(
+            f"base.quantization {recipe.base.quantization}: method full trains the weights "
+            "themselves, which 4 or 8 bits cannot hold; leave it out"
+        )
+    if recipe.method.name == "full" and recipe.base.dtype != "float32":
+        raise InputError(
+            f"base.dtype {recipe.base.dtype}: method full trains the weights themselves, and of 16 "
+            "bits AdamW's small steps change none; set it to float32"
+        )
+
+
+def refuse_bits(bits: str | None, model: str) -> None:
+    """Refuse to train the weights of a base that is stored quantized.
+
+    Raises:
+        InputError: naming it.
+    """
+    if bits is not None:
+        raise InputError(
+            f"base.model: {model} is stored in {bits}: method full trains the weights themselves; "
+            "name the model that it was made from"
         )
 
 

@@ -1,9 +1,9 @@
 """What each run leaves behind: the recipe as run, versions, seeds, hashes, results.
 
 A run folder is complete on its own: ``recipe.yaml`` (resolved), ``manifest.json``, ``log.jsonl``,
-``metrics.json``, ``adapter/``, ``checkpoints/`` and later ``eval/``, ``merged/`` and ``plots/``.
-Every file is written under a temporary name and renamed, so that a killed run leaves no half of
-one.
+``metrics.json``, ``adapter/`` (or ``model/``), ``checkpoints/`` and later ``eval/``, ``merged/``
+and ``plots/``. Every file is written under a temporary name and renamed, so that a killed run
+leaves no half of one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from san_llm.recipe.schema import Recipe
 from san_llm.runs.record import ADAPTER_CONFIG, MANIFEST, METRICS
 
 RUNS = Path("runs")
+MODEL = "model"  # of a run that trained every weight, instead of an adapter
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
     *("recipe.yaml", MANIFEST, "log.jsonl", METRICS, "lock", "report.html"),
-    *("adapter", "checkpoints", "eval", "merged", "plots", "tensorboard", "wandb"),
+    *("adapter", MODEL, "checkpoints", "eval", "merged", "plots", "tensorboard", "wandb"),
 )
 
 
@@ -200,13 +201,24 @@ def default_run() -> Path | None:
     if not RUNS.is_dir():
         return None
     finished = [run for run in RUNS.iterdir() if not run.is_symlink() and is_finished(run)]
-    return max(finished, key=lambda run: (run / "adapter").stat().st_mtime_ns, default=None)
+    return max(finished, key=lambda run: _product(run).stat().st_mtime_ns, default=None)
 
 
 def is_finished(run: Path) -> bool:
     """Whether a folder is a run whose training came to its end."""
-    adapter = run / "adapter" / ADAPTER_CONFIG
-    return adapter.is_file() and (run / "recipe.yaml").is_file()
+    there = (_product(run) / name for name in (ADAPTER_CONFIG, "config.json"))
+    return any(file.is_file() for file in there) and (run / "recipe.yaml").is_file()
+
+
+def _product(run: Path) -> Path:
+    """Return the folder of what a run has made, or will."""
+    model = run / MODEL
+    return model if (model / "config.json").is_file() else run / "adapter"
+
+
+def is_its_model(model: str, run: Path) -> bool:
+    """Whether a model is the one that a run trained whole."""
+    return Path(model).resolve() == (run / MODEL).resolve()
 
 
 def _from_here(path: Path) -> Path:
@@ -230,15 +242,27 @@ def adapter_of(run: Path) -> Path:
     """Return the folder of a run's adapter.
 
     Raises:
+        InputError: when training has not come to its end, or trained every weight.
+    """
+    product = product_of(run)
+    if product.name == MODEL:
+        raise InputError(f"{run}: has no adapter: it trained every weight, its model is {product}")
+    return product
+
+
+def product_of(run: Path) -> Path:
+    """Return the folder of a run's adapter, or of the model that it trained whole.
+
+    Raises:
         InputError: when training has not come to its end.
     """
-    adapter = run / "adapter"
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    product = _product(run)
+    if not (product / ("config.json" if product.name == MODEL else ADAPTER_CONFIG)).is_file():
         raise InputError(
             f"{run}: no adapter yet: the training was not finished; "
             f"`san-llm train {run} --resume` goes on with it"
         )
-    return adapter
+    return product
 
 
 def run_of(adapter: Path) -> Path | None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from san_llm.errors import InputError, SanError, did_you_mean
-from san_llm.runs.folder import RUNS, default_run, is_finished, not_ours, read_log, recipe_of
+from san_llm.runs.folder import (
+    RUNS,
+    default_run,
+    is_finished,
+    is_its_model,
+    not_ours,
+    read_log,
+    recipe_of,
+)
 from san_llm.runs.lock import refuse_busy, seems_busy
 from san_llm.runs.record import evaluations_of, read_results
 
@@ -23,7 +31,8 @@ class Score:
 
     Attributes:
         folder: The evaluation's folder.
-        of: ``adapter``, ``base``, or ``another model``, such as a merged one.
+        of: ``adapter`` (or the model that the run trained whole), ``base``, or ``another model``,
+            such as a merged one.
         protocol: The protocol by which rows were asked.
         accuracy: The mean accuracy over the tasks.
         standard_error: The standard error of ``accuracy``.
@@ -168,7 +177,7 @@ def _scores(run: Path, base: str) -> tuple[Score, ...]:
     for folder in evaluations_of(run):
         results = read_results(folder)
         alone = "base" if results.model == base else "another model"
-        of = "adapter" if results.adapter else alone
+        of = "adapter" if results.adapter or is_its_model(results.model, run) else alone
         average = results.average
         if average is None:  # of losses, and of answers that are right in part, there is none
             continue

@@ -473,6 +473,7 @@ class Hashes(_Record):
         base: The sha256 of each file that the base was loaded from.
         data: The sha256 of each file of rows.
         adapter: The sha256 of the adapter's weights; None before the training's end.
+        model: The sha256 of each file of weights, where every weight was trained.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -480,6 +481,7 @@ class Hashes(_Record):
     base: dict[str, str] = {}
     data: dict[str, str] = {}
     adapter: str | None = None
+    model: dict[str, str] | None = None
 
 
 class RunManifest(Manifest):
@@ -503,9 +505,9 @@ class RunManifest(Manifest):
     engine: str | None = None
     sha256: Hashes = Hashes()
 
-    def with_adapter(self, sha256: str) -> RunManifest:
-        """Return the same with the sha256 of the adapter that came out."""
-        hashes = self.sha256.model_copy(update={"adapter": sha256})
+    def with_product(self, **sha256: Any) -> RunManifest:
+        """Return the same with the sha256 of the ``adapter`` that came out, or of the ``model``."""
+        hashes = self.sha256.model_copy(update=sha256)
         return self.model_copy(update={"sha256": hashes})
 
 
@@ -652,6 +654,8 @@ class MergeResult:
         pushed: Where it is on the hub, or None.
         verified: How it compares with base + adapter, or None if that was not asked.
         run: The run that the adapter is from, or None.
+        whole: Whether the run trained every weight, and its model was copied; then ``adapter`` is
+            that model's folder.
         checked: What a merge looks at that was told neither to verify nor not to, or None.
     """
 
@@ -667,6 +671,7 @@ class MergeResult:
     verified: VerifyResult | None = None
     run: str | None = None
     checked: Checked | None = None
+    whole: bool = False
 
     @property
     def stored_as(self) -> str:

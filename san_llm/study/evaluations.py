@@ -12,7 +12,13 @@ from san_llm.evaluate.store import read_evaluation
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import Task
 from san_llm.recipe.task_file import FORGETTING, AnyTask, OwnTask, find_any, neutral_task
-from san_llm.runs.record import TaskRows, evaluations_of, read_evaluation_manifest
+from san_llm.runs.folder import is_its_model
+from san_llm.runs.record import (
+    TaskRows,
+    evaluations_of,
+    read_evaluation_manifest,
+    read_results,
+)
 from san_llm.study.record import Measure
 from san_llm.study.schema import Study, recipe_of
 
@@ -80,12 +86,12 @@ def find_evaluation(run: Path, asked: Asked, of_base: bool = False) -> Path | No
     """Return the folder of a run's evaluation that asked this, of its adapter or of the base."""
     for folder in reversed(evaluations_of(run)):
         try:
-            told = read_evaluation_manifest(folder).identity
-            alone = told.adapter is None
+            told, results = read_evaluation_manifest(folder).identity, read_results(folder)
         except InputError:  # another version's, or damaged: asked anew
             continue
         same = told.protocol.name == asked.protocol and told.protocol.prompt == asked.prompt
-        if same and alone == of_base and told.data == asked.rows:
+        tuned = told.adapter is not None or is_its_model(results.model, run)
+        if same and tuned != of_base and told.data == asked.rows:
             return folder
     return None
 

@@ -23,7 +23,7 @@ from transformers import TrainerState
 from san_llm.errors import InputError, first_line, first_mistake
 from san_llm.launch.engine import Engine
 from san_llm.models.adapter import adapter_state
-from san_llm.models.weights import read_header
+from san_llm.models.weights import SINGLE, read_header
 from san_llm.train.checkpoint import SEAL, best_of, checkpoint_of, step_of
 
 STATE, ADAPTER = "trainer_state.json", "adapter_model.safetensors"
@@ -66,7 +66,7 @@ class _State(BaseModel):
     total_flos: float
 
 
-def check_content(folder: Path, model: PeftModel, engine: Engine) -> None:
+def check_content(folder: Path, model: Any, engine: Engine) -> None:
     """Refuse a checkpoint that is sealed, but that no training of ``model`` has written.
 
     Its optimizer is looked at by :func:`check_optimizer`.
@@ -125,27 +125,34 @@ def _check_files(folder: Path) -> None:
         InputError: naming the file.
     """
     known = {STATE, ADAPTER, OPTIMIZER, SCHEDULER, SEAL, "adapter_config.json", "README.md"}
+    known |= {SINGLE, "config.json"}
     for path in sorted(folder.iterdir()):
         if path.name not in known and not path.name.startswith("."):
             raise InputError(f"{path}: is no part of a checkpoint; take it away")
 
 
-def _check_adapter(folder: Path, model: PeftModel) -> None:
+def _check_adapter(folder: Path, model: Any) -> None:
     """Refuse weights that are not this model's, by name and shape and type, or are not finite.
 
     Raises:
         InputError: naming the file and the tensor.
     """
-    path = folder / ADAPTER
+    whole = not isinstance(model, PeftModel)
+    path = folder / (SINGLE if whole else ADAPTER)
     if not path.is_file():
-        raise InputError(f"{folder}: has no {ADAPTER}")
+        raise InputError(f"{folder}: has no {path.name}")
     read_header(path)
-    wanted = get_peft_model_state_dict(
-        model, state_dict=adapter_state(model), save_embedding_layers=False
-    )
+    if whole:
+        # Of weights that two modules share one name is kept, as the model saves them.
+        wanted = {name: p.detach() for name, p in model.named_parameters()}
+    else:
+        wanted = get_peft_model_state_dict(
+            model, state_dict=adapter_state(model), save_embedding_layers=False
+        )
     tensors = load_file(path)
+    other = "model" if whole else "adapter"
     for name in sorted(wanted.keys() ^ tensors.keys()):
-        what = "has no" if name in wanted else "belongs to another adapter: it has"
+        what = "has no" if name in wanted else f"belongs to another {other}: it has"
         raise InputError(f"{path}: {what} {name}; {_GO_BACK}")
     for name, numbers in tensors.items():
         _check_numbers(f"{path}: {name}", numbers, wanted[name])

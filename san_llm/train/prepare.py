@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -60,7 +60,7 @@ class Prepared:
         data: The rows.
         samples: The prompts that are asked while it learns.
         arguments: What Trainer is told.
-        model: The base with its adapter.
+        model: The base with its adapter, or the base whose every weight is trained.
         vocabulary: How many tokens the base knows.
         collator: Makes batches of rows: packed, or padded.
         trained_numbers: How many numbers are trained.
@@ -71,7 +71,7 @@ class Prepared:
     data: TokenRows
     samples: Samples
     arguments: TrainingArguments
-    model: PeftModel
+    model: Any
     vocabulary: int
     collator: Pack | Pad
     trained_numbers: int
@@ -101,7 +101,10 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     vocabulary = base.get_input_embeddings().num_embeddings  # which may be adapted, next
     samples.check(base.config)
     set_seed(recipe.training.seed)  # here, so that every method's dice begin alike
-    model = add_adapter(base, recipe.method)
+    if recipe.method.name == "full":
+        model: Any = base.requires_grad_(True)
+    else:
+        model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
     longest = max(max(Rows(rows).lengths) for rows in (data.train, data.held_out) if rows)
     if recipe.training.packing and can_pack(base) and longest <= alike_to(base.config):

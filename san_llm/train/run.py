@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from san_llm.data.tokenized import Rows
 from san_llm.errors import SanError, of_the_disk, unexpected
@@ -18,11 +19,14 @@ from san_llm.files import sha256_of, whole_folder
 from san_llm.launch.heartbeat import peers_watched
 from san_llm.launch.notes import tell_stopped
 from san_llm.launch.processes import agree, is_first, rank, told_once, world_size
+from san_llm.merge.request import SHARD_SIZE
+from san_llm.merge.whole import save_whole
 from san_llm.models.adapter import save_adapter
 from san_llm.models.cards import write_card
 from san_llm.models.locate import FoundBase
 from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
+from san_llm.runs.folder import MODEL
 from san_llm.runs.lock import sole_writer
 from san_llm.runs.record import (
     ADAPTER_WEIGHTS,
@@ -140,10 +144,16 @@ def short_factors(dtype: str) -> Iterator[None]:
 
 
 def keep(run: Path, prepared: Prepared, result: TrainResult, facts: RunManifest) -> None:
-    """Write what a finished run leaves behind, its adapter last: a run that has one is finished."""
-    with whole_folder(run / "adapter", overwrite=True) as folder:
-        save_adapter(prepared.model, folder)
-        write_run_manifest(run, facts.with_adapter(sha256_of(folder / ADAPTER_WEIGHTS)))
+    """Write what a finished run leaves behind, its product last: a run that has one is finished."""
+    whole = not isinstance(prepared.model, PeftModel)
+    with whole_folder(run / (MODEL if whole else "adapter"), overwrite=True) as folder:
+        if whole:
+            sums = save_whole(prepared.model, prepared.found.folder, folder, SHARD_SIZE)
+            write_run_manifest(run, facts.with_product(model=sums))
+        else:
+            save_adapter(prepared.model, folder)
+            digest = sha256_of(folder / ADAPTER_WEIGHTS)
+            write_run_manifest(run, facts.with_product(adapter=digest))
         write_metrics(run, result)
         write_card(run, folder)  # instead of PEFT's, which is a form to be filled in
     for path in (run / "checkpoints").glob(".checkpoint-*"):  # what kills left

@@ -32,9 +32,9 @@ from san_llm.launch.processes import agree, is_first
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.progress import say
 from san_llm.recipe.read import load_recipe, to_yaml
-from san_llm.recipe.schema import PeftMethod, Recipe, check_learnable, leaves
+from san_llm.recipe.schema import PeftMethod, Recipe, check_learnable, leaves, refuse_bits
 from san_llm.recipe.shipped import find_recipe
-from san_llm.runs.folder import begun, last_run, new_run, recipe_of
+from san_llm.runs.folder import MODEL, begun, last_run, new_run, recipe_of
 from san_llm.runs.lock import refuse_busy
 from san_llm.runs.record import Hashes, TrainResult
 from san_llm.train.trackers import check_trackers
@@ -158,7 +158,7 @@ def new_or_resumed(request: TrainRequest) -> tuple[Path | None, Recipe]:
         run = last_run() if request.resume else None
     if run is None:
         return None, recipe
-    if (run / "adapter").is_dir():
+    if (run / "adapter").is_dir() or (run / MODEL).is_dir():
         raise InputError(f"{run}: is finished; there is nothing to go on with")
     if changes := harmful_changes(recipe_of(run), recipe):
         raise InputError(
@@ -200,6 +200,8 @@ def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
     if run is None:
         from san_llm.models.load import load_config
 
+        if recipe.method.name == "full":
+            refuse_bits(found.bits, recipe.base.model)
         config = load_config(found)
         if isinstance(recipe.method, PeftMethod):
             from san_llm.models.tuners import on_meta

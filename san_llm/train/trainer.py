@@ -30,6 +30,7 @@ from transformers import (
 from san_llm.data.tokenized import Rows
 from san_llm.errors import SanError, first_line
 from san_llm.launch.engine import Engine
+from san_llm.merge.whole import save_weights
 from san_llm.models.adapter import save_adapter
 from san_llm.recipe.schema import Recipe
 from san_llm.train.batches import GroupedByLength
@@ -40,6 +41,8 @@ from san_llm.train.loss import learned_tokens, share_of_loss, token_losses
 from san_llm.train.samples import Samples
 from san_llm.train.stop import SLOW, StopOnSignal, StoppedJudging
 from san_llm.train.view import View
+
+ONE_FILE = 2**60  # bytes that a checkpoint's file of weights may hold
 
 
 class SanTrainer(Trainer):
@@ -205,8 +208,12 @@ class SanTrainer(Trainer):
             ) from None
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-        """Save the adapter, from the first process; the recipe says all else."""
-        if self.args.should_save:
+        """Save what is trained, from the first process; the recipe says all else."""
+        if not self.args.should_save:
+            return
+        if self._recipe.method.name == "full":
+            save_weights(self.model, Path(output_dir), ONE_FILE)
+        else:
             save_adapter(self.model, Path(output_dir))
 
     def _load_best_model(self) -> None:

@@ -256,6 +256,9 @@ def test_settings_of_fsdp_that_would_be_left_out_are_refused(
     [
         ("fsdp2", "base.quantization=4bit", "base.quantization 4bit: FSDP2 cannot shard"),
         ("fsdp2", "method.name=dora", "SAN with method.carrier=dora"),
+        ("fsdp2", "method.name=full", "method.name full: not tried with FSDP2; use DDP"),
+        ("fsdp2", "method={name: peft, config: {peft_type: VERA}}", "VERA: not tried over a base"),
+        ("deepspeed_zero2", "method.name=full", "method.name full: not tried with DeepSpeed"),
         ("deepspeed_zero2", "training.bad_batches=skip", "DeepSpeed moves the weights before"),
         ("deepspeed_zero3", "base.quantization=8bit", "8bit: not tried with DeepSpeed"),
         ("deepspeed_zero3", "training.seed=1", "DeepSpeed is not installed"),

@@ -32,6 +32,8 @@ def recipe(*overrides):
         ("name=dora", 1.9e-3, None),
         ("name=lora", 2.1e-5, None),
         ("name=lora", 2e-5, "a 10th of what low-rank matrices usually take, 0.0002"),
+        ("name=full", 1e-4, None),
+        ("name=full", 2e-3, "66.7 times what whole weights usually take, 3e-05"),
     ],
 )
 def test_a_rate_ten_times_under_or_over_what_a_method_takes_is_told(method, rate, share):

@@ -88,9 +88,9 @@ def test_the_published_settings_are_the_defaults():
         (2, "  model: x\n  revision: 0123456", ["mine.yaml:3: base.revision: expected text, found "
          "42798; write it in quotes"]),
         (4, "  name: sam", ["mine.yaml:4: method.name: 'sam' is not one of san, lora, dora, ia3, "
-         "peft (did you mean 'san'?)"]),
+         "peft, full (did you mean 'san'?)"]),
         (4, "  name: [san]", ["mine.yaml:4: method.name: ['san'] is not one of san, lora, dora, "
-         "ia3, peft (did you mean 'san'?)"]),
+         "ia3, peft, full (did you mean 'san'?)"]),
         (4, "  mode: both", ["mine.yaml:3: method.name: missing"]),
         (4, "  name: san\n  zzzzzz: 8", ["mine.yaml:5: method.zzzzzz: unknown key: known here are "
          "name, target_modules, carrier, mode, shift, links, adapt_embedding, rank, alpha, "
@@ -360,7 +360,7 @@ def test_another_method_starts_from_its_own_defaults():
         ("engine.name=x", "engine: unknown key: known here are name, base, method, data, training"),
         (
             "method.name=loro",
-            "method.name: 'loro' is not one of san, lora, dora, ia3, peft (did you ",
+            "method.name: 'loro' is not one of san, lora, dora, ia3, peft, full (did you ",
         ),
         ("training.learning_rate=7", "training.learning_rate: input should be less than 1, found "),
         ("training.learning_rate=", "training.learning_rate: expected a number, found nothing"),
@@ -593,7 +593,7 @@ def test_any_text_is_a_recipe_or_refused_with_its_file(text, overrides):
 
 
 def test_the_method_comes_first_in_its_printed_section():
-    for name in ("san", "lora", "dora", "ia3"):
+    for name in ("san", "lora", "dora", "ia3", "full"):
         section = yaml.safe_load(to_yaml(parse(GOOD, f"method.name={name}")))["method"]
         assert next(iter(section)) == "name"
 

@@ -373,7 +373,7 @@ def as_editors_read(text: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["san", "lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["san", "lora", "dora", "ia3", "full"])
 def test_an_editor_takes_the_shipped_recipes_and_resolved_ones(editor, name, method):
     path = shipped_recipes()[name]
     editor.validate(as_editors_read(path.read_text()))
