@@ -176,5 +176,6 @@ def rate_grid(result: StudyResult) -> Grid:
 
 
 def all_grids(result: StudyResult) -> Sequence[Grid]:
-    """Return every table of a study, the rates' last."""
-    return [*grids(result), rate_grid(result)]
+    """Return every table of a study, the rates' last where there was a choice."""
+    rates = rate_grid(result)
+    return [*grids(result), *([rates] if rates.rows else [])]
