@@ -24,6 +24,12 @@ REFUSED = {
     "SHADOW": "its own network reads packed rows as one text",
     "XLORA": "it mixes adapters that were trained before",
 }
+# Those that compute over weights in 4 and 8 bits what they do over the numbers that these stand
+# for, as a test holds. Others fail there, or take the codes for numbers without a word.
+OVER_BITS = {
+    *("BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS"),
+    *("OFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT"),
+}
 # Fields of every config that are none of a recipe's.
 _OURS = {
     *("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"),
@@ -78,6 +84,23 @@ def _class(method: PeftMethod) -> Any:
             "are packed behind one another here; use a tuner of weights or features"
         )
     return PEFT_TYPE_TO_CONFIG_MAPPING[name]
+
+
+def check_bits(method: PeftMethod, bits: str | None) -> None:
+    """Refuse a tuner that does not read the weights of a quantized base for what they are.
+
+    Args:
+        method: The tuner.
+        bits: In which bits the base is trained over, or None.
+
+    Raises:
+        InputError: naming those that do.
+    """
+    if bits is not None and method.peft_type not in OVER_BITS:
+        raise InputError(
+            f"method.config.peft_type {method.peft_type}: does not read a base in {bits}; those "
+            f"that do are {', '.join(sorted(OVER_BITS))}"
+        )
 
 
 def _refusal(method: PeftMethod, error: Exception) -> InputError:

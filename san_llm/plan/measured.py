@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from san_llm.architectures.decoders import DOWN, PARENTS, O
@@ -130,4 +131,4 @@ def _saved(calls: Iterable[tuple[Any, Tensor]], own: set[Any]) -> int:
 
 
 def _storage(tensor: Tensor) -> Any:
-    return tensor.untyped_storage()._cdata
+    return StorageWeakRef(tensor.untyped_storage())  # a place, which without numbers has no address

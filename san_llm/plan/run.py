@@ -136,8 +136,10 @@ def make_plan(
     adapting = None if isinstance(method, FullMethod) else method
     measured = None
     if isinstance(method, PeftMethod):
+        from san_llm.models.tuners import check_bits
         from san_llm.plan.measured import measure
 
+        check_bits(method, bits)
         measured = measure(method, config, recipe.base.dtype)
     setting = Setting(
         shape=shape,

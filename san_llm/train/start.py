@@ -204,8 +204,9 @@ def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
             refuse_bits(found.bits, recipe.base.model)
         config = load_config(found)
         if isinstance(recipe.method, PeftMethod):
-            from san_llm.models.tuners import on_meta
+            from san_llm.models.tuners import check_bits, on_meta
 
+            check_bits(recipe.method, found.trained_bits)
             on_meta(recipe.method, config, recipe.base.dtype)
     elif _places(recipe_of(run)) != _places(recipe):  # else compared when they are loaded
         from san_llm.train.resume import refuse_other_data

@@ -10,14 +10,17 @@ import pytest
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny import tiny_config, tiny_model
+from tiny import save_tiny, tiny_config, tiny_model
 
 from san_llm.data.batches import Pack, Pad
 from san_llm.errors import InputError
 from san_llm.merge.peft import fold
 from san_llm.models.adapter import add_adapter, load_adapter, save_adapter, trainable_parameters
-from san_llm.models.tuners import REFUSED, on_meta
-from san_llm.recipe.schema import PeftMethod
+from san_llm.models.load import load_base
+from san_llm.models.locate import find_base
+from san_llm.models.quantize import dequantize
+from san_llm.models.tuners import OVER_BITS, REFUSED, check_bits, on_meta
+from san_llm.recipe.schema import Base, PeftMethod
 from san_llm.train.checkpoint_check import _check_adapter
 from san_llm.train.loss import token_losses
 from san_llm.train.packed_attention import has_dropout, use_packed_attention
@@ -201,6 +204,47 @@ def test_what_peft_does_not_take_is_told_before_there_are_weights(
     assert line.startswith("method.config")
     assert says in line
     assert "\n" not in line
+
+
+@pytest.fixture(scope="module", params=["4bit", "8bit"])
+def quantized(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what gives a quantized model of a block, and the plain one of its numbers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    base = save_tiny(tmp_path_factory.mktemp("base") / "wide", **sizes)
+    found = find_base(Base(model=str(base), dtype="float32", quantization=request.param))
+    return lambda: (load_base(found), dequantize(load_base(found)).requires_grad_(False))
+
+
+@pytest.mark.parametrize("kind", sorted(OVER_BITS & {*TUNERS}))
+def test_over_a_quantized_base_it_computes_with_the_numbers(kind: str, quantized: Any) -> None:
+    models = []
+    for base in quantized():
+        torch.manual_seed(1)
+        model = add_adapter(base, method(kind))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                drawn = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(2))
+                parameter.data.add_(drawn, alpha=0.1)
+        models.append(model)
+    # As in training: 8-bit layers round what they read when they only answer.
+    over_bits, plain, base = (in_training(m) for m in (*models, quantized()[1]))
+    moved = float((plain - base).abs().max())
+    assert moved > 0.05
+    assert float((over_bits - plain).abs().max()) < 1e-3 * moved
+
+
+def in_training(model: Any) -> torch.Tensor:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        out: torch.Tensor = model.train()(torch.tensor([[5, 9, 20, 21, 22, 23]])).logits
+    return out
+
+
+def test_one_that_takes_codes_for_numbers_is_refused() -> None:
+    check_bits(method("HRA"), None)
+    check_bits(method("ROAD"), "4bit")
+    line = refusal(check_bits, method("HRA"), "8bit")
+    assert line.startswith("method.config.peft_type HRA: does not read a base in 8bit; those that")
 
 
 def test_one_that_would_train_in_16_bits_is_refused() -> None:
