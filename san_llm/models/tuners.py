@@ -28,7 +28,7 @@ REFUSED = {
 # for, as a test holds. Others fail there, or take the codes for numbers without a word.
 OVER_BITS = {
     *("BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS"),
-    *("OFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT"),
+    *("PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT"),
 }
 # Fields of every config that are none of a recipe's.
 _OURS = {
