@@ -162,7 +162,8 @@ def _logits(model: Any, tokens: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+    # Not Python's max(): a NaN is to be kept, not passed over.
+    return torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max().item()
 
 
 def _worse(a: float, b: float) -> float:

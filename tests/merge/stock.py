@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors.torch import load_file
 from san.adapted import text
+
+import san_llm.merge.verify as verifying
+from san_llm.merge.stock_logits import main
 
 
 def stock_logits(script, folders, out):
@@ -24,3 +29,19 @@ def stock_logits(script, folders, out):
     )
     assert done.returncode == 0, done.stderr
     return load_file(out)
+
+
+def verify_in_this_process(monkeypatch):
+    """Let a verification's script run here, where it can show all but that it was alone."""
+
+    def run(command, **how):
+        assert command[:2] == [sys.executable, "-P"]
+        assert Path(command[2]).name == "stock_logits.py"
+        assert how == {"capture_output": True, "text": True, "check": False}
+        try:
+            main(*command[3:])
+        except SystemExit as error:
+            wrong = not str(error).startswith("san_llm was imported")
+            return subprocess.CompletedProcess(command, int(wrong), "", f"{error}\n")
+
+    monkeypatch.setattr(verifying, "subprocess", SimpleNamespace(run=run))

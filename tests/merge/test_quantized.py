@@ -2,11 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from merge.stock import stock_logits
+from merge.stock import stock_logits, verify_in_this_process
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from san.adapted import adapt, family_model, text
@@ -14,8 +15,9 @@ from tiny import rows, tiny_model, tiny_tokenizer, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from san_llm.errors import InputError, SanError
-from san_llm.merge.request import MergeRequest
+from san_llm.merge.request import MergeRequest, check_request
 from san_llm.merge.run import merge
+from san_llm.merge.verify import PROMPTS, verify
 from san_llm.models.subject import find_subject
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, point_latest
@@ -228,6 +230,8 @@ def test_what_4_bits_cannot_hold_is_refused_and_dequantized_instead(full, here, 
     subject = find_subject(str(full / "4bit"), adapter_for(full, here / "adapter", **options))
     with pytest.raises(InputError, match=said):
         merge(MergeRequest(subject, Path("out"), quantized="keep"))
+    with pytest.raises(InputError, match="--gguf: 4-bit weights of bitsandbytes are not written"):
+        merge(MergeRequest(subject, Path("out"), quantized="keep", gguf="f16"))
     assert os.listdir() == ["adapter"]
     merge(MergeRequest(subject, Path("out"), "float32", quantized="dequantize"))
     with torch.no_grad():
@@ -345,6 +349,50 @@ def run(here, full):
     adapter_for(full, folder / "adapter")
     point_latest(folder)
     return folder
+
+
+def answers(model):
+    """Return the logits of what a verification asks."""
+    with torch.no_grad():
+        return [
+            model(torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])).logits
+            for prompt in PROMPTS
+        ]
+
+
+@pytest.mark.parametrize(
+    ("way", "stored"),
+    [(None, None), ("keep", None), ("dequantize", None), (None, "4bit"), ("dequantize", "8bit")],
+)
+def test_a_verification_takes_the_model_that_was_merged(full, here, monkeypatch, way, stored):
+    verify_in_this_process(monkeypatch)
+    changes = [] if stored else ["base.dtype=bfloat16", "base.quantization=4bit"]
+    data = write_rows(here / "rows.json", rows(8))
+    recipe = load_recipe(write_recipe(here / "mine.yaml", full / (stored or "base"), data), changes)
+    folder = new_run(recipe, None, False)
+    adapter_for(full, folder / "adapter")
+    model = str(full / "base") if way is None else None
+    asked = MergeRequest(
+        find_subject(model, folder / "adapter"), Path("out"), "float32", False, True, quantized=way
+    )
+    check = merge(asked).verified
+    assert 0 <= check.relative <= check.bound
+    assert check.adapter_moved > 10 * check.largest_difference
+    assert (check.weight_errors is None) == (way == "keep")
+    if way is None:
+        again = quantize(here / "again", full / "base", FP32 if stored else BF16, **DOUBLE)
+        trained = in_fp32(PeftModel.from_pretrained(load(again), folder / "adapter"))
+        pairs = zip(answers(load("out")), answers(trained), strict=True)
+        moved = max(float((a - b).abs().max()) for a, b in pairs)
+        assert check.quantization_moved == pytest.approx(moved, rel=1e-3)
+    else:
+        assert check.quantization_moved is None
+    file = Path("out/model.safetensors")
+    tensors, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
+    tensors[f"{name}.absmax" if way == "keep" else name][:64] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SanError, match="is unexplained where"):
+        verify(Path("out"), check_request(replace(asked, output=Path("new"))))
 
 
 @pytest.mark.slow

@@ -1,15 +1,20 @@
 """Verification: right merges pass in a stock process, tampered ones fail and leave nothing."""
 
+import json
 import os
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from merge.stock import verify_in_this_process
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from san.adapted import adapt
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import san_llm.merge.run
@@ -17,8 +22,8 @@ import san_llm.merge.verify as verifying
 from san_llm.errors import SanError
 from san_llm.merge.request import MergeRequest, check_request
 from san_llm.merge.run import merge
-from san_llm.merge.stock_logits import place_in_fp32
-from san_llm.merge.verify import verify
+from san_llm.merge.stock_logits import greedy, logits, place_in_fp32
+from san_llm.merge.verify import PROMPTS, verify
 from san_llm.models.subject import find_subject
 
 ROW = "model.layers.2.mlp.down_proj.weight"
@@ -197,3 +202,154 @@ def test_a_model_of_8_billion_numbers_is_held_in_fp32_where_there_is_room(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
     assert place_in_fp32(8 * 10**9) == torch.device(place)
+
+
+# --- its decisions, with the script in this process ---
+
+
+@pytest.fixture
+def script(monkeypatch):
+    verify_in_this_process(monkeypatch)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def all_logits(model):
+    return [logits(model, tiny_tokenizer()(prompt)["input_ids"]) for prompt in PROMPTS]
+
+
+def apart(one, other):
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.usefixtures("script")
+def test_each_number_of_a_verification_is_what_it_says(pair, capsys):
+    merge(MergeRequest(pair, Path("out"), "bfloat16", verified=False))
+    result = check("out", "bfloat16")
+    assert "\nVerifying: 4 of 4 parts after " in f"\n{capsys.readouterr().err}"
+    adapted, merged = PeftModel.from_pretrained(load("base"), "adapter").eval(), load("out")
+    got, wanted = all_logits(merged), all_logits(adapted)
+    with adapted.disable_adapter():
+        moved = apart(all_logits(adapted), wanted)
+    tokens = [tiny_tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+    texts = zip(greedy(merged, tokens), greedy(adapted, tokens), strict=True)
+    alike = [
+        next((n for n, (a, b) in enumerate(zip(*text, strict=True)) if a != b), 32)
+        for text in texts
+    ]
+    exact = all_logits(adapted.merge_and_unload())
+    spread = torch.cat(wanted).std().item()
+    top = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(got, wanted, strict=True)])
+    found = pytest.approx(apart(got, wanted), rel=1e-3)
+    assert result.largest_difference == found
+    assert result.relative * spread == found
+    assert result.bound == pytest.approx(1.1 * apart(got, exact) / spread + 1e-3, rel=1e-3)
+    assert result.adapter_moved == pytest.approx(moved, rel=1e-3)
+    assert result.same_top_word == pytest.approx(top.float().mean().item())
+    assert 0 < result.same_greedy == sum(alike) / (32 * len(PROMPTS)) < 1
+    assert result.quantization_moved is None
+    assert result.weight_errors.keys() == load_file("out/model.safetensors").keys()
+
+
+@pytest.mark.usefixtures("script")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_thousandth_of_the_spread_and_a_tenth_of_rounding_are_allowed(pair, monkeypatch, dtype):
+    merge(MergeRequest(pair, Path("out"), dtype, verified=False))
+    right, asked = check("out", dtype), [tiny_tokenizer()(p)["input_ids"] for p in PROMPTS]
+    explained = (right.bound - 1e-3) / 1.1
+    assert (explained == pytest.approx(0, abs=1e-9)) == (dtype == "float32")
+    allowed, spread = 1e-3 + 0.1 * explained, right.largest_difference / right.relative
+    model = load("out")
+    new = greedy(model, asked)
+
+    def check_with(share):
+        answers = all_logits(model)
+        answers[2][1, 7] += share * allowed * spread
+        monkeypatch.setattr(verifying, "_stock_answers", lambda *_: (answers, new))
+        return check("out", dtype)
+
+    assert check_with(0.9).same_greedy == right.same_greedy
+    for share in (1.1, -1.1, nan):
+        with pytest.raises(SanError, match=r"^out: differs from base \+ adapter by ") as caught:
+            check_with(share)
+        told = abs(share) * allowed if share == share else share
+        assert str(caught.value).endswith(
+            f"rounding to {dtype} explains {explained:.3g}, and {told:.3g} is unexplained where "
+            f"{allowed:.3g} is allowed"
+        )
+
+
+@pytest.mark.usefixtures("script")
+def test_a_merge_in_memory_that_is_as_wrong_as_the_file_is_no_excuse(pair, monkeypatch):
+    merge(MergeRequest(pair, Path("out"), verified=False))
+    tamper("out", flip)
+    right = verifying.fold
+
+    def wrong(*arguments):
+        merged = right(*arguments)
+        merged.get_parameter(ROW).data[5] *= -1
+        return merged
+
+    monkeypatch.setattr(verifying, "fold", wrong)
+    with pytest.raises(SanError, match="is unexplained where"):
+        check("out", "float32")
+
+
+@pytest.mark.usefixtures("script")
+def test_a_weight_that_no_answer_shows_is_found_by_the_formula(pair, monkeypatch):
+    merge(MergeRequest(pair, Path("out"), verified=False))
+    told = []
+    answered = verifying._stock_answers
+    monkeypatch.setattr(
+        verifying, "_stock_answers", lambda *asked: told.append(answered(*asked)) or told[0]
+    )
+    check("out", "float32")
+    tamper("out", nudge)
+    with pytest.raises(SanError, match=rf"^out: {ROW} is 0\.\d+ of its row's .* the formula"):
+        check("out", "float32")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "worse"), [(1.0, 2.0, 2.0), (2.0, 1.0, 2.0), (nan, 1.0, nan), (1.0, nan, nan)]
+)
+def test_what_is_not_a_number_is_worse_than_any(one, other, worse):
+    assert verifying._worse(one, other) == pytest.approx(worse, nan_ok=True)
+
+
+def test_a_text_is_shared_up_to_the_first_word_that_differs():
+    model, prompt = tiny_model(), [5, 6, 7]
+    (own,) = greedy(model, [prompt])
+    assert verifying._shared(model, prompt, own) == len(own) == 32
+    for place in (0, 1, 31):
+        other = [*own[:place], (own[place] + 1) % 90, *own[place + 1 :]]
+        assert verifying._shared(model, prompt, other) == place
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"), [("", "no message"), ("Traceback\nmissing keys: a\n\n", "missing keys: a")]
+)
+def test_the_script_is_told_all_and_its_last_line_is_the_error(pair, monkeypatch, stderr, said):
+    places, commands = [], []
+
+    def run(command, **_how):
+        commands.append(command)
+        assert json.loads(Path(command[4]).read_text()) == [[5, 6], [7]]
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    def place(numbers):
+        places.append(numbers)
+        return torch.device("cuda", 0)
+
+    monkeypatch.setattr(verifying, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(verifying, "place_in_fp32", place)
+    with pytest.raises(SanError) as caught:
+        verifying._stock_answers(Path("base"), [[5, 6], [7]])
+    assert str(caught.value) == f"base: stock transformers cannot load it: {said}"
+    ((python, option, script, folder, prompts, out, device),) = commands
+    assert (python, option, folder, device) == (sys.executable, "-P", "base", "cuda:0")
+    assert Path(script) == Path(verifying.__file__).with_name("stock_logits.py")
+    assert Path(prompts).parent == Path(out).parent
+    assert not Path(out).parent.exists()
+    assert places == [load("base").num_parameters()]
