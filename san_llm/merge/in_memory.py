@@ -56,7 +56,7 @@ def merge_in_memory(
         progress.advance(note="loaded")
         before = answered(adapted) if check else None
         merged: Any = keep(adapted) if way == "keep" else fold(adapted, adapter)
-        checked = None if before is None else _checked(way, adapter, before, merged)
+        checked = None if before is None else _checked(adapter, before, merged)
         round_plain(merged, target)
         merged.config.dtype = target
         progress.advance(note="folded")
@@ -79,9 +79,7 @@ def _adapted(way: str | None, found: FoundBase, adapter: Path) -> Any:
     return adapted
 
 
-def _checked(way: str | None, adapter: Path, before: torch.Tensor, merged: Any) -> Checked | None:
-    if way == "keep":
-        in_fp32(merged)
+def _checked(adapter: Path, before: torch.Tensor, merged: Any) -> Checked | None:
     after = answered(merged)
     # Told by the weight's name, when its file is read again.
     return check_answers(adapter, before, after) if is_finite(after) else None

@@ -192,7 +192,7 @@ def _piece(output: Output, first: int, last: int, data: Numbers) -> Numbers:
     source = output.source
     with nullcontext() if source is None else source.file.open("rb", buffering=0) as opened:
         if source is not None and output.copied:
-            read_into(opened, source, first, last, data)
+            read_into(opened, source, first, data)
         else:
             _merge(output, opened, first, last, data)
     return data
@@ -210,7 +210,7 @@ def _merge(output: Output, opened: Any, first: int, last: int, data: Numbers) ->
             rows[...] = 0
         else:
             room = _room("raw", (stored_bytes(source, start, stop),), np.uint8)
-            raw = raw_numbers(read_into(opened, source, start, stop, room), source, stop - start)
+            raw = raw_numbers(read_into(opened, source, start, room), source, stop - start)
             converted(raw, rows)
         if output.merge is not None:
             rows = output.merge(rows, start, stop)

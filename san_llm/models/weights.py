@@ -211,9 +211,8 @@ def read_rows(tensor: Stored, first: int = 0, last: int | None = None) -> Number
     """
     last = tensor.shape[0] if last is None else last
     with tensor.file.open("rb", buffering=0) as file:
-        data = read_into(
-            file, tensor, first, last, np.empty(stored_bytes(tensor, first, last), np.uint8)
-        )
+        data = np.empty(stored_bytes(tensor, first, last), np.uint8)
+        read_into(file, tensor, first, data)
     raw = raw_numbers(data, tensor, last - first)
     return converted(raw, np.empty(raw.shape, np.float32))
 
@@ -236,8 +235,8 @@ def stored_bytes(tensor: Stored, first: int, last: int) -> int:
     return (last - first) * (tensor.size // (tensor.shape[0] if tensor.shape else 1))
 
 
-def read_into(file: Any, tensor: Stored, first: int, last: int, data: Numbers) -> Numbers:
-    """Read some rows' bytes into ``data``, and return it."""
+def read_into(file: Any, tensor: Stored, first: int, data: Numbers) -> Numbers:
+    """Read bytes into ``data``, as many as it holds, from a row's first on; return it."""
     file.seek(tensor.start + stored_bytes(tensor, 0, first))
     left = data.data
     while left:
