@@ -40,7 +40,15 @@ KNOWN = ROOT / ".mutants"  # which test runs which statements; made anew where c
 # A part: its modules, and where the tests lie that are about them.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "san": (["san/*.py"], ["san", "ops"]),
-    "merge": (["merge/*.py"], ["merge", "models/test_weights.py", "san/test_formulas.py"]),
+    "merge": (
+        ["merge/*.py"],
+        [
+            "merge",
+            "models/test_weights.py",
+            "models/test_tokenizer_files.py",
+            "san/test_formulas.py",
+        ],
+    ),
     "gguf": (["merge/gguf.py"], ["merge/test_gguf.py", "merge/test_expected.py"]),
     "data": (["data/*.py"], ["data", "protocol"]),
     "loss, packing": (
