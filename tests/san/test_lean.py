@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from san.adapted import FAMILIES, adapt, family_model, shake, text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils.deprecation import deprecate_kwarg
 
 from san_llm import SanConfig
 from san_llm.architectures.decoders import TARGETS
 from san_llm.architectures.entry import KINDS
 from san_llm.ops.scale import Scaled, ScaledNorm, ScaledRotary, ScaledSwiGLU, scaled
+from san_llm.san.lean import GatedFold, NormFold, RotaryFold, ValueFold, _rotates_halves
 
 LOW_RANK = {"r": 4, "lora_alpha": 6}
 LENGTHS = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}
@@ -115,6 +118,84 @@ def test_a_gamma_of_any_size_is_right_in_the_lean_form(value):
             if ".san_gamma." in name and ("v_proj" in name or "up_proj" in name):
                 parameter.data[::2] = value
     assert_same(plain, lean, torch.float64, floor=1e-3)
+
+
+WHERE = {
+    NormFold: "self_attn.q_proj.columns_fold",
+    RotaryFold: "self_attn.k_proj.rows_fold",
+    ValueFold: "self_attn.o_proj.columns_fold",
+    GatedFold: "mlp.down_proj.columns_fold",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "standing"),
+    [
+        ("llama", {}, {NormFold, RotaryFold, ValueFold, GatedFold}),
+        ("qwen2", {}, {NormFold, RotaryFold, ValueFold, GatedFold}),
+        ("gemma", {}, {NormFold, RotaryFold, ValueFold, GatedFold}),
+        (
+            "qwen3",
+            {},
+            {NormFold, ValueFold, GatedFold},
+        ),  # norms between the Linear and the rotation
+        ("llama", {"shift": True}, {NormFold}),
+        ("llama", {"links": ("mlp",)}, {RotaryFold, GatedFold}),
+        ("llama", {"links": ("attention",)}, {RotaryFold, ValueFold, GatedFold}),
+        ("llama", {"links": "free"}, {RotaryFold, GatedFold}),
+        ("llama", {"carrier": "dora", **LOW_RANK}, {NormFold, RotaryFold, ValueFold, GatedFold}),
+        ("qwen2", {"carrier": "dora", **LOW_RANK}, {NormFold, GatedFold}),  # q, k and v have biases
+        ("llama", {"form": "plain"}, set()),
+        ("llama", {"target_modules": ["q_proj", "o_proj", "up_proj"]}, set()),
+    ],
+)
+def test_a_fold_stands_where_its_scales_can_move(family, options, standing):
+    model = adapt(family_model(family), **options)
+    block = model.base_model.model.model.layers[1]  # the first has no layer before it
+    found = set()
+    for kind, where in WHERE.items():
+        module, _, name = where.rpartition(".")
+        fold = getattr(block.get_submodule(module), name, None)
+        assert isinstance(fold, kind | None)
+        found |= {kind} if fold is not None and fold.stands() else set()
+    assert found == standing
+    with model.disable_adapter():
+        assert not any(
+            fold.stands()
+            for module in block.modules()
+            for fold in vars(module).values()
+            if isinstance(fold, tuple(WHERE))
+        )
+
+
+def test_only_a_rotation_of_halves_is_taken_over():
+    def rotate_half(x: Tensor) -> Tensor:
+        return torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+
+    def stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+    def other(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return q * cos - rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+    def attention(body: str, **names: Any) -> nn.Module:
+        exec(f"def forward(self, x):\n    return {body}", names)
+        return type("Attention", (nn.Module,), {"forward": names["forward"]})()
+
+    called = "apply_rotary_pos_emb(x)"
+    assert _rotates_halves(attention(called, apply_rotary_pos_emb=apply_rotary_pos_emb))
+    assert _rotates_halves(attention(called, apply_rotary_pos_emb=stock))
+    assert not _rotates_halves(attention(called, apply_rotary_pos_emb=other))
+    assert not _rotates_halves(attention(called, apply_rotary_pos_emb=lambda q, k: (q, k)))
+    assert not _rotates_halves(attention("x", apply_rotary_pos_emb=stock)), "it does not call it"
+    assert not _rotates_halves(attention(called))
+    renaming = attention(called, apply_rotary_pos_emb=stock)
+    rename = deprecate_kwarg("y", version="99", new_name="x")  # as transformers renames arguments
+    type(renaming).forward = rename(type(renaming).forward)
+    assert _rotates_halves(renaming)
+    # As one that is not in Python, and has no names.
+    compiled = type("Attention", (nn.Module,), {"forward": partial(torch.relu)})
+    assert not _rotates_halves(compiled())
 
 
 def kept_for_backward(model: Any) -> int:

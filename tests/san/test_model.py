@@ -8,8 +8,12 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from itertools import permutations, product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +44,8 @@ from transformers import (
 
 from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError, SanError
+from san_llm.san import register
+from san_llm.san.merging import hold_biases
 from san_llm.san.options import CARRIERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:shift=True:UserWarning")
@@ -150,10 +156,38 @@ def test_a_merged_shift_loads_in_stock_transformers(tmp_path, bias):
     model = adapt(deepcopy(plain), shift=True, target_modules=["q_proj", "up_proj"])
     before = logits(model)
     model.merge_and_unload().save_pretrained(tmp_path)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stock, problems = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(problems.values())
     assert stock.config.attention_bias
     assert stock.config.mlp_bias
     assert relative(logits(stock), before) < 1e-5
+
+
+def test_biases_are_held_by_all_linears_of_a_parent_or_by_none():
+    model = tiny_model(num_hidden_layers=2, dtype=torch.bfloat16)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    own = torch.nn.Parameter(torch.ones(32, dtype=torch.float32))
+    first.q_proj.bias = own
+    codes = torch.zeros(16, 16, dtype=torch.uint8)  # as 4 bits are stored
+    second.k_proj.weight = torch.nn.Parameter(codes, requires_grad=False)
+    second.o_proj.to("meta")  # stands for another device
+    hold_biases(model)
+    assert (model.config.attention_bias, model.config.mlp_bias) == (True, False)
+    assert first.q_proj.bias is own
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or module is first.q_proj:
+            continue
+        if ".self_attn." not in name:
+            assert module.bias is None
+            continue
+        assert module.bias.device == module.weight.device
+        if module is not second.o_proj:
+            assert module.bias.tolist() == [0] * module.out_features
+        assert not module.bias.requires_grad
+        assert module.bias.dtype == (torch.float32 if module is second.k_proj else torch.bfloat16)
+    hold_biases(plain := tiny_model(num_hidden_layers=1))
+    assert not any(name.endswith("bias") for name in plain.state_dict())
+    assert not plain.config.attention_bias
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
@@ -891,3 +925,58 @@ def test_a_process_that_has_imported_the_package_loads_an_adapter(tmp_path, impo
     assert done.returncode == 0, done.stderr
     told = model(torch.arange(9)[None]).logits.double().abs().sum().item()
     assert float(done.stdout) == pytest.approx(told, rel=1e-6)
+
+
+OURS = ("config", "layer", "model")  # what imports PEFT
+
+
+@pytest.fixture
+def another_peft(tmp_path, monkeypatch):
+    """Make a PEFT of a line importable, as if none had been; the method registered behind it."""
+    (tmp_path / "peft.py").write_text("ready = True\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delitem(sys.modules, "peft")
+    for name in OURS:
+        monkeypatch.delitem(sys.modules, f"san_llm.san.{name}")
+    registered = []
+    monkeypatch.setattr(
+        register, "import_module", lambda name: registered.append((name, sys.modules["peft"].ready))
+    )
+    return registered
+
+
+def test_the_method_is_registered_behind_peft_whenever_that_is_imported(another_peft, monkeypatch):
+    before = [*sys.meta_path]
+    register.register_with_peft()
+    assert sys.meta_path[1:] == before
+    for _ in range(2):  # many ask long before they import it
+        assert find_spec("peft").name == "peft"
+        assert sys.meta_path[1:] == before
+    assert find_spec("json").name == "json"
+    assert another_peft == []
+    finder = sys.meta_path[0]
+    import_module("peft")
+    assert another_peft == [("san_llm.san.model", True)]
+    assert sys.meta_path == before
+    assert finder.find_spec("peft", None) is None
+    register.register_with_peft()
+    assert another_peft == [("san_llm.san.model", True)] * 2
+    assert sys.meta_path == before
+    for name in OURS:  # which registers the method itself, as soon as PEFT is ready for it
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, f"san_llm.san.{name}", ModuleType(name))
+            register.register_with_peft()
+        assert len(another_peft) == 2, name
+
+
+def test_without_peft_nothing_is_found_and_nothing_breaks(another_peft, tmp_path, monkeypatch):
+    (tmp_path / "peft.py").unlink()
+    register.register_with_peft()
+    assert find_spec("peft") is None
+    with pytest.raises(ModuleNotFoundError):
+        import_module("peft")
+    spec = ModuleSpec("peft", None, is_package=True)  # a folder without code
+    monkeypatch.setattr(register, "find_spec", lambda name: spec)
+    assert sys.meta_path[0].find_spec("peft", None) is spec
+    assert another_peft == []
