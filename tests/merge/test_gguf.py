@@ -254,6 +254,9 @@ def test_the_command_says_where_and_the_manifest_has_its_sum(command, here):
     done = command(*asked, "--gguf", "bf16")
     assert done.returncode == 0, done.stderr
     assert "out/model.gguf (bf16)" in done.stdout
+    count = len(load_file("out/model.safetensors"))
+    for part in ("Writing", "Checking"):
+        assert f"\n{part} GGUF: {count} of {count} tensors after " in f"\n{done.stderr}"
     sums = json.loads(Path("out/merge_manifest.json").read_text())["sha256"]
     assert sums["model.gguf"] == sha256(Path("out/model.gguf").read_bytes()).hexdigest()
 

@@ -36,6 +36,7 @@ from san_llm.models.weights import read_header
 from san_llm.progress import quiet_libraries
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, point_latest
+from san_llm.runs.record import versions
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 SEVEN = [*ATTENTION, *MLP]
@@ -735,7 +736,8 @@ def test_merging_onto_the_base_or_the_adapter_itself_is_refused(command, pair):
 def test_an_adapter_trained_over_4_bits_merges_into_the_full_base_and_says_so(command, here):
     base = save_tiny(here / "base", hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     data = write_rows(here / "rows.json", rows(8))
-    recipe = load_recipe(write_recipe(here / "mine.yaml", base, data), ["base.quantization=4bit"])
+    changes = ["base.quantization=4bit", "data.date=2025-01-02"]
+    recipe = load_recipe(write_recipe(here / "mine.yaml", base, data), changes)
     run = new_run(recipe, None, False)
     quantized = load(
         base,
@@ -756,6 +758,8 @@ def test_an_adapter_trained_over_4_bits_merges_into_the_full_base_and_says_so(co
     config = json.loads((base / "config.json").read_text())
     for key, value in by_hand(base, run / "adapter", {}, config).items():
         assert torch.equal(found[key], torch.from_numpy(value)), key
+    facts = json.loads((run / "merged" / "merge_manifest.json").read_text())
+    assert (facts["prompt"], facts["date"]) == ("alpaca", "2025-01-02")
     value = json.loads(command("merge", "--json", "--overwrite").stdout)
     assert (value["trained_over"], value["base"]) == ("4bit", str(base))
     assert (value["dtype"], value["output"]) == ("float32", str(run / "merged"))
@@ -785,6 +789,24 @@ def test_a_base_that_is_a_quantized_checkpoint_is_refused(command, here, method)
 # --- what else a checkpoint has ---
 
 
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_the_config_says_the_dtype_of_the_weights(pair, dtype):
+    merge(MergeRequest(find_subject("base", Path("adapter")), Path("out"), dtype))
+    wanted = dtype or "float32"
+    assert json.loads((pair / "out" / "config.json").read_text())["dtype"] == wanted
+    stored = {str(t.dtype) for t in load_file("out/model.safetensors").values()}
+    assert stored == {f"torch.{wanted}"}
+
+
+def test_scales_are_merged_without_what_other_methods_need(pair, monkeypatch):
+    for name in ("peft", "in_memory", "verify"):  # which import torch
+        monkeypatch.setitem(sys.modules, f"san_llm.merge.{name}", None)
+    merge(MergeRequest(find_subject("base", Path("adapter")), Path("out")))
+    lora_of(pair)
+    with pytest.raises(ImportError):
+        merge(MergeRequest(find_subject("base", Path("lora")), Path("other")))
+
+
 def test_many_files_of_weights_load_as_one_model(pair):
     merge(MergeRequest(find_subject("base", Path("adapter")), Path("one")))
     merge(MergeRequest(find_subject("base", Path("adapter")), Path("many"), shard_size=20_000))
@@ -800,6 +822,9 @@ def test_the_manifest_and_the_card_say_what_was_merged(command, pair):
     asked = ("merge", "--adapter", "adapter", "--model", "base", "--output", "out", "--json")
     assert json.loads(command(*asked).stdout)["verified"] is None
     facts = json.loads((pair / "out" / "merge_manifest.json").read_text())
+    assert {"made", "platform", "versions", "git"} <= facts.keys()
+    assert facts["versions"] == versions()
+    assert (facts["base"], facts["prompt"], facts["date"]) == ("base", None, None)
     files = {
         "base config": pair / "base" / "config.json",
         "adapter": pair / "adapter" / "adapter_model.safetensors",

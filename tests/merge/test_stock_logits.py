@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from san.adapted import family_model
 from tiny import save_tiny, tiny_model
+from transformers import Gemma2PreTrainedModel
 
 from san_llm.merge.stock_logits import NEW_TOKENS, greedy, in_fp32, logits, main
 
@@ -24,6 +26,44 @@ def test_the_likeliest_tokens_of_a_batch_are_those_of_each_prompt_alone():
         # Teacher-forced, in one forward: what each place says next.
         said = logits(model, whole).argmax(-1).tolist()
         assert new == said[len(prompt) - 1 : -1]
+
+
+def test_each_prompt_of_a_batch_stands_at_its_own_places():
+    model, seen = tiny_model(), []
+    model.register_forward_pre_hook(
+        lambda _model, _arguments, named: seen.append(named["position_ids"]), with_kwargs=True
+    )
+    greedy(model, PROMPTS)
+    # Left of a prompt is padding, which is masked wherever it stands.
+    assert seen[0].tolist() == [[0, 0, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
+    steps = [places.tolist() for places in seen[1:]]
+    assert steps == [[[3 + n], [6 + n], [1 + n]] for n in range(NEW_TOKENS - 1)]
+
+
+def test_tokens_go_where_the_model_is():
+    model, seen = tiny_model(), []
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __call__(self, tokens: torch.Tensor) -> object:
+            seen.append(tokens.device)
+            return model(torch.tensor(PROMPTS[:1]))
+
+    assert torch.equal(logits(Elsewhere(), PROMPTS[0]), logits(model, PROMPTS[0]))
+    assert seen == [torch.device("meta")]
+
+
+def test_capped_scores_are_capped_also_where_sdpa_would_be_taken(tmp_path, monkeypatch):
+    model = family_model("gemma2", num_hidden_layers=1, attn_logit_softcapping=1.0)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as in some versions
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    with pytest.raises(SystemExit, match="san_llm was imported"):
+        main(str(tmp_path / "model"), str(tmp_path / "prompts.json"), str(tmp_path / "out"))
+    found = load_file(tmp_path / "out")
+    for number, prompt in enumerate(PROMPTS):
+        assert torch.allclose(found[str(number)], logits(model, prompt), rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_compute_in_fp32_and_in_eval_mode():
