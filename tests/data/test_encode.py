@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from san_llm.data.batches import Pad, pad_id
 from san_llm.data.encode import IGNORE, Encoding, evaluation_text, label_rows
 from san_llm.data.rows import Row, read_rows
-from san_llm.data.tokenized import Rows, encode_rows
+from san_llm.data.tokenized import Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import InputError, SanError
 from san_llm.protocol.prompts import evaluation_prompt, training_prompt
 
@@ -396,6 +396,26 @@ def test_an_instruction_of_100_000_characters_is_dropped_and_counted(tokenizer):
         encode_rows([huge], Encoding(tokenizer, "alpaca", "response", 256))
 
 
+def test_a_row_that_a_model_cannot_hold_is_named_also_behind_one_that_was_dropped(tokenizer):
+    outputs = ("a" * 300, "ab", "a" * 9, "a" * 7)
+    huge, *rows = (replace(ROW, output=text, where=f"row {n}") for n, text in enumerate(outputs))
+    huge = replace(huge, instruction="x" * 400)
+    encoding = Encoding(tokenizer, "alpaca", "response", 256)
+    encoded = encode_rows([huge, *rows], encoding)
+    assert kept_rows(encoded, [huge, *rows], encoding) == rows
+    assert kept_rows(encode_rows(rows, encoding), rows, encoding) == rows
+    prompt = len(training_prompt("alpaca", ROW.instruction)) + 1  # and the end token
+    for context in (None, prompt + 9):
+        refuse_longer(encoded, [huge, *rows], encoding, context)
+    for context, more in ((prompt + 8, ""), (prompt + 2, ", as in 1 more rows")):
+        with pytest.raises(InputError) as error:
+            refuse_longer(encoded, [huge, *rows], encoding, context)
+        assert str(error.value) == (
+            f"row 2: {prompt + 9} tokens, more than the model's context of {context}{more}: "
+            f"data.cutoff={context} cuts them there"
+        )
+
+
 def test_lengths_are_those_of_the_rows(tokenizer):
     rows = [replace(ROW, output="a" * length) for length in (3, 1, 2)]
     data = Rows(encode_rows(rows, Encoding(tokenizer, "alpaca", "response", 1000)))
@@ -473,6 +493,14 @@ def test_the_published_evaluation_keeps_its_mismatch():
     assert prompt == words(text)["input_ids"]
     training = one(ROW, words, "llm-adapters")[0]
     assert prompt != training[: len(prompt)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_evaluation_asks_with_the_rows_context(tokenizer, style):
+    text, prompt = evaluation_text(style, replace(ROW, context="Look."), tokenizer)
+    assert text == evaluation_prompt(style, "Is it?", "Look.")
+    assert text.count("Look.") == 1
+    assert tokenizer.decode(prompt) == text
 
 
 def test_chat_evaluation_asks_in_the_template(tokenizer):

@@ -11,6 +11,7 @@ import subprocess
 import time
 from dataclasses import replace
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def test_who_shares_a_forward_is_in_the_key_where_it_can_change_a_bit(
         return identity(EvalTask(subject, questions, settings, {}, here), found)
 
     one = key(1, 1)
+    wanted = version("lm_eval") if protocol == "lm-eval" else None
+    assert one["versions"].get("lm_eval") == wanted
     for name, other in (("batch_size", key(2, 1)), ("processes", key(1, 2))):
         assert {field for field in one if one[field] != other[field]} == {name} & matters
 

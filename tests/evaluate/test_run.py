@@ -25,6 +25,7 @@ from san_llm.evaluate.start import start
 from san_llm.protocol.tasks import TASKS, find_tasks
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, point_latest
+from san_llm.runs.record import MergeManifest, write_merge_manifest
 
 TASK = "the correct answer is"
 
@@ -239,6 +240,19 @@ def test_each_word_of_a_request_reaches_the_way_it_is_asked(here, data, tiny_bas
             check_request(EvalRequest(**more, protocol=protocol, answers_only=True))
 
 
+@pytest.mark.parametrize("style", ["chat", "alpaca"])
+@pytest.mark.parametrize("trained", [None, "2025-01-02"])
+@pytest.mark.parametrize("told", [None, "2026-03-04"])
+def test_a_chat_is_dated_as_told_or_as_in_training_and_nothing_else_is(
+    here, data, tiny_base, style, trained, told
+):
+    shutil.copytree(tiny_base, here / "base")
+    write_merge_manifest(here / "base", MergeManifest(date=trained))
+    asked = {"tasks": ["boolq"], "model": str(here / "base"), "data": str(data)}
+    task = check_request(EvalRequest(**asked, prompt=style, date=told, output=here / "out"))
+    assert task.settings.date == ((told or trained) if style == "chat" else None)
+
+
 @pytest.mark.parametrize("launched", [False, True])
 def test_several_processes_are_launched_with_the_output_that_was_chosen(
     here, data, tiny_base, monkeypatch, launched
@@ -426,6 +440,20 @@ def test_a_prompt_that_just_fits_the_context_is_answered(tiny_base, tmp_path):
     shorter = tiny_config(max_position_embeddings=length + 31)
     with pytest.raises(InputError, match="row 1: its prompt has"):
         pose(questions, Settings(prompt="alpaca"), tokenizer, shorter)
+
+
+@pytest.mark.parametrize("protocol", ["loglik", "lm-eval"])
+def test_answers_that_just_fit_the_context_are_scored(tiny_base, tmp_path, protocol):
+    row = {"instruction": "x", "input": "", "output": f"{TASK} true", "answer": "true"}
+    write_rows(tmp_path / "d" / "boolq" / "test.json", [row])
+    questions = read_questions([TASKS["boolq"]], str(tmp_path / "d"), None)
+    tokenizer, settings = AutoTokenizer.from_pretrained(tiny_base), Settings(protocol, "alpaca")
+    length = len(f"{LEAD}\n\n### Instruction:\nx\n\n### Response:\n{TASK} false")
+    (item,) = pose(questions, settings, tokenizer, tiny_config(max_position_embeddings=length))
+    assert item.answers == ("true", "false")
+    said = rf"row 1: with an answer it has {length} tokens, more than .* context of {length - 1}$"
+    with pytest.raises(InputError, match=said):
+        pose(questions, settings, tokenizer, tiny_config(max_position_embeddings=length - 1))
 
 
 @pytest.mark.slow
