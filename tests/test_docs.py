@@ -66,6 +66,9 @@ NOT_HERE = {
     "san-llm train mine.yaml --accelerate config.yaml": ENGINES,
     "accelerate launch --config_file config.yaml -m san_llm train mine.yaml": LAUNCHERS,
     "torchrun --nproc_per_node 8 -m san_llm train mine.yaml": LAUNCHERS,
+    "san-llm study recipes/study_example.yaml --processes 2": (
+        "tests/study/test_study.py::test_what_it_came_to_is_what_runs_and_evaluations_have_written"
+    ),
     "make demo": "tests/test_end_to_end.py::test_train_eval_merge_and_a_stock_answer",
     "make test": "this is it",
     "make setup": "it made the environment of this test",
@@ -411,6 +414,8 @@ def start(page: str, base: Path, command: Any, monkeypatch: pytest.MonkeyPatch) 
     else:
         shutil.copytree(POCKET, "data/commonsense")
         Path("data/commonsense/train.json").rename("data/commonsense/commonsense_170k.json")
+    if page == "docs/study.md":
+        shutil.copytree(ROOT / "recipes", "recipes")
     if page in BEFORE:
         run(BEFORE[page], page, command, monkeypatch)
 

@@ -329,14 +329,6 @@ def a_failed_worker_is_named() -> None:
     assert (rank, failure.exitcode, type(failure.timestamp)) == (1, -9, int)
 
 
-def storages_are_told_apart() -> None:
-    one, other = torch.zeros(4, device="meta"), torch.zeros(4, device="meta")
-    places = [tensor.untyped_storage()._cdata for tensor in (one, one.view(2, 2), other)]
-    assert places[0] == places[1] != places[2]
-
-
-STORAGE = "what autograd keeps of a model without numbers is counted, each storage once"
-add("torch", "UntypedStorage", "_cdata", STORAGE, does(storages_are_told_apart))
 ATTENTION = "packed rows attend on a CPU by parts, under masks, with heads that share keys"
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 FLASH += f" {FLASH}_backward"

@@ -57,6 +57,8 @@ def bad(command: str, says: str, code: int = 2, **environment: str) -> Callable[
         name = damage.__name__
         if any(case.name == name for case in BUILT):
             name += f" in {command.split()[0]}"
+        alike = sum(case.name.startswith(name) for case in BUILT)
+        name += f" {alike + 1}" if alike else ""
         BUILT.append(Case(name, command, says, code, damage, environment))
         return damage
 

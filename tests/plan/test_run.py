@@ -183,7 +183,9 @@ def test_a_tuner_that_looks_at_the_base_is_counted_on_random_numbers(kind):
     config = {"peft_type": kind, **({"r": 4} if kind == "SHIRA" else {})}
     method = PeftMethod(name="peft", config=config, target_modules="all")
     told = measure(method, base.config.to_dict(), "float32")
-    assert sum(told.trained.values()) == trainable_parameters(add_adapter(base, method))
+    # FRoD keeps as many numbers of a random pattern as fall on different places.
+    trained = trainable_parameters(add_adapter(base, method))
+    assert sum(told.trained.values()) == pytest.approx(trained, rel=0.01 if kind == "FROD" else 0)
     assert told.fixed > 0
 
 

@@ -23,9 +23,10 @@ from san_llm.errors import InputError
 from san_llm.runs.lock import NAME, place, refuse_busy, seems_busy, sole_writer
 
 HOLD = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from san_llm.runs.lock import sole_writer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 with sole_writer(Path(sys.argv[1])):
     {inside}
     print("in", flush=True)
