@@ -64,18 +64,19 @@ def _measured(model: Any, times: float) -> Measured:
             if id(tensor) not in of_base:
                 kinds[id(tensor)] = SHARED if id(tensor) in added else name.rsplit(".", 1)[-1]
                 added[id(tensor)] = tensor
-    trained: dict[str, int] = {}
+    trained: dict[str, float] = {}
     size = 0.0
     for number, tensor in added.items():
         many = 1 if kinds[number] == SHARED else times
         size += many * tensor.nbytes
         if tensor.requires_grad:
             kind = kinds[number]
-            trained[kind] = trained.get(kind, 0) + round(many * tensor.numel())
+            trained[kind] = trained.get(kind, 0) + many * tensor.numel()
     blocks = [place[1] for place in map(_IN_BLOCK.search, layers) if place]
     block = f".layers.{blocks[0]}." if blocks else "no block"
     fixed, per_token = _kept({name: layer for name, layer in layers.items() if block in name})
-    return Measured(trained, round(size), fixed, per_token)
+    counted = {kind: round(count) for kind, count in trained.items()}
+    return Measured(counted, round(size), fixed, per_token)
 
 
 def _held(module: nn.Module) -> Iterable[Tensor]:
