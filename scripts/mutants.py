@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
 }
 FAST = 5.0  # seconds: a test that takes longer is left out
 AT_MOST = 30.0  # seconds of tests for an edit
+SLOWER = 10  # times what tests take otherwise they may take: one that stays behind never ends
 FEWEST = 2  # edits of a module, however short
 CAUGHT = ("caught", "ran too long")
 NOT_RUN = ["the tests were not run"]
@@ -320,11 +321,12 @@ class Tree:
         for file in filter(Path.exists, files):
             name = str(file.relative_to(self.folder))
             key = hashlib.sha256(code.encode() + file.read_bytes()).hexdigest()[:16]
-            kept = KNOWN / f"{file.stem}-{key}.json"
+            short = "-".join(Path(name).with_suffix("").parts[1:])  # stems are not each one's own
+            kept = KNOWN / f"{short}-{key}.json"
             if not kept.exists():
                 print(f"  {name}", file=sys.stderr)
                 told = self.run(1800, lambda name=name: watch(name, self.folder))
-                for old in KNOWN.glob(f"{file.stem}-*.json"):
+                for old in KNOWN.glob(f"{short}-????????????????.json"):
                     old.unlink()
                 if told in (None, ENDED):
                     raise SystemExit(f"{name}: its tests do not come to an end")
@@ -343,7 +345,8 @@ class Tree:
         path.write_text(edit.code(), encoding="utf-8")
         os.utime(path, (before.st_atime, before.st_mtime - 10 - int(edit.key[:6], 16)))
         try:
-            told = self.run(15 + 3 * sum(runs[test][0] for test in tests), lambda: noticed(tests))
+            late = SLOWER * (FAST + sum(runs[test][0] for test in tests))
+            told = self.run(late, lambda: noticed(tests))
         finally:
             path.write_bytes(original)
             os.utime(path, (before.st_atime, before.st_mtime))
