@@ -790,12 +790,16 @@ def test_a_base_that_is_a_quantized_checkpoint_is_refused(command, here, method)
 
 
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
-def test_the_config_says_the_dtype_of_the_weights(pair, dtype):
+def test_the_config_says_the_dtype_of_the_weights_and_the_manifest_what_made_them(pair, dtype):
     merge(MergeRequest(find_subject("base", Path("adapter")), Path("out"), dtype))
     wanted = dtype or "float32"
     assert json.loads((pair / "out" / "config.json").read_text())["dtype"] == wanted
     stored = {str(t.dtype) for t in load_file("out/model.safetensors").values()}
     assert stored == {f"torch.{wanted}"}
+    facts = json.loads((pair / "out" / "merge_manifest.json").read_text())
+    assert {"made", "platform", "versions", "git"} <= facts.keys()
+    assert facts["versions"] == versions()
+    assert (facts["base"], facts["prompt"], facts["date"]) == ("base", None, None)
 
 
 def test_scales_are_merged_without_what_other_methods_need(pair, monkeypatch):
@@ -822,9 +826,6 @@ def test_the_manifest_and_the_card_say_what_was_merged(command, pair):
     asked = ("merge", "--adapter", "adapter", "--model", "base", "--output", "out", "--json")
     assert json.loads(command(*asked).stdout)["verified"] is None
     facts = json.loads((pair / "out" / "merge_manifest.json").read_text())
-    assert {"made", "platform", "versions", "git"} <= facts.keys()
-    assert facts["versions"] == versions()
-    assert (facts["base"], facts["prompt"], facts["date"]) == ("base", None, None)
     files = {
         "base config": pair / "base" / "config.json",
         "adapter": pair / "adapter" / "adapter_model.safetensors",

@@ -158,6 +158,19 @@ def test_modules_that_were_saved_whole_are_taken_from_the_adapter(tmp_path):
     assert torch.equal(found["model.norm.weight"], norm)
 
 
+def test_rows_of_added_tokens_are_merged_and_counted_in_the_config(tmp_path):
+    family_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 2, mean_resizing=False)
+    model = shake(get_peft_model(base, SanConfig()))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    stock = AutoModelForCausalLM.from_pretrained(streamed(tmp_path, "float32"))
+    assert stock.config.vocab_size == base.config.vocab_size
+    tokens = text().index_fill(1, torch.tensor([2]), base.config.vocab_size - 1)
+    with torch.no_grad():
+        assert torch.allclose(stock(tokens).logits, model(tokens).logits, atol=1e-4)
+
+
 def test_old_rotary_buffers_are_left_behind(tmp_path):
     trained(tmp_path)
     path = tmp_path / "base" / "model.safetensors"
