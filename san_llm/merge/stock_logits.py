@@ -1,12 +1,13 @@
 """What a model folder answers in stock transformers: a script that imports none of ours.
 
-``python -P stock_logits.py FOLDER PROMPTS.json OUT.safetensors [DEVICE]``
+``python -P stock_logits.py FOLDER PROMPTS.json OUT.safetensors [DEVICE [DTYPE]]``
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from transformers import AutoModelForCausalLM
 NEW_TOKENS = 32
 
 
-def main(folder: str, prompts: str, out: str, device: str = "cpu") -> None:
+def main(folder: str, prompts: str, out: str, device: str = "cpu", dtype: str = "float32") -> None:
     """Write the fp32 logits (tokens, vocabulary) of each prompt, named by its number.
 
-    Beside them, as ``new.NUMBER``, the likeliest next tokens.
+    Beside them, as ``new.NUMBER``, the likeliest next tokens. The weights are held in ``dtype``.
     """
     model, problems = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         use_safetensors=True,
         output_loading_info=True,
         device_map=None if device == "cpu" else {"": device},
@@ -31,7 +32,7 @@ def main(folder: str, prompts: str, out: str, device: str = "cpu") -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems.get(kind):
             sys.exit(f"{kind.replace('_', ' ')}: {sorted(map(str, problems[kind]))[:3]}")
-    in_fp32(model)
+    in_fp32(model) if dtype == "float32" else in_fp32_by_block(model)
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # as SDPA leaves the scores uncapped
     with open(prompts, encoding="utf-8") as file:
@@ -67,6 +68,42 @@ def in_fp32(model: Any) -> None:
         if state is not None:
             state.dtype = module.compute_dtype = torch.float32
             module.support_avx512bf16_for_cpu = False
+    model.eval()
+
+
+def blocks(model: Any) -> list[Any]:
+    """Return a model's blocks, and what stands beside them: embedding, last norm, head."""
+    inner = model.model
+    parts = (*inner.layers, *inner.children(), *model.children())
+    return [part for part in parts if part not in (inner, inner.layers)]
+
+
+def in_fp32_by_block(model: Any) -> None:
+    """Let a model of 16-bit weights, on a CPU, compute in fp32 without being held in it.
+
+    A block is copied while it computes. Every number is that of :func:`in_fp32`.
+    """
+    # Copies are written into again: pages that are new each time cost as much as the arithmetic.
+    copies: defaultdict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+
+    def widen(block: Any, _: object) -> None:
+        block.narrow = [(p, p.data) for p in block.parameters() if p.dtype != torch.float32]
+        for parameter, data in block.narrow:
+            spare = copies[data.shape]
+            wide = spare.pop() if spare else torch.empty(data.shape, dtype=torch.float32)
+            parameter.data = wide.copy_(data)
+
+    def narrow(block: Any, *_: object) -> None:
+        for parameter, data in block.narrow:
+            copies[data.shape].append(parameter.data)
+            parameter.data = data
+
+    for block in blocks(model):
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's: it was rounded as the model was loaded
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
     model.eval()
 
 

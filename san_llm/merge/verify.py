@@ -24,14 +24,17 @@ from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_e
 from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep
 from san_llm.merge.request import MergeTask, as_trained
-from san_llm.merge.stock_logits import in_fp32, logits, place_in_fp32
+from san_llm.merge.stock_logits import blocks, in_fp32, in_fp32_by_block, logits, place_in_fp32
 from san_llm.models.adapter import base_parameters, load_adapter
 from san_llm.models.load import load_base, load_tokenizer, numbers_in
 from san_llm.models.locate import find_base
 from san_llm.models.quantize import dequantize
+from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 from san_llm.recipe.schema import Base
 from san_llm.runs.record import VerifyResult
+from san_llm.san.layer import SanLayer
+from san_llm.san.model import SanModel
 
 PROMPTS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -67,11 +70,14 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
         got, new = _stock_answers(merged, tokens)
         progress.advance(note="merged model computed")
         place = place_in_fp32(numbers_in(found))
+        held = _held_in(found.folder, place) if _only_scales(task) else "float32"
         if quantized is None:
-            model: Any = load_base(found, dtype=torch.float32, place=place)
+            model: Any = load_base(found, dtype=getattr(torch, held), place=place)
         else:
             model = dequantize(load_base(found, place=place))
         adapted: Any = load_adapter(model, adapter)
+        if held != "float32":
+            in_fp32_by_block(model)
         wanted = _logits(adapted, tokens)
         with adapted.disable_adapter():
             plain = _logits(adapted, tokens)
@@ -82,14 +88,18 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
             errors = _weight_errors(adapted, task, merged)
         progress.advance(note="weights compared")
         # The same merge in memory, before and after its weights are rounded.
-        if quantized == "keep":
-            del adapted, model
-            in_memory = keep(load_adapter(load_base(found), adapter))
-            in_fp32(in_memory)
+        if held != "float32":
+            exact = _merged_by_block(adapted, torch.float32, tokens)
+            rounded = _merged_by_block(adapted, getattr(torch, dtype), tokens)
         else:
-            in_memory = fold(adapted, adapter)
-        exact = _logits(in_memory, tokens)
-        rounded = _logits(_rounded(in_memory, getattr(torch, dtype)), tokens)
+            if quantized == "keep":
+                del adapted, model
+                in_memory = keep(load_adapter(load_base(found), adapter))
+                in_fp32(in_memory)
+            else:
+                in_memory = fold(adapted, adapter)
+            exact = _logits(in_memory, tokens)
+            rounded = _logits(_rounded(in_memory, getattr(torch, dtype)), tokens)
         difference = _largest(got, wanted)
         spread = torch.cat(wanted).std().item()
         explained = _largest(rounded, exact) / spread
@@ -157,6 +167,53 @@ def _rounded(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def _held_in(folder: Path, place: torch.device) -> str:
+    """Return the dtype to hold a model in that computes in fp32: on a CPU the one of its files."""
+    stored = {tensor.dtype for tensor in read_weights(folder)}
+    names = (name for name, code in DTYPES.items() if place.type == "cpu" and stored == {code})
+    return next(names, "float32")
+
+
+def _only_scales(task: MergeTask) -> bool:
+    """Return whether a merge is of scales and shifts: low ranks read the weights of other blocks.
+
+    Whole modules are in fp32, which a base in 16 bits would round.
+    """
+    parts = {name.rpartition(".")[2] for name in task.adapter.tensors}
+    return task.request.quantized is None and parts <= {"san_gamma", "san_beta"}
+
+
+def _merged_by_block(
+    adapted: Any, dtype: torch.dtype, tokens: list[list[int]]
+) -> list[torch.Tensor]:
+    """Return the logits of a merge in memory, rounded to a dtype, of one block at a time."""
+
+    def merge(block: Any, _: object) -> None:
+        for layer in _adapted_layers(block):
+            layer.merge()
+        for name, parameter in block.named_parameters():
+            if SanModel.prefix not in name:
+                # Not in place: a bias that was merged into nothing is the shift itself.
+                parameter.data = parameter.data.to(dtype).float()
+
+    def unmerge(block: Any, *_: object) -> None:
+        for layer in _adapted_layers(block):
+            layer.unmerge()
+
+    hooks: list[Any] = []
+    for block in blocks(adapted.get_base_model()):
+        hooks.append(block.register_forward_pre_hook(merge))
+        hooks.append(block.register_forward_hook(unmerge, prepend=True))
+    merged = _logits(adapted, tokens)
+    for hook in hooks:
+        hook.remove()
+    return merged
+
+
+def _adapted_layers(block: Any) -> list[SanLayer]:
+    return [module for module in block.modules() if isinstance(module, SanLayer)]
+
+
 def _logits(model: Any, tokens: list[list[int]]) -> list[torch.Tensor]:
     return [logits(model, ids) for ids in tokens]
 
@@ -191,7 +248,7 @@ def _stock_answers(
         # -P keeps the script's folder, which is this package, out of the import path.
         device = place_in_fp32(numbers_in(find_base(Base(model=str(merged), dtype="float32"))))
         command = [sys.executable, "-P", str(script), str(merged), str(prompts), str(out)]
-        command.append(str(device))
+        command += [str(device), _held_in(merged, device)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

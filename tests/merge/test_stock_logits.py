@@ -8,11 +8,20 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from san.adapted import family_model
+from san.adapted import FAMILIES, FUSED, family_model
 from tiny import save_tiny, tiny_model
-from transformers import Gemma2PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 
-from san_llm.merge.stock_logits import NEW_TOKENS, greedy, in_fp32, logits, main
+from san_llm.merge import stock_logits
+from san_llm.merge.stock_logits import (
+    NEW_TOKENS,
+    blocks,
+    greedy,
+    in_fp32,
+    in_fp32_by_block,
+    logits,
+    main,
+)
 
 PROMPTS = [[5, 6, 7], [9, 8, 30, 40, 50, 60], [11]]
 
@@ -75,6 +84,59 @@ def test_parameters_compute_in_fp32_and_in_eval_mode():
     assert (values.dtype, values.shape) == (torch.float32, (3, model.config.vocab_size))
     expected = tiny_model(dtype=torch.bfloat16).float()(torch.tensor([PROMPTS[0]])).logits[0]
     assert torch.equal(values, expected.detach())
+
+
+def loaded(folder, dtype=torch.bfloat16):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [*((family, True) for family in FAMILIES | FUSED), ("llama", False)]
+)
+def test_a_block_at_a_time_gives_the_numbers_of_a_model_in_fp32(
+    tmp_path, monkeypatch, family, tied
+):
+    monkeypatch.setattr(stock_logits, "NEW_TOKENS", 4)
+    family_model(family, torch.bfloat16, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    whole, held = loaded(tmp_path, torch.float32), loaded(tmp_path).train()
+    stored = {name: tensor.clone() for name, tensor in held.state_dict().items()}
+    in_fp32(whole)
+    in_fp32_by_block(held)
+    assert not held.training
+    for prompt in PROMPTS:
+        assert torch.equal(logits(held, prompt), logits(whole, prompt))
+    assert greedy(held, PROMPTS) == greedy(whole, PROMPTS)
+    left = held.state_dict()
+    assert all(torch.equal(left[name], tensor) for name, tensor in stored.items())
+    assert (held.lm_head.weight is held.model.embed_tokens.weight) is tied
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_never_more_than_one_block_is_in_fp32(monkeypatch, tied):
+    monkeypatch.setattr(stock_logits, "NEW_TOKENS", 2)
+    model = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=tied)
+    in_fp32_by_block(model)
+    size = {block: sum(p.numel() for p in block.parameters()) for block in blocks(model)}
+    once = sum(p.numel() for p in model.parameters())
+    assert sum(size.values()) == once + tied * model.lm_head.weight.numel()
+    wide, made, empty = [], [], torch.empty
+
+    def count(block, *_):
+        found = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
+        wide.append((block, found))
+
+    def counted(shape, **how):
+        made.append(shape.numel())
+        return empty(shape, **how)
+
+    for block in blocks(model):
+        block.register_forward_hook(count, prepend=True)  # before its copies are let go
+    monkeypatch.setattr(torch, "empty", counted)
+    greedy(model, PROMPTS)
+    assert wide == [(block, size[block]) for block, _ in wide]
+    assert {block for block, _ in wide} == size.keys()
+    # Every block is copied to where the one before it was.
+    assert sum(made) == size[model.model.layers[0]] + size[model.lm_head]
 
 
 def test_what_it_writes(tmp_path):

@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM
 import san_llm.merge.run
 import san_llm.merge.verify as verifying
 from san_llm.errors import SanError
+from san_llm.merge.peft import fold
 from san_llm.merge.request import MergeRequest, check_request
 from san_llm.merge.run import merge
-from san_llm.merge.stock_logits import greedy, logits, place_in_fp32
+from san_llm.merge.stock_logits import greedy, in_fp32_by_block, logits, place_in_fp32
 from san_llm.merge.verify import PROMPTS, verify
+from san_llm.models.adapter import load_adapter, open_adapter
 from san_llm.models.subject import find_subject
 
 ROW = "model.layers.2.mlp.down_proj.weight"
@@ -194,6 +196,102 @@ def test_one_model_is_in_memory_at_a_time_and_on_a_gpu_that_has_room_for_it(pair
     assert order == ["the merged model's process has ended", torch.device("cpu")]
 
 
+OPTIONS = [
+    ({}, True),
+    ({"adapt_embedding": True}, True),
+    ({"adapt_embedding": True, "shift": True}, False),
+    ({"mode": "synapse"}, False),
+]
+
+
+@pytest.mark.parametrize(("options", "tied"), OPTIONS, ids=str)
+def test_a_block_at_a_time_gives_the_numbers_of_base_adapter_and_merge(here, options, tied):
+    save_tiny(here / "base", torch.bfloat16, tie_word_embeddings=tied)
+
+    def load(dtype):
+        return AutoModelForCausalLM.from_pretrained("base", dtype=dtype)
+
+    adapt(load(torch.bfloat16), **options).save_pretrained("adapter")
+    whole, held = (
+        load_adapter(load(dtype), Path("adapter")) for dtype in (torch.float32, torch.bfloat16)
+    )
+    in_fp32_by_block(held.get_base_model())
+    stored = {name: tensor.clone() for name, tensor in held.state_dict().items()}
+    tokens = [[5, 6, 7], [9, 8, 30, 40, 50, 60]]
+
+    def same(got, wanted):
+        return all(map(torch.equal, got, wanted))
+
+    assert same(verifying._logits(held, tokens), verifying._logits(whole, tokens))
+    with held.disable_adapter(), whole.disable_adapter():
+        assert same(verifying._logits(held, tokens), verifying._logits(whole, tokens))
+    merged = fold(whole, Path("adapter"))
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = verifying._logits(verifying._rounded(merged, dtype), tokens)
+        assert same(verifying._merged_by_block(held, dtype, tokens), wanted)
+    left = held.state_dict()
+    assert all(torch.equal(left[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.slow
+def test_on_a_cpu_a_model_is_held_in_the_dtype_of_its_files(here, monkeypatch):
+    save_tiny(here / "base", torch.bfloat16)
+    adapt(AutoModelForCausalLM.from_pretrained("base")).save_pretrained("adapter")
+    subject = find_subject("base", Path("adapter"))
+    merge(MergeRequest(subject, Path("out")))
+    load, run, dtypes = verifying.load_base, subprocess.run, []
+
+    def loaded(found, dtype, place):
+        dtypes.append(str(dtype))
+        return load(found, dtype, place=place)
+
+    def ran(command, **how):
+        dtypes.append(command[-1])
+        return run(command, **how)
+
+    monkeypatch.setattr(verifying, "load_base", loaded)
+    monkeypatch.setattr(subprocess, "run", ran)
+    by_block = check("out", "bfloat16")
+    monkeypatch.setattr(verifying, "_held_in", lambda *_: "float32")
+    assert check("out", "bfloat16") == by_block
+    assert dtypes == ["bfloat16", "torch.bfloat16", "float32", "torch.float32"]
+
+
+@pytest.mark.parametrize(
+    ("options", "quantized", "only"),
+    [
+        ({"shift": True, "adapt_embedding": True}, None, True),
+        ({}, "dequantize", False),
+        ({"carrier": "dora", "r": 2}, None, False),
+        ({"modules_to_save": ["lm_head"]}, None, False),  # in fp32, whatever the base is in
+    ],
+    ids=str,
+)
+def test_an_adapter_of_scales_alone_is_merged_block_by_block(here, options, quantized, only):
+    adapt(tiny_model(), **options).save_pretrained("adapter")
+    task = SimpleNamespace(
+        adapter=open_adapter(Path("adapter")), request=SimpleNamespace(quantized=quantized)
+    )
+    assert verifying._only_scales(task) is only
+
+
+@pytest.mark.parametrize(
+    ("stored", "place", "held"),
+    [
+        ([torch.bfloat16], "cpu", "bfloat16"),
+        ([torch.float16], "cpu", "float16"),
+        ([torch.bfloat16], "cuda", "float32"),
+        ([torch.bfloat16, torch.float32], "cpu", "float32"),
+        ([torch.float64], "cpu", "float32"),
+    ],
+    ids=str,
+)
+def test_weights_of_several_dtypes_and_those_on_a_gpu_are_held_in_fp32(here, stored, place, held):
+    tensors = {str(number): torch.ones(2, dtype=dtype) for number, dtype in enumerate(stored)}
+    save_file(tensors, "model.safetensors")
+    assert verifying._held_in(Path(), torch.device(place)) == held
+
+
 @pytest.mark.parametrize(
     ("free", "place"), [(80e9, "cuda:0"), (38e9, "cuda:0"), (36e9, "cpu"), (0, "cpu")]
 )
@@ -347,8 +445,9 @@ def test_the_script_is_told_all_and_its_last_line_is_the_error(pair, monkeypatch
     with pytest.raises(SanError) as caught:
         verifying._stock_answers(Path("base"), [[5, 6], [7]])
     assert str(caught.value) == f"base: stock transformers cannot load it: {said}"
-    ((python, option, script, folder, prompts, out, device),) = commands
-    assert (python, option, folder, device) == (sys.executable, "-P", "base", "cuda:0")
+    ((python, option, script, folder, prompts, out, device, dtype),) = commands
+    assert (python, option, folder) == (sys.executable, "-P", "base")
+    assert (device, dtype) == ("cuda:0", "float32")  # on a GPU all of it is held so
     assert Path(script) == Path(verifying.__file__).with_name("stock_logits.py")
     assert Path(prompts).parent == Path(out).parent
     assert not Path(out).parent.exists()
