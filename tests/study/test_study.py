@@ -179,12 +179,12 @@ def test_other_rows_make_other_runs(study, command):
     assert not any(Path(run).exists() for run in runs)
 
 
-def test_a_run_that_fails_is_a_result_with_its_reason_and_is_not_tried_again(study, cli):
+def test_a_run_that_fails_is_a_result_with_its_reason_and_is_not_tried_again(study, command):
     variants = {"lora": STUDY["variants"]["lora"]}
     wild = {"method": {"name": "lora", "rank": 2, "alpha": 1e6}, "training": {"learning_rate": 0.9}}
     changes = {"variants": variants | {"wild": wild}, "seeds": [1, 2]}
     Path("study.yaml").write_text(json.dumps(STUDY | changes))
-    said = cli("study", "study.yaml")
+    said = command("study", "study.yaml")
     assert said.returncode == 0, said.stderr
     result = read_study_result(study)
     wild = result.of("wild")
@@ -193,5 +193,5 @@ def test_a_run_that_fails_is_a_result_with_its_reason_and_is_not_tried_again(stu
     assert (wild.seeds, wild.spreads, wild.apart) == ((), {}, {})
     assert result.complete
     assert "failed: wild-0.9-seed1: " in said.stdout
-    assert cli("study", "study.yaml", "--commands").stdout == ""
-    assert cli("study", "study.yaml", "--commands", "--retry").stdout.count("\n") == 2
+    assert command("study", "study.yaml", "--commands").stdout == ""
+    assert command("study", "study.yaml", "--commands", "--retry").stdout.count("\n") == 2
