@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -60,7 +61,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
 }
 FAST = 5.0  # seconds: a test that takes longer is left out
 AT_MOST = 30.0  # seconds of tests for an edit
-SLOWER = 10  # times what tests take otherwise they may take: one that stays behind never ends
+SLOWER = 5  # times its seconds of CPU: what a child that waits for other work may take
 FEWEST = 2  # edits of a module, however short
 CAUGHT = ("caught", "ran too long")
 NOT_RUN = ["the tests were not run"]
@@ -284,12 +285,13 @@ class Tree:
         gc.freeze()  # what is here is not looked through again in each child
 
     def run(self, seconds: float, work: Any) -> Any:
-        """Return what a forked child's work returns; None if it takes longer."""
+        """Return what a forked child's work returns; None if it takes more seconds of CPU."""
         told = self.folder / ".told.json"
         told.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             os.setsid()
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
             with open(os.devnull, "r+b") as nothing:
                 for number in range(3):
                     os.dup2(nothing.fileno(), number)
@@ -298,14 +300,16 @@ class Tree:
                 told.write_text(json.dumps(work()))
             finally:
                 os._exit(0)
-        late = time.monotonic() + seconds
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        late = time.monotonic() + SLOWER * seconds
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > late:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return None
             time.sleep(0.05)
         _end_group(child)
+        if os.WIFSIGNALED(ended[1]) and os.WTERMSIG(ended[1]) == signal.SIGXCPU:
+            return None
         return json.loads(told.read_text()) if told.exists() else ENDED
 
     def known(self, part: str) -> Runs:
@@ -345,8 +349,7 @@ class Tree:
         path.write_text(edit.code(), encoding="utf-8")
         os.utime(path, (before.st_atime, before.st_mtime - 10 - int(edit.key[:6], 16)))
         try:
-            late = SLOWER * (FAST + sum(runs[test][0] for test in tests))
-            told = self.run(late, lambda: noticed(tests))
+            told = self.run(15 + 3 * sum(runs[test][0] for test in tests), lambda: noticed(tests))
         finally:
             path.write_bytes(original)
             os.utime(path, (before.st_atime, before.st_mtime))
