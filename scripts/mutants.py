@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "gguf": (["merge/gguf.py"], ["merge/test_gguf.py", "merge/test_expected.py"]),
-    "data": (["data/*.py"], ["data", "protocol"]),
+    "data": (["data/*.py"], ["data", "protocol", "evaluate/test_own_tasks.py"]),
     "loss, packing": (
         ["train/loss.py", "train/packed_attention.py", "train/batches.py"],
         ["train/test_loss.py", "train/test_batches.py", "data/test_batches.py", "ops"],
