@@ -234,6 +234,19 @@ def test_numbers_beyond_f16_are_refused_in_f16_alone(here, size, fits):
         assert not Path(kind).exists()
 
 
+@pytest.mark.parametrize(("kind", "step"), [("f16", 2**-24), ("bf16", 2**-133)])
+def test_a_number_below_half_of_the_smallest_step_becomes_zero_and_is_no_damage(here, kind, step):
+    subject = make(here)
+    path = here / "base" / "model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    tensors["lm_head.weight"][5, 7] = 0.49 * step
+    save_file(tensors, path, {"format": "pt"})
+    merge(MergeRequest(subject, Path("out"), "float32", gguf=kind))
+    assert load_file("out/model.safetensors")["lm_head.weight"][5, 7] != 0
+    (head,) = (t for t in GGUFReader("out/model.gguf").tensors if t.name == "output.weight")
+    assert gguf.quants.dequantize(head.data, head.tensor_type)[5, 7] == 0
+
+
 def test_the_file_of_many_shards_is_that_of_one(here, capsys):
     subject = make(here)
     merge(MergeRequest(subject, Path("one"), gguf="f16"))

@@ -240,6 +240,23 @@ def test_what_4_bits_cannot_hold_is_refused_and_dequantized_instead(full, here, 
         assert apart(load("out")(text()).logits, expected) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("family", "tied", "plain"),
+    [("llama", False, None), ("llama", True, None), ("qwen2", False, ["k_proj", "lm_head"])],
+)
+def test_a_scaled_embedding_is_kept_beside_4_bits(here, family, tied, plain):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    family_model(family, **shape, tie_word_embeddings=tied).save_pretrained("full")
+    quantize(here / "base", here / "full", **DOUBLE, llm_int8_skip_modules=plain)
+    adapt(load("full"), adapt_embedding=True).save_pretrained("adapter")
+    merge(MergeRequest(find_subject("base", Path("adapter")), Path("out"), quantized="keep"))
+    stock = load("out")
+    assert not stock.config.tie_word_embeddings
+    with torch.no_grad():
+        expected = in_fp32(PeftModel.from_pretrained(load("base"), "adapter"))(text()).logits
+        assert apart(in_fp32(stock)(text()).logits, expected) < 1e-4
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_files_are_cut_to_the_size_asked_for(full, here, way):
     subject = find_subject(str(full / "4bit"), adapter_for(full, here / "adapter"))

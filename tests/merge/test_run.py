@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -790,12 +791,15 @@ def test_a_base_that_is_a_quantized_checkpoint_is_refused(command, here, method)
 
 
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
-def test_the_config_says_the_dtype_of_the_weights_and_the_manifest_what_made_them(pair, dtype):
+def test_the_config_says_the_dtype_of_the_weights_and_the_manifest_what_made_them(
+    pair, dtype, capsys
+):
     merge(MergeRequest(find_subject("base", Path("adapter")), Path("out"), dtype))
     wanted = dtype or "float32"
     assert json.loads((pair / "out" / "config.json").read_text())["dtype"] == wanted
     stored = {str(t.dtype) for t in load_file("out/model.safetensors").values()}
     assert stored == {f"torch.{wanted}"}
+    assert re.search(r"^Merging: (\S+ kB) of \1 after ", capsys.readouterr().err, re.MULTILINE)
     facts = json.loads((pair / "out" / "merge_manifest.json").read_text())
     assert {"made", "platform", "versions", "git"} <= facts.keys()
     assert facts["versions"] == versions()

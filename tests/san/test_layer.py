@@ -50,6 +50,16 @@ def test_scales_start_at_one_and_shifts_at_zero_in_fp32_over_a_bf16_base():
         assert beta.dtype == torch.float32
 
 
+@pytest.mark.parametrize("carrier", ["scale", "lora", "dora"])
+def test_a_merge_is_worked_out_where_the_weight_is(carrier, monkeypatch):
+    model = adapt(tiny_model(num_hidden_layers=1), carrier=carrier, r=4)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    elsewhere = torch.empty_like(layer.get_base_layer().weight, device="meta")
+    monkeypatch.setattr(layer, "_wide_weight", lambda: elsewhere)
+    weight, _ = layer.merged_tensors(["default"])
+    assert weight.device == torch.device("meta")
+
+
 def test_a_small_step_of_a_scale_is_not_lost_over_a_bf16_base():
     features = torch.full((1, 64), 1.0, dtype=torch.bfloat16).mul_(torch.arange(64) / 64 + 1)
     scale = torch.full((64,), 1 + 3 * 2**-9)  # no number of bf16, whose steps are 2**-7 there

@@ -45,7 +45,7 @@ from transformers import (
 from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError, SanError
 from san_llm.san import register
-from san_llm.san.merging import hold_biases
+from san_llm.san.merging import bias_dtype, hold_biases
 from san_llm.san.options import CARRIERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:shift=True:UserWarning")
@@ -161,6 +161,19 @@ def test_a_merged_shift_loads_in_stock_transformers(tmp_path, bias):
     assert stock.config.attention_bias
     assert stock.config.mlp_bias
     assert relative(logits(stock), before) < 1e-5
+
+
+def test_a_merged_bias_has_the_dtype_of_the_old_one_or_else_of_the_arithmetic():
+    base, codes = torch.nn.Linear(2, 2).half(), torch.zeros(2, 2, dtype=torch.int8)
+    weight = torch.zeros(2, 2, dtype=torch.bfloat16)
+    assert bias_dtype(base, weight) == torch.float16
+    base.bias = None
+    assert bias_dtype(base, weight) == torch.bfloat16
+    assert bias_dtype(base, codes) == torch.float32  # 8 bits
+    base.compute_dtype = None  # 4 bits, not computed with yet
+    assert bias_dtype(base, codes) == torch.float32
+    base.compute_dtype = torch.float16
+    assert bias_dtype(base, codes) == torch.float16
 
 
 def test_biases_are_held_by_all_linears_of_a_parent_or_by_none():
