@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +454,7 @@ def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_bas
         "data": {str(here / "rows.json"): digest(here / "rows.json")},
         "adapter": digest(run / "adapter" / "adapter_model.safetensors"),
     }
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     assert {"san-llm", "python", "transformers", "peft", "accelerate"} <= set(manifest["versions"])
     assert (manifest["seed"], manifest["processes"]) == (42, 1)
     assert manifest["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
