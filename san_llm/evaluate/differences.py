@@ -93,8 +93,7 @@ def _difference(
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     if graded(first[0]):
-        p = _exchanged(pairs[0]) if gained or lost else 1.0
-        return Difference(name, difference, low, high, None, None, p)
+        return Difference(name, difference, low, high, None, None, exchanged(pairs[0]))
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Difference(name, difference, low, high, gained, lost, p)
 
@@ -155,21 +154,26 @@ def loss_difference(task: str, first: Losses, other: Losses) -> Difference:
             rng=np.random.default_rng(0),
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    return Difference(task, difference, low, high, None, None, _exchanged(apart))
+    return Difference(task, difference, low, high, None, None, exchanged(apart))
 
 
-def _exchanged(apart: Any) -> float:
-    """Return the p-value of what rows are apart, (n,): in each the runs are exchanged, or not."""
+def exchanged(apart: Any, resamples: int = RESAMPLES) -> float:
+    """Return the two-sided p of what rows are apart, (n,): in each the runs are exchanged, or not.
+
+    All ways are counted where there are no more than ``resamples``; else so many are drawn, and
+    the observed one counts as one of them, so that p is never 0 (Phipson and Smyth 2010).
+    """
     import numpy as np
     from scipy.stats import permutation_test
 
-    if len(apart) < 2:  # what scipy wants at least; exchanged, one row is as far apart
+    # Scipy wants two rows at least; one row, exchanged, is as far apart.
+    if len(apart) < 2 or not np.any(apart):
         return 1.0
     found = permutation_test(
-        (apart,),
+        (np.asarray(apart, dtype=np.float64),),
         lambda differences, axis: differences.mean(axis=axis),
         permutation_type="samples",
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
         batch=AT_ONCE,
         vectorized=True,
         rng=np.random.default_rng(0),

@@ -76,14 +76,16 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
             for evaluated in of_other
         ]
         parts.append(tell(number, facts, own, others, wrong))
-    text = (
-        environment()
-        .get_template("page.html")
-        .render(parts=parts, both=side_by_side(parts) if len(parts) > 1 else None)
-    )
+    both = side_by_side(parts) if len(parts) > 1 else None
+    write_html(output, Path(__file__).with_name("page.html"), parts=parts, both=both)
+    return parts
+
+
+def write_html(output: Path, template: Path, **values: Any) -> None:
+    """Write a page, made from a template that may use the parts of this folder's."""
+    text = environment(template.parent).get_template(template.name).render(values)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, text)
-    return parts
 
 
 def environment(*folders: Path) -> Environment:

@@ -11,7 +11,7 @@ from san_llm.evaluate.questions import read_questions, rows_asked
 from san_llm.evaluate.store import read_evaluation
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import Task
-from san_llm.recipe.task_file import FORGETTING, AnyTask, OwnTask, find_any, neutral_task
+from san_llm.recipe.task_file import FORGETTING, AnyTask, OwnTask, find_any
 from san_llm.runs.folder import is_its_model
 from san_llm.runs.record import (
     TaskRows,
@@ -37,7 +37,6 @@ class Asked:
         prompt: The prompt style.
         limit: Only so many rows of each task; None: all.
         protocol: How the eight are asked.
-        forgetting: Whether the loss on the neutral text is taken, too.
         rows: The rows of each task, as an evaluation's identity tells them.
     """
 
@@ -47,16 +46,15 @@ class Asked:
     prompt: PromptStyle
     limit: int | None
     protocol: str
-    forgetting: bool
     rows: dict[str, TaskRows]
 
     @property
     def arguments(self) -> list[str]:
         """The options of ``san-llm eval`` that ask this."""
         options = ["--tasks", ",".join(self.names), "--data", self.data, "--prompt", self.prompt]
-        options += ["--protocol", self.protocol]
-        options += [] if self.limit is None else ["--limit", str(self.limit)]
-        return [*options, "--forgetting"] if self.forgetting else options
+        # A run that was made elsewhere may have a recipe that asks for more.
+        options += ["--protocol", self.protocol, "--no-forgetting"]
+        return options if self.limit is None else [*options, "--limit", str(self.limit)]
 
 
 def asked_of(study: Study) -> Asked:
@@ -67,17 +65,15 @@ def asked_of(study: Study) -> Asked:
     """
     recipe = recipe_of(study, study.baseline)
     evaluation, prompt = recipe.evaluation, recipe.evaluation.prompt or recipe.data.prompt
-    named = find_any(evaluation.tasks)
-    tasks = dict.fromkeys([*named, neutral_task()] if evaluation.forgetting else named)
-    questions = read_questions(list(tasks), evaluation.data, evaluation.limit)
+    names = (*evaluation.tasks, *([FORGETTING] if evaluation.forgetting else []))
+    questions = read_questions(find_any(names), evaluation.data, evaluation.limit)
     return Asked(
         tasks=tuple(questions.rows),
-        names=evaluation.tasks,
+        names=names,
         data=evaluation.data,
         prompt=prompt,
         limit=evaluation.limit,
         protocol=study.protocol,
-        forgetting=evaluation.forgetting,
         rows={name: TaskRows(**told) for name, told in rows_asked(questions).items()},
     )
 

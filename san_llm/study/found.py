@@ -49,6 +49,12 @@ class Trial:
         loss = None if self.metrics is None else self.metrics.held_out_loss
         return math.inf if loss is None else loss
 
+    @property
+    def seconds(self) -> float | None:
+        """Its training's time; None of a run that was gone on with, whose time is not all known."""
+        told = self.metrics
+        return None if told is None or told.resumed_at else told.seconds
+
 
 def read_trials(folder: Path) -> list[Trial]:
     """Return the runs in a study's folder, finished ones first, and those that failed.

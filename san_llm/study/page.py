@@ -7,9 +7,8 @@ from pathlib import Path
 import yaml
 
 from san_llm.errors import InputError
-from san_llm.files import write_text
 from san_llm.look.figures import drawing
-from san_llm.look.page import PAGE, environment, refuse_page
+from san_llm.look.page import PAGE, refuse_page, write_html
 from san_llm.progress import say
 from san_llm.study.pictures import draw_study
 from san_llm.study.record import STUDY, read_study_result
@@ -41,20 +40,16 @@ def write_study_page(folder: Path, output: Path | None, overwrite: bool) -> Path
         say(f"no pictures: {error}")
         drawings = {}
     overview, *differences = grids(result)
-    text = (
-        environment(Path(__file__).parent)
-        .get_template("study.html")
-        .render(
-            result=result,
-            overview=overview,
-            differences=differences,
-            rates=rate_grid(result),
-            remarks=remarks(result),
-            drawings=drawings,
-            study=yaml.safe_dump(result.study, sort_keys=False, allow_unicode=True),
-            recipe=yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
-        )
+    write_html(
+        output,
+        Path(__file__).with_name("study.html"),
+        result=result,
+        overview=overview,
+        differences=differences,
+        rates=rate_grid(result),
+        remarks=remarks(result),
+        drawings=drawings,
+        study=yaml.safe_dump(result.study, sort_keys=False, allow_unicode=True),
+        recipe=yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, text)
     return output

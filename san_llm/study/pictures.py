@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from san_llm.evaluate.differences import LEVEL
 from san_llm.look.figures import (
     ABOVE,
     BELOW,
@@ -20,7 +21,7 @@ from san_llm.look.figures import (
 from san_llm.recipe.task_file import FORGETTING
 from san_llm.shown import plain
 from san_llm.study.record import HELD_OUT, Measure, StudyResult, VariantResult
-from san_llm.study.statistics import LEVEL, t_interval
+from san_llm.study.statistics import t_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

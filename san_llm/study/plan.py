@@ -76,7 +76,7 @@ class StudyPlan:
     @property
     def memory(self) -> int:
         """Bytes that the largest runs need at once."""
-        return sum(sorted((one.memory for one in self.variants), reverse=True)[:1]) * self.at_once
+        return max(one.memory for one in self.variants) * self.at_once
 
     @property
     def disk(self) -> int:
@@ -100,19 +100,14 @@ def _plan(grid: Grid, variant: str) -> VariantPlan:
         told = make_plan(recipe, set(), find_device(None))
     except InputError as error:
         raise InputError(f"variants.{variant}: {error}") from None
-    trained = sum(told.trained.values())
-    finished = [trial for trial in grid.of(variant) if trial.metrics is not None]
-    times = [
-        trial.metrics.seconds
-        for trial in finished
-        if trial.metrics and not trial.metrics.resumed_at
-    ]
+    ended = grid.of(variant)
+    times = [trial.seconds for trial in ended if trial.seconds is not None]
     checkpoints = recipe.training.keep_checkpoints + 1
     return VariantPlan(
         variant=variant,
-        trained=trained,
+        trained=sum(told.trained.values()),
         runs=grid.runs_at_most(variant),
-        done=len(grid.of(variant)),
+        done=len(ended),
         seconds=sum(times) / len(times) if times else None,
         memory=next(iter(told.memory.values())).total,
         disk=told.adapter_bytes * (1 + STATES * checkpoints),

@@ -143,11 +143,7 @@ def _result(
     curve: Curve = grid.curve(variant)
     ended = grid.of(variant)
     metrics = [trial.metrics for trial in ended if trial.metrics is not None]
-    whole = [
-        m.trial.metrics.seconds
-        for m in of.values()
-        if m.trial.metrics and not m.trial.metrics.resumed_at
-    ]
+    times = [one.trial.seconds for one in of.values() if one.trial.seconds is not None]
     peaks = [told.peak_memory for told in metrics if told.peak_memory]
     names = next((list(one.values) for one in of.values()), [])
     return VariantResult(
@@ -162,7 +158,7 @@ def _result(
         runs=tuple(str(one.trial.place) for one in of.values()),
         spreads={name: spread([one.values[name] for one in of.values()]) for name in names},
         apart=differences,
-        seconds=spread(whole) if whole else None,
+        seconds=spread(times) if times else None,
         memory=max(peaks, default=None),
         failed={trial.place.stem: trial.reason or "" for trial in ended if trial.state == "failed"},
     )

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from san_llm.evaluate.differences import LEVEL, exchanged
+
 if TYPE_CHECKING:
     import numpy as np
 
-LEVEL = 0.95
 ALPHA = 1 - LEVEL
 POWER = 0.8
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def least_seen(differences: Sequence[float]) -> float | None:
 
 def sign_test(differences: Sequence[float]) -> float:
     """Return the two-sided p of all ways to turn the signs of the seeds' differences."""
-    return _randomized(differences, 2 ** len(differences))
+    return exchanged(differences, 2 ** len(differences))
 
 
 def row_test(differences: Sequence[float] | np.ndarray) -> float:
@@ -116,26 +116,7 @@ def row_test(differences: Sequence[float] | np.ndarray) -> float:
     Each row is turned as often as not where the variants do not differ. The observed way counts
     as one, so that p is never 0 (Phipson and Smyth 2010).
     """
-    return _randomized(differences, RESAMPLES)
-
-
-def _randomized(differences: Sequence[float] | np.ndarray, resamples: int) -> float:
-    import numpy as np
-    from scipy import stats
-
-    values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2 or not values.any():
-        return 1.0
-    tested = stats.permutation_test(
-        (values,),
-        lambda sample, axis: sample.mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=256,
-        rng=np.random.default_rng(0),
-    )
-    return float(tested.pvalue)
+    return exchanged(differences)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from rich.filesize import decimal
 
 from san_llm.evaluate.compare_tables import p_value
+from san_llm.evaluate.differences import LEVEL
 from san_llm.evaluate.grids import Grid, latex_table, markdown_table
 from san_llm.shown import duration
 from san_llm.study.plan import StudyPlan
 from san_llm.study.record import Measure, StudyResult, VariantResult
-from san_llm.study.statistics import ALPHA, LEVEL, POWER, Apart, Spread
+from san_llm.study.statistics import ALPHA, POWER, Apart, Spread
 
 NONE = "-"
 

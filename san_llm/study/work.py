@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,21 +94,20 @@ def work(
     with _asked_to_stop() as asked:
         try:
             while True:
-                while not asked and len(running) < most:
+                # What is due changes when a job ends, and costs a look at the disk.
+                while len(running) < most and not asked:
                     place = min(set(range(most)) - running.keys())
                     job = next_job(frozenset(job.name for job, _ in running.values()))
                     if job is None:
                         break
                     running[place] = (job, _begin(job, place, most))
-                if not running:
+                if not running and not asked:
                     break
-                time.sleep(LOOK_EVERY)
-                for place, (job, process) in list(running.items()):
-                    code = process.poll()
-                    if code is not None:
-                        del running[place]
-                        if not Ended(job, code).stopped or not asked:
-                            ended(Ended(job, code))
+                for place in _await_one(running, asked):
+                    job, process = running.pop(place)
+                    one = Ended(job, process.returncode)
+                    if not (one.stopped and asked):
+                        ended(one)
                 if asked:
                     for _, process in running.values():
                         process.send_signal(asked[0])
@@ -118,6 +117,17 @@ def work(
             for _, process in running.values():  # another error: nothing is left behind
                 process.send_signal(signal.SIGTERM)
             _wait(process for _, process in running.values())
+
+
+def _await_one(
+    running: Mapping[int, tuple[Job, subprocess.Popen[bytes]]], asked: Sequence[int]
+) -> list[int]:
+    """Return the places of the jobs that have ended, once there is one, or a stop was asked for."""
+    while True:
+        done = [place for place, (_, process) in running.items() if process.poll() is not None]
+        if done or asked:
+            return done
+        time.sleep(LOOK_EVERY)
 
 
 def _wait(processes: Iterator[subprocess.Popen[bytes]]) -> None:

@@ -398,14 +398,14 @@ def test_losses_of_other_tokens_are_left_out_with_a_word(tmp_path, evaluated):
 def test_a_permutation_test_exchanges_the_two_of_each_row():
     import numpy as np
 
-    from san_llm.evaluate.differences import _exchanged
+    from san_llm.evaluate.differences import exchanged
 
     apart = [0.5, -0.25, 0.75, 0.125]
     signs = np.array(np.meshgrid(*[[1, -1]] * 4)).reshape(4, -1)
     sums = np.abs(np.array(apart) @ signs)
     expected = (sums >= abs(sum(apart)) - 1e-12).mean()
-    assert _exchanged(np.array(apart)) == pytest.approx(expected)
-    assert _exchanged(np.array([0.5])) == 1
+    assert exchanged(np.array(apart)) == pytest.approx(expected)
+    assert exchanged(np.array([0.5])) == 1
 
 
 def test_the_same_again_takes_what_is_stored_and_goes_on_where_it_stopped(command, here, own):
