@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from san_llm.commands.options import Json, results, run_folders
-from san_llm.errors import InputError, check_one_of
+from san_llm.commands.options import Json, check_one_form, results, run_folders
+from san_llm.errors import check_one_of
 
 compare_app = typer.Typer(rich_markup_mode=None)
 
@@ -54,8 +54,7 @@ def compare(
     from san_llm.evaluate.grids import drawn
 
     check_one_of("--metric", metric, METRICS)
-    if markdown + latex + as_json > 1:
-        raise InputError("--markdown, --latex and --json exclude each other")
+    check_one_form(markdown, latex, as_json)
     result = start(runs, metric, across, published)
     if as_json:
         print(json.dumps(asdict(result)))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from san_llm.errors import InputError
 from san_llm.shown import plain
 
 
@@ -94,6 +95,17 @@ Temperature = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**32 - 1, help="Sample the same answer each time.")
 ]
+
+
+def check_one_form(markdown: bool, latex: bool, as_json: bool) -> None:
+    """Refuse to print tables in two forms.
+
+    Raises:
+        InputError: when more than one was asked for.
+    """
+    if markdown + latex + as_json > 1:
+        raise InputError("--markdown, --latex and --json exclude each other")
+
 
 stdout = Console(highlight=False, soft_wrap=True)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from san_llm.commands.options import Json, results
+from san_llm.commands.options import Json, check_one_form, results
 from san_llm.errors import STOPPED, InputError
 from san_llm.progress import quiet_libraries, say
 
@@ -57,8 +57,7 @@ def study(
 
     What is there is never run again; stopped at any moment, the same command goes on.
     """
-    if markdown + latex + as_json > 1:
-        raise InputError("--markdown, --latex and --json exclude each other")
+    check_one_form(markdown, latex, as_json)
     if only_plan and commands:
         raise InputError("--plan and --commands exclude each other")
     quiet_libraries()

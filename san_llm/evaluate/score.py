@@ -12,6 +12,7 @@ from typing import Any
 from san_llm.evaluate.judges import judged
 from san_llm.protocol.tasks import Task
 from san_llm.recipe.task_file import GRADED, AnyTask, OwnTask
+from san_llm.runs.record import TaskLoss
 
 # What a model is trained to answer. The published rows' outputs all read so.
 ANSWER_TEXT = "the correct answer is {}"
@@ -132,25 +133,6 @@ class TaskScore:
     guessing: float | None = None
 
 
-@dataclass(frozen=True)
-class LossScore:
-    """The result of a task that is judged by loss; the less, the better.
-
-    Attributes:
-        task: The task's name.
-        n: Rows.
-        tokens: Tokens of all answers, ends included.
-        loss: The mean negative log-likelihood a token, in nats.
-        standard_error: The standard error of ``loss``, over rows; None for one row.
-    """
-
-    task: str
-    n: int
-    tokens: int
-    loss: float
-    standard_error: float | None
-
-
 def parse_answer(task: Task, output: str) -> str | None:
     """Return the first answer of the task that occurs in a generated text, or None.
 
@@ -244,10 +226,11 @@ def _guessing(task: OwnTask, rows: Sequence[Judged]) -> float | None:
     return fmean(1 / len(row.choices) for row in rows)
 
 
-def loss_score(task: AnyTask, rows: Sequence[Judged]) -> LossScore:
+def loss_score(task: AnyTask, rows: Sequence[Judged]) -> TaskLoss:
     """Return the loss of a task's rows (at least one), each token with the same weight."""
     pairs = [(row.loss or 0.0, row.tokens or 0) for row in rows]
-    return LossScore(task.name, len(pairs), *ratio_of_sums(pairs))
+    tokens, loss, error = ratio_of_sums(pairs)
+    return TaskLoss(task=task.name, n=len(pairs), tokens=tokens, loss=loss, standard_error=error)
 
 
 def ratio_of_sums(pairs: Sequence[tuple[float, int]]) -> tuple[int, float, float | None]:

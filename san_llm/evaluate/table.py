@@ -12,7 +12,6 @@ from rich.table import Table
 from san_llm.evaluate.questions import Settings
 from san_llm.evaluate.score import (
     Judged,
-    LossScore,
     TaskScore,
     average,
     average_norm,
@@ -55,7 +54,7 @@ class EvalResult:
     about: Mapping[str, Any]
     unparseable: tuple[Judged, ...] = ()
     notes: tuple[str, ...] = ()
-    losses: tuple[LossScore, ...] = ()
+    losses: tuple[TaskLoss, ...] = ()
     forgetting: Forgetting | None = None
 
     @property
@@ -81,7 +80,7 @@ class EvalResult:
             notes=self.notes,
         )
         own: dict[str, Any] = {
-            "losses": tuple(TaskLoss(**asdict(loss)) for loss in self.losses),
+            "losses": self.losses,
             "forgetting": self.forgetting,
         }
         return results.model_copy(update={name: found for name, found in own.items() if found})

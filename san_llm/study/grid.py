@@ -44,6 +44,7 @@ class Grid:
     def __init__(self, study: Study, trials: Sequence[Trial], inputs: Inputs) -> None:
         self.study, self.trials, self._inputs = study, trials, inputs
         self.cell = cache(lambda variant, rate, seed: cell(study, variant, rate, seed))
+        self.curve = cache(self._curve)
 
     def trial(self, one: Cell) -> Trial | None:
         """Return the run of a cell, if it is there."""
@@ -53,7 +54,7 @@ class Grid:
         """Return whether a run is that of a cell."""
         return is_of(trial, one, self._inputs)
 
-    def curve(self, variant: str) -> Curve:
+    def _curve(self, variant: str) -> Curve:
         """Return what is known of a variant's rates."""
         study = self.study
         given = study.variants[variant].rates

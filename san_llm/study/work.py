@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,8 +36,6 @@ class Job:
     @property
     def command(self) -> str:
         """The command as it is typed."""
-        import shlex
-
         return shlex.join(["san-llm", *self.arguments])
 
 

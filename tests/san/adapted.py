@@ -187,3 +187,16 @@ def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
 def relative(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest expected number."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def assert_same_gradients(found: Tensor, expected: Tensor, trained: dict[str, Tensor]) -> None:
+    """Hold the gradients of a random sum of logits against those of the reference's, each by name.
+
+    Every vector has to matter: one without a gradient would be held against nothing.
+    """
+    weights = torch.randn(found.shape, dtype=found.dtype)
+    mine = torch.autograd.grad((found * weights).sum(), list(trained.values()))
+    theirs = torch.autograd.grad((expected * weights).sum(), list(trained.values()))
+    for name, one, other in zip(trained, mine, theirs, strict=True):
+        assert other.abs().max() > 0, name
+        assert relative(one, other) < 1e-10, name
