@@ -78,7 +78,10 @@ def merge(
     as_json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm."""
+    """Fold an adapter into its base: a stock checkpoint that needs nothing of san-llm.
+
+    Of a run of method full, its tuned model is copied.
+    """
     quiet_libraries()
     from san_llm.merge.request import merge_request
     from san_llm.merge.run import full_precision_note

@@ -30,6 +30,8 @@ OVER_BITS = {
     *("BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS"),
     *("PVERA", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT"),
 }
+# Tuners that PEFT merges on some models only.
+PARTLY_MERGED = {"BEFT": "`merge` refuses it where a Linear that it is on has no bias"}
 # Fields of every config that are none of a recipe's.
 _OURS = {
     *("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"),

@@ -52,9 +52,12 @@ class Asked:
     def arguments(self) -> list[str]:
         """The options of ``san-llm eval`` that ask this."""
         options = ["--tasks", ",".join(self.names), "--data", self.data, "--prompt", self.prompt]
-        # A run that was made elsewhere may have a recipe that asks for more.
-        options += ["--protocol", self.protocol, "--no-forgetting"]
-        return options if self.limit is None else [*options, "--limit", str(self.limit)]
+        # A run that was made elsewhere may have a recipe that asks for more, or for fewer rows.
+        limit = self.limit or max(told.rows for told in self.rows.values())
+        return [
+            *options,
+            *("--protocol", self.protocol, "--no-forgetting", "--limit", str(limit)),
+        ]
 
 
 def asked_of(study: Study) -> Asked:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from san_llm.errors import InputError
+from san_llm.models.tuners import PARTLY_MERGED
 from san_llm.plan.request import find_device
 from san_llm.plan.run import make_plan
-from san_llm.recipe.schema import check_learnable
+from san_llm.recipe.schema import PeftMethod, check_learnable
 from san_llm.study.grid import Grid
 
 STATES = 4  # a number that is trained is kept four times in a checkpoint: AdamW's two, and a best
@@ -25,6 +26,7 @@ class VariantPlan:
         seconds: What a run takes, by those that are there; None before the first.
         memory: Bytes that a run needs at its peak, as ``san-llm plan`` tells.
         disk: Bytes that a run leaves.
+        note: What else is to be known of its method.
     """
 
     variant: str
@@ -34,6 +36,7 @@ class VariantPlan:
     seconds: float | None
     memory: int
     disk: int
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def _plan(grid: Grid, variant: str) -> VariantPlan:
         raise InputError(f"variants.{variant}: {error}") from None
     ended = grid.of(variant)
     times = [trial.seconds for trial in ended if trial.seconds is not None]
+    method = recipe.method
     checkpoints = recipe.training.keep_checkpoints + 1
     return VariantPlan(
         variant=variant,
@@ -111,4 +115,5 @@ def _plan(grid: Grid, variant: str) -> VariantPlan:
         seconds=sum(times) / len(times) if times else None,
         memory=next(iter(told.memory.values())).total,
         disk=told.adapter_bytes * (1 + STATES * checkpoints),
+        note=PARTLY_MERGED.get(method.peft_type) if isinstance(method, PeftMethod) else None,
     )

@@ -48,6 +48,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"{plan.runs} runs at most, {plan.done} there; the {left} others, {plan.at_once} at once: "
         f"{when}",
         f"at most {plan.memory / 1e9:.1f} GB of memory at once, {decimal(plan.disk)} of disk",
+        *(f"variants.{one.variant}: {one.note}" for one in plan.variants if one.note),
     ]
 
 

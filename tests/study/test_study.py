@@ -168,6 +168,10 @@ def test_runs_are_found_by_what_made_them_and_a_new_variant_costs_only_its_own(s
     plan = json.loads(command("study", "study.yaml", "--plan", "--json").stdout)
     counts = {one["variant"]: (one["runs"], one["done"]) for one in plan["variants"]}
     assert counts == {"san": (3, 3), "lora": (2, 2), "neuron": (2, 0)}
+    biased = {"name": "peft", "config": {"peft_type": "BEFT"}, "target_modules": "all"}
+    variants = STUDY["variants"] | {"biases": {"method": biased}}
+    Path("study.yaml").write_text(json.dumps(STUDY | {"variants": variants}))
+    assert "variants.biases: `merge` refuses it" in command("study", "study.yaml", "--plan").stdout
 
 
 def test_other_rows_make_other_runs(study, command):
@@ -184,6 +188,14 @@ def test_a_run_that_fails_is_a_result_with_its_reason_and_is_not_tried_again(stu
     wild = {"method": {"name": "lora", "rank": 2, "alpha": 1e6}, "training": {"learning_rate": 0.9}}
     changes = {"variants": variants | {"wild": wild}, "seeds": [1, 2]}
     Path("study.yaml").write_text(json.dumps(STUDY | changes))
+    # A run that was made elsewhere may have wished for another evaluation than the study's.
+    run = study / "runs/lora-0.01-seed1"
+    shutil.rmtree(run / "eval")
+    recipe = (run / "recipe.yaml").read_text()
+    until, after = recipe.split("evaluation:\n")
+    assert "  limit: null\n" in after
+    fewer = after.replace("limit: null", "limit: 2")
+    (run / "recipe.yaml").write_text(f"{until}evaluation:\n{fewer}")
     said = command("study", "study.yaml")
     assert said.returncode == 0, said.stderr
     result = read_study_result(study)
