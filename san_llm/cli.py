@@ -26,6 +26,7 @@ from san_llm.commands.doctor import doctor_app
 from san_llm.commands.download import download_app
 from san_llm.commands.eval import eval_app
 from san_llm.commands.generate import generate_app
+from san_llm.commands.graph import graph_app
 from san_llm.commands.merge import merge_app
 from san_llm.commands.plan import plan_app
 from san_llm.commands.push import push_app
@@ -87,6 +88,7 @@ app.add_typer(generate_app)
 app.add_typer(chat_app)
 app.add_typer(doctor_app)
 app.add_typer(plan_app)
+app.add_typer(graph_app)
 app.add_typer(push_app)
 app.add_typer(show_app)
 app.add_typer(report_app)

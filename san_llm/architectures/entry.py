@@ -23,6 +23,7 @@ class Link:
         first: What feeds the posterior where there is no earlier block.
         projection: Whose rows of the anterior feed it, where one Linear computes several
             projections; None for all rows.
+        activation: Whether an elementwise activation stands between the two.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class Link:
     conversion: Conversion = "as is"
     first: str | None = None
     projection: str | None = None
+    activation: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,18 @@ class Carry(NamedTuple):
     """How gamma (d_out of the anterior) becomes s (d_in of the posterior).
 
     Attributes:
-        start: The first row of the anterior that feeds the posterior.
+        start: The first row of the anterior, or of each of its parts, that feeds the posterior.
         stop: The row after the last one.
         groups: How often the channels of each head are repeated: query heads per kv head, or 1.
         head_dim: Channels of one head, which are repeated together.
+        parts: Parts of the anterior's rows that are read alike: heads that keep q, k and v
+            together, or 1.
+        tile: How often all of it stands in the posterior's columns, one after another.
     """
 
     start: int
     stop: int
     groups: int
     head_dim: int
+    parts: int = 1
+    tile: int = 1

@@ -39,13 +39,18 @@ LINEAR = re.compile(
 )
 
 
+def is_known(model_type: object) -> bool:
+    """Return whether the propagation table describes a model type."""
+    return isinstance(model_type, str) and model_type in FAMILIES
+
+
 def check_family(model_type: str | None) -> None:
     """Refuse a model that the propagation table does not describe.
 
     Raises:
         InputError: naming the supported families.
     """
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not is_known(model_type):
         raise InputError(
             f"model type {model_type!r} is not supported by SAN: its propagation map is known for "
             f"{', '.join(FAMILIES)}"

@@ -35,7 +35,8 @@ from san_llm.runs.record import (
     read_results,
 )
 from san_llm.san.formulas import carried
-from san_llm.san.graph import Node, propagation_graph
+from san_llm.san.graph import propagation_graph
+from san_llm.san.node import Node
 from san_llm.shown import nats, with_error
 
 

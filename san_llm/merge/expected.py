@@ -23,7 +23,8 @@ from san_llm.models.weights import (
     read_weights,
     row_blocks,
 )
-from san_llm.san.graph import Node, propagation_graph
+from san_llm.san.graph import propagation_graph
+from san_llm.san.node import Node
 
 # Half a step of the last place, relative; and the smallest number with all its places.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -110,10 +111,12 @@ class Expected:
         gamma = self._scales(self._nodes[node.anterior])[1]
         if isinstance(gamma, float):
             return gamma
-        start, stop, groups, head = node.carry
-        heads = [gamma[at : at + head] for at in range(start, stop, head)] if groups > 1 else []
-        repeated = [channels for channels in heads for _ in range(groups)]
-        return np.concatenate(repeated) if repeated else gamma[start:stop]
+        start, stop, groups, head, parts, tile = node.carry
+        part = len(gamma) // parts
+        rows = [at + row for at in range(0, parts * part, part) for row in range(start, stop)]
+        length = head if groups > 1 else len(rows)
+        heads = [rows[at : at + length] for at in range(0, len(rows), length)]
+        return gamma[[row for stretch in heads for _ in range(groups) for row in stretch] * tile]
 
     def changes(self, name: str) -> bool:
         """Whether the adapter makes another tensor of the base's."""

@@ -18,7 +18,7 @@ from san_llm.models.locate import FoundBase
 from san_llm.models.scales import Scales
 from san_llm.models.weights import Numbers, Stored
 from san_llm.san.formulas import merged_bias, merged_weight
-from san_llm.san.graph import Node
+from san_llm.san.node import Node
 
 
 class Merged:

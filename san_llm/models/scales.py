@@ -19,7 +19,8 @@ from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
 from san_llm.models.weights import Numbers, Stored, read_rows, read_weights, row_blocks
 from san_llm.san.formulas import carried, row_norms, scales, squared_row_norms
-from san_llm.san.graph import Node, PropagationGraph, propagation_graph
+from san_llm.san.graph import PropagationGraph, propagation_graph
+from san_llm.san.node import Node
 
 
 class Scales:

@@ -70,6 +70,8 @@ class SanConfig(PeftConfig):
         lora_dropout: Dropout on the input of their low-rank path.
         form: How it is computed, never what. ``lean``: in about the memory of the frozen base, see
             ``san.lean``; ``plain``: as the formula stands.
+        graph: The propagation graph that was measured, of a model that no table knows; filled in
+            when the model is adapted, and saved, so that the adapter means the same for ever.
         how_to_load: For whoever opens the saved file: what PEFT needs to load it. Always the same.
 
     Raises:
@@ -87,6 +89,7 @@ class SanConfig(PeftConfig):
     lora_alpha: float = field(default=Options.alpha)
     lora_dropout: float = field(default=Options.dropout)
     form: str = field(default=Options.form)
+    graph: dict[str, Any] | None = field(default=None)
     how_to_load: str = field(default=HOW_TO_LOAD)
 
     def __post_init__(self) -> None:

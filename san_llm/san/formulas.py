@@ -133,11 +133,18 @@ def carried(gamma: Any, carry: Carry) -> Any:
         carry: Which of its channels go where; the channels of a key and value head are repeated
             together, once for each query head that shares it.
     """
-    start, stop, groups, head_dim = carry
-    if stop - start < len(gamma):
+    start, stop, groups, head_dim, parts, tile = carry
+    if parts > 1:
+        gamma = gamma.reshape(parts, -1)[:, start:stop].reshape(-1)
+    elif stop - start < len(gamma):
         gamma = gamma[start:stop]
-    if groups == 1:
-        return gamma
-    heads = gamma.reshape(-1, head_dim)  # (kv_heads, head_dim)
-    repeat = getattr(heads, "repeat_interleave", heads.repeat)  # torch's word, numpy's
-    return repeat(groups, 0).reshape(-1)
+    return _repeated(_repeated(gamma, groups, head_dim), tile, 0)
+
+
+def _repeated(vector: Any, times: int, length: int) -> Any:
+    """Return a vector whose stretches of a length, 0: all of it, each stand some times in a row."""
+    if times == 1:
+        return vector
+    stretches = vector.reshape(-1, length or len(vector))
+    repeat = getattr(stretches, "repeat_interleave", stretches.repeat)  # torch's word, numpy's
+    return repeat(times, 0).reshape(-1)

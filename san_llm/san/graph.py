@@ -7,66 +7,26 @@ wired otherwise; here it becomes the graph of one model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from san_llm.architectures.decoders import EMBEDDING, PARENTS
-from san_llm.architectures.entry import Carry, Link
+from san_llm.architectures.entry import Link
 from san_llm.architectures.lookup import (
-    LINEAR,
     carry,
-    check_family,
     family_targets,
+    is_known,
     link_into,
     short_label,
 )
 from san_llm.architectures.sizes import check_sizes, linear_shapes, setting
 from san_llm.errors import InputError, did_you_mean
+from san_llm.san.node import Node, matches, trains_gamma
 from san_llm.san.options import Options, options_of, saved_options
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-
-
-@dataclass(frozen=True)
-class Node:
-    """One adapted module: its shape, the vectors it trains and what feeds its columns.
-
-    Attributes:
-        name: The module's name in the base model.
-        d_out: Rows of the weight: the size of gamma.
-        d_in: Columns of the weight: the size of s (0 for the embedding).
-        gamma: Whether it trains a neuron scale.
-        beta: Whether it trains a neuron shift.
-        anterior: The name of the module whose gamma is its synapse scale, or None for s = 1.
-        link: The table's row behind ``anterior``.
-        carry: How its gamma becomes the synapse scale of this one.
-        carrier: What holds gamma: ``scale``, ``lora`` or ``dora``.
-        rank: Of the two matrices of a low-rank carrier, else 0.
-        sigma: Whether it trains a column scale of its own, and none is propagated to it.
-    """
-
-    name: str
-    d_out: int
-    d_in: int
-    gamma: bool
-    beta: bool
-    anterior: str | None
-    link: Link | None
-    carry: Carry | None = None
-    carrier: str = "scale"
-    rank: int = 0
-    sigma: bool = False
-
-    @property
-    def trained(self) -> int:
-        """How many numbers this module trains."""
-        # Gamma is a vector of its own, or dora's magnitude; with lora it is in the matrices.
-        vectors = int(self.gamma and self.carrier != "lora") + int(self.beta)
-        columns = self.d_in * int(self.sigma)
-        return self.d_out * vectors + columns + self.rank * (self.d_out + self.d_in)
 
 
 @dataclass(frozen=True)
@@ -113,9 +73,7 @@ class PropagationGraph:
     def _by_block(self) -> dict[str, list[Node]]:
         blocks: dict[str, list[Node]] = {}
         for node in self.nodes:
-            match = LINEAR.fullmatch(node.name)
-            title = f"block {match['block']}" if match else node.name.rsplit(".", 1)[-1]
-            blocks.setdefault(title, []).append(node)
+            blocks.setdefault(_block(node.name) or short_label(node.name), []).append(node)
         return blocks
 
     def _line(self, node: Node) -> str:
@@ -134,27 +92,23 @@ class PropagationGraph:
         text = f"[cyan]{short}[/] [dim]{shape}[/] {own or 'reads only'}"
         if node.anterior is None or node.link is None:
             return text
-        where = ", block before" if node.link.blocks_back and "layers." in node.anterior else ""
+        where = ", block before" if node.link.blocks_back and _block(node.anterior) else ""
         projection = f", {short_label(node.link.projection)}" if node.link.projection else ""
         repeat = ", per kv head" if node.link.conversion != "as is" else ""
+        through = ", activation" if node.link.activation else ""
         source = node.anterior.rsplit(".", 1)[-1]
+        how = f"{node.link.kind}{where}{projection}{repeat}{through}"
         # A line stays within the 80 columns that a pipe is taken to have.
-        return f"{text} [green]<- {source}[/] [dim]({node.link.kind}{where}{projection}{repeat})[/]"
+        return f"{text} [green]<- {source}[/] [dim]({how})[/]"
 
 
-def trains_gamma(name: str, mode: str, anteriors: set[str]) -> bool:
-    """Whether a target trains a neuron scale: always, but in ``synapse`` mode only if it is read.
-
-    A gamma that nothing reads would be inert in ``synapse`` mode: no gradient, never saved.
-    """
-    return mode != "synapse" or name in anteriors
-
-
-def matches(target_modules: Any, name: str) -> bool:
-    """Whether PEFT's ``target_modules`` (a list of names, or one regular expression) names it."""
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+def _block(name: str) -> str:
+    """Return the block of a module, ``block 3`` or ``layers.0.blocks.1``, or nothing."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
+    if len(places) == 1:
+        return f"block {parts[places[0]]}"
+    return ".".join(parts[places[0] - 1 : places[-1] + 1]) if places else ""
 
 
 def check_matched(targets: Any, names: list[str]) -> None:
@@ -220,9 +174,12 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             active = model.active_adapters  # a list of PEFT's, a method of transformers'
             san_config = adapters.get((active() if callable(active) else active)[0])
     model_type = setting(config, "model_type")
-    check_family(model_type)
-    check_sizes(config)
     options = _options(san_config)
+    if options.graph is not None or not is_known(model_type):
+        from san_llm.san.measured import measured_graph, nodes
+
+        return PropagationGraph(nodes(measured_graph(model, options), options))
+    check_sizes(config)
     targets = family_targets(options.target_modules, model_type)
 
     shapes = {}

@@ -13,15 +13,20 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING, FAMILIES
-from san_llm.architectures.entry import Link
-from san_llm.architectures.lookup import carry, check_family, family_targets
+from san_llm.architectures.entry import Carry, Link
+from san_llm.architectures.lookup import carry, family_targets, is_known
 from san_llm.errors import InputError
 from san_llm.san.config import SanConfig
-from san_llm.san.graph import check_matched, trains_gamma, wire
+from san_llm.san.graph import check_matched, wire
 from san_llm.san.layer import Feed, SanEmbedding, SanLayer, SanLinear
 from san_llm.san.lean import fold, unfold
+from san_llm.san.measured import adapted, joined, measured_graph, pattern
 from san_llm.san.merging import hold_biases
+from san_llm.san.node import trains_gamma
 from san_llm.san.options import options_of
+
+# By the name of a target that something feeds: its anterior, the table's row, which channels.
+_Links = dict[str, tuple[str, Link, Carry]]
 
 
 class SanModel(BaseTuner):
@@ -67,8 +72,9 @@ class SanModel(BaseTuner):
     def _prepare_model(self, peft_config: SanConfig, model: nn.Module) -> None:
         keep_4bit_layout(model)
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: SanConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: SanConfig, key: str) -> bool:
+        if peft_config.graph is not None:
+            return key in self._measured
         if peft_config.adapt_embedding and (key == EMBEDDING or key.endswith(f".{EMBEDDING}")):
             return True
         return bool(check_target_module_exists(peft_config, key))
@@ -92,7 +98,32 @@ class SanModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         model_type = self.get_model_config(model).get("model_type")
-        check_family(model_type)
+        if config.graph is None and is_known(model_type):
+            links = self._by_table(model, config, model_type)
+        else:
+            links = self._by_measurement(model, config)
+        kinds = options_of(config).kinds
+        anteriors = {anterior for anterior, _, _ in links.values()}
+        if config.mode == "synapse" and not anteriors and not config.shift:
+            raise InputError(
+                f"mode 'synapse' trains nothing here: none of the links {', '.join(kinds)} "
+                "joins two targets"
+            )
+        self._anteriors = anteriors
+        # PEFT copies modules to save: with a fold on one, the layers it reads would come along.
+        unfold(model)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            for name, (anterior_name, _, carried) in links.items():
+                posterior: Any = model.get_submodule(name)
+                anterior: Any = model.get_submodule(anterior_name)
+                posterior.san_feed[adapter_name] = Feed(anterior, carried)
+        finally:
+            if is_known(model_type):
+                fold(model, FAMILIES[model_type])
+
+    def _by_table(self, model: nn.Module, config: SanConfig, model_type: str) -> _Links:
+        """Return what feeds the targets, in a family that the table knows."""
         config.target_modules = family_targets(config.target_modules, model_type)
         inside = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, SanLayer)
@@ -105,21 +136,19 @@ class SanModel(BaseTuner):
             and self._check_target_module_exists(config, name)
         ]
         self._check_every_target_matched(config, names, FAMILIES[model_type].targets)
-        kinds = options_of(config).kinds
-        links, anteriors = wire(names, kinds, config.mode, model_type)
-        if config.mode == "synapse" and not anteriors and not config.shift:
-            raise InputError(
-                f"mode 'synapse' trains nothing here: none of the links {', '.join(kinds)} "
-                "joins two targets"
-            )
-        self._anteriors = anteriors
-        # PEFT copies modules to save: with a fold on one, the layers it reads would come along.
-        unfold(model)
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            self._join(model, adapter_name, links)
-        finally:
-            fold(model, FAMILIES[model_type])
+        links, _ = wire(names, options_of(config).kinds, config.mode, model_type)
+        sizes = self.get_model_config(model)
+        return {name: (*link, carry(link[1], sizes)) for name, link in links.items()}
+
+    def _by_measurement(self, model: nn.Module, config: SanConfig) -> _Links:
+        """Return what feeds the targets, in any model; the config takes its graph along."""
+        options = options_of(config)
+        graph = measured_graph(model, options)
+        names = [module.name for module in adapted(graph, options)]
+        config.graph, self._measured = graph.as_json(), set(names)
+        if config.target_modules is None:
+            config.target_modules = pattern(names)
+        return joined(graph, names, options)
 
     def _check_every_target_matched(
         self, config: SanConfig, names: list[str], targets: tuple[str, ...]
@@ -169,15 +198,6 @@ class SanModel(BaseTuner):
         if isinstance(target, nn.Linear):  # bitsandbytes' layers are Linears too
             return SanLinear(target)
         raise InputError(f"{name} is a {type(target).__name__}: SAN adapts Linear layers")
-
-    def _join(
-        self, model: nn.Module, adapter_name: str, links: dict[str, tuple[str, Link]]
-    ) -> None:
-        config = self.get_model_config(model)
-        for name, (anterior_name, link) in links.items():
-            posterior: Any = model.get_submodule(name)
-            anterior: Any = model.get_submodule(anterior_name)
-            posterior.san_feed[adapter_name] = Feed(anterior, carry(link, config))
 
     def _unload_and_optionally_merge(
         self,

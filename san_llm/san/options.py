@@ -43,6 +43,8 @@ class Options:
         dropout: The dropout on the input of their low-rank path.
         form: ``lean`` lets neighbours take over scaling where they can, see ``san.lean``; or
             ``plain``.
+        graph: The measured propagation graph that the adapter was made with, as JSON; None where
+            the family's table says who feeds whom.
 
     Raises:
         InputError: naming the option that is none, or which do not go together.
@@ -59,6 +61,7 @@ class Options:
     alpha: float = 16.0
     dropout: float = 0.0
     form: str = "lean"
+    graph: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check every option, and bring targets and links into one order."""

@@ -14,7 +14,7 @@ from reference import ALL_LINKS, SEVEN, module_name, synapse_source
 from rich.console import Console
 from san.adapted import adapt, family_model, vectors
 from tiny import tiny_config, tiny_model
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from san_llm import SanConfig, propagation_graph
 from san_llm.architectures.decoders import LINKS
@@ -181,10 +181,21 @@ def test_a_name_outside_the_map_has_no_link(name):
     assert link_into(name) is None
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), GPT2Config().to_dict(), {}, {"model_type": None}])
-def test_a_family_without_a_map_is_refused_with_the_list(config):
-    with pytest.raises(InputError, match=r"not supported.*llama, mistral, qwen2.*, phi3"):
+@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": ["llama"]}])
+def test_what_is_no_model_of_transformers_has_no_graph(config):
+    with pytest.raises(InputError, match=r"model type .*: transformers has no such model"):
         propagation_graph(config)
+
+
+def test_a_family_without_a_map_is_measured():
+    config = GPTNeoXConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                           num_attention_heads=4)  # fmt: skip
+    by_object, by_values = propagation_graph(config), propagation_graph(config.to_dict())
+    assert by_object == by_values
+    assert [node.anterior and node.anterior.rsplit(".", 1)[-1] for node in by_object] == [
+        *(None, "query_key_value", None, "dense_h_to_4h"),
+        *("dense_4h_to_h", "query_key_value", "dense_4h_to_h", "dense_h_to_4h"),
+    ]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(), Qwen2Config()])

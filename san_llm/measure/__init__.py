@@ -1,0 +1,1 @@
+"""The propagation graph of any model, found by moving channels of a small random copy."""

@@ -1,0 +1,241 @@
+"""A model's propagation graph, measured: two small copies, one channel moved at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from san_llm.errors import InputError, first_line
+from san_llm.files import cache_folder, code_sha256, key_of, read_json, write_json
+from san_llm.measure.copies import Copy, small_copies
+from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, Place, read_graph
+from san_llm.measure.links import find_link
+from san_llm.measure.probe import Probe, Reach, channels_in, channels_out
+from san_llm.measure.units import Unit, find_units, path_of, representatives
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
+APART = "nothing near it writes its channels one for one"
+OUTSIDE = "outside of the blocks"
+INERT = "nothing reads what it writes"
+DEPTHWISE = "each of its channels reads itself alone, so that s would be a second gamma"
+
+
+def measure(config: Any, model_class: Any = None) -> MeasuredGraph:
+    """Return a model's propagation graph, measured once for each config.
+
+    Args:
+        config: The config of a model of transformers.
+        model_class: The class of the model; None: the one that its config names, or the first of
+            transformers' auto classes that has one.
+
+    Raises:
+        InputError: when no small copy can be made, or two of them do not agree.
+    """
+    model_class = model_class or class_of(config)
+    told = {"config": config.to_dict(), "class": model_class.__name__, "code": code_sha256()}
+    file = cache_folder("graphs") / f"{key_of(json.loads(json.dumps(told, default=str)))}.json"
+    if file.is_file():
+        return read_graph(read_json(file), str(file))
+    graph = _measured(config, model_class)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, graph.as_json())
+    return graph
+
+
+def class_of(config: Any) -> Any:
+    """Return the class of a model of this config.
+
+    Raises:
+        InputError: when transformers has none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        auto.MODEL_MAPPING,
+    )
+    of_config = [table[type(config)] for table in tables if type(config) in table]
+    for made in (*named, *of_config):
+        if made is not None and not isinstance(made, (list, tuple)):
+            return made
+    raise InputError(f"model type {config.model_type!r}: transformers has no model class of it")
+
+
+def _measured(config: Any, model_class: Any) -> MeasuredGraph:
+    first, second = small_copies(config, model_class)
+    order, links = _links(first, 0)
+    other_order, other_links = _links(second, 1)
+    what = f"model type {config.model_type!r}: no consistent propagation graph"
+    if order != other_order:
+        raise InputError(f"{what}: two small copies run other modules")
+    for name in order:
+        if links.get(name) != other_links.get(name):
+            raise InputError(
+                f"{what}: two small copies do not agree on what feeds {name}: "
+                f"{_told(links.get(name))} or {_told(other_links.get(name))}"
+            )
+    sizes = _sizes(config, model_class)
+    if missing := [name for name in order if name not in sizes]:
+        raise InputError(f"{what}: a small copy has a {missing[0]}, the model has none")
+    inert = _inert(first)
+    graph = MeasuredGraph(
+        config.model_type,
+        model_class.__name__,
+        tuple(_module(name, first, sizes[name], links, inert) for name in order),
+        tuple(links.values()),
+    )
+    for link in graph.links:
+        writer, reader = graph.by_name[link.anterior], graph.by_name[link.posterior]
+        try:
+            link.channels.carry(writer.d_out, reader.d_in)
+        except InputError as error:
+            raise InputError(f"{what}: {link.anterior} -> {link.posterior}: {error}") from None
+    return graph
+
+
+def _told(link: MeasuredLink | None) -> str:
+    if link is None:
+        return "nothing"
+    return f"{link.anterior} ({link.kind}, {link.exactness}, {link.channels})"
+
+
+def _links(copy: Copy, which: int) -> tuple[list[str], dict[str, MeasuredLink]]:
+    """Return the modules that a copy runs, in order, and what feeds each, by its name."""
+    probe = Probe(copy)
+    modules = dict(copy.model.named_modules())
+    table = _embedding(copy.model)
+    order = probe.order(
+        [name for name, module in modules.items() if isinstance(module, KINDS) or module is table]
+    )
+    units = find_units(order, {name: type(modules[name]).__name__ for name in order})
+    alike = representatives(units, which)
+    wanted = {alike[place] for place, unit in enumerate(units) if unit.path}
+    reaches: dict[str, dict[str, Reach]] = {}
+    for place, unit in enumerate(units):
+        near = [units[at] for at in (place, place + 1) if at in wanted]
+        readers = [n for u in near for n in u.modules if isinstance(modules[n], KINDS)]
+        for writer in unit.modules:
+            later = [name for name in readers if order.index(name) > order.index(writer)]
+            if later:
+                for name, reach in probe.reach(writer, later).items():
+                    reaches.setdefault(name, {})[writer] = reach
+    links: dict[str, MeasuredLink] = {}
+    for place, unit in enumerate(units):
+        for name in unit.modules if unit.path else ():
+            measured = units[alike[place]]
+            link = _link(measured.path + unit.relative(name), reaches, order, table, modules)
+            if link is not None:
+                links[name] = _moved_to(link, measured, unit, units[alike[place] - 1], units, place)
+    return order, links
+
+
+def _link(
+    name: str,
+    reaches: Mapping[str, dict[str, Reach]],
+    order: list[str],
+    table: nn.Module | None,
+    modules: Mapping[str, nn.Module],
+) -> MeasuredLink | None:
+    if _is_depthwise(modules[name]):
+        return None
+    own = reaches.get(name, {})
+    link = find_link(name, own, [writer for writer in order if writer in own])
+    if link is not None and (modules[link.anterior] is table or not path_of(link.anterior)):
+        # What a block reads of an embedding is its stream, whether a norm stands between or not.
+        return MeasuredLink(name, link.anterior, "residual", "stream", link.channels)
+    return link
+
+
+def _moved_to(
+    link: MeasuredLink, measured: Unit, unit: Unit, before: Unit, units: list[Unit], place: int
+) -> MeasuredLink:
+    """Return a link of the block that was measured as that of another one, alike to it."""
+    if link.anterior in measured.modules:
+        anterior = unit.path + measured.relative(link.anterior)
+    else:
+        anterior = units[place - 1].path + before.relative(link.anterior)
+    posterior = unit.path + measured.relative(link.posterior)
+    return MeasuredLink(posterior, anterior, link.kind, link.exactness, link.channels)
+
+
+def _embedding(model: Any) -> nn.Module | None:
+    """Return a model's table of tokens, or None where it reads none."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _is_depthwise(module: Any) -> bool:
+    groups = getattr(module, "groups", 1)
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and groups > 1
+
+
+def _inert(copy: Copy) -> set[str]:
+    """Return the modules whose weight gets no gradient, whatever is asked of the model's output."""
+    copy.model.requires_grad_(True)
+    with torch.enable_grad():
+        out: Any = copy.model(**copy.rows)
+        tensors = [value for value in out.values() if isinstance(value, torch.Tensor)]
+        total = sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors[:1])
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    still = {
+        name
+        for name, module in copy.model.named_modules()
+        if isinstance(module, KINDS)
+        and (module.weight.grad is None or not module.weight.grad.any())
+    }
+    copy.model.requires_grad_(False)
+    return still
+
+
+def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int]]:
+    """Return the channels that the real model's modules write and read, by name."""
+    try:
+        with torch.device("meta"):
+            model = model_class._from_config(config)
+    except Exception as error:
+        raise InputError(
+            f"model type {config.model_type!r}: no model of this config: {first_line(error)}"
+        ) from None
+    return {
+        name: (channels_out(module), channels_in(module))
+        for name, module in model.named_modules()
+        if isinstance(module, (*KINDS, nn.Embedding))
+    }
+
+
+def _module(
+    name: str,
+    copy: Copy,
+    size: tuple[int, int],
+    links: Mapping[str, MeasuredLink],
+    inert: set[str],
+) -> MeasuredModule:
+    module = copy.model.get_submodule(name)
+    place: Place = "embedding" if module is _embedding(copy.model) else "outside"
+    if path_of(name):
+        place = "block"
+    note: str | None = None
+    if place == "outside":
+        note = OUTSIDE
+    elif name in inert:
+        note = INERT
+    elif _is_depthwise(module):
+        note = DEPTHWISE
+    elif place == "block" and name not in links:
+        note = APART
+    usable = name not in inert and place != "outside"
+    kind = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
+    return MeasuredModule(name, kind.__name__, *size, place, note, usable)

@@ -1,0 +1,72 @@
+"""The blocks of a model, and which of them are alike: a measurement of one holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+BEFORE, OWN = "before", "own"  # where a module stands, as seen from another one's block
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block, or a part of a model that stands outside of all blocks.
+
+    Attributes:
+        path: What the names of its modules begin with; empty outside of blocks.
+        modules: Their full names, in the order of a forward.
+        signature: What its modules are; equal for blocks that are alike.
+    """
+
+    path: str
+    modules: tuple[str, ...]
+    signature: tuple[tuple[str, str], ...]
+
+    def relative(self, name: str) -> str:
+        """Return a module's name within it."""
+        return name.removeprefix(self.path)
+
+
+def path_of(name: str) -> str:
+    """Return the innermost numbered block that a module's name leads through, with a last dot."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: places[-1] + 1]) + "." if places else ""
+
+
+def find_units(order: Sequence[str], kinds: Mapping[str, str]) -> list[Unit]:
+    """Return the blocks of a model in the order of a forward.
+
+    Args:
+        order: The modules, in that order.
+        kinds: What each of them is, in a word.
+    """
+    units: list[Unit] = []
+    grouped: list[tuple[str, list[str]]] = []
+    for name in order:
+        path = path_of(name)
+        if not grouped or grouped[-1][0] != path:
+            grouped.append((path, []))
+        grouped[-1][1].append(name)
+    for path, names in grouped:
+        signature = tuple((name.removeprefix(path), kinds[name]) for name in names)
+        units.append(Unit(path, tuple(names), signature))
+    return units
+
+
+def representatives(units: Sequence[Unit], which: int) -> dict[int, int]:
+    """Return for each unit the one that is measured in its place.
+
+    Two units are measured as one where they and those before them are alike.
+
+    Args:
+        units: The blocks, in order.
+        which: 0 takes the first of those alike, 1 the second where there is one.
+    """
+    places: dict[tuple[object, object], list[int]] = {}
+    for place, unit in enumerate(units):
+        before = units[place - 1].signature if place else None
+        places.setdefault((before, unit.signature), []).append(place)
+    return {
+        place: alike[min(which, len(alike) - 1)] for alike in places.values() for place in alike
+    }

@@ -1,0 +1,166 @@
+"""A measured propagation graph as SAN adapts it: which modules, joined how.
+
+It stands in for the families' table wherever a model is of none of them, or an adapter brings its
+own graph along.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from san_llm.architectures.entry import Carry, Link
+from san_llm.architectures.sizes import setting
+from san_llm.errors import InputError, did_you_mean
+from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
+from san_llm.san.node import Node, matches, trains_gamma
+from san_llm.san.options import Options
+
+ADAPTED = ("Linear",)  # the kinds of modules that a layer of SAN can wrap
+
+
+def measured_graph(model: Any, options: Options) -> MeasuredGraph:
+    """Return the graph that an adapter brings along, or measure the model's.
+
+    Args:
+        model: A model, a config of transformers or the dictionary of a ``config.json``.
+        options: Of the adapter.
+
+    Raises:
+        InputError: when the model cannot be measured.
+    """
+    if options.graph is not None:
+        return read_graph(options.graph, "adapter_config.json: graph")
+    from san_llm.measure.run import measure
+
+    config = setting(model, "config", None)
+    if config is not None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return measure(config, type(base))
+    if not isinstance(model, Mapping):
+        return measure(model)
+    return measure(_config(model))
+
+
+def _config(values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"model type {model_type!r}: transformers has no such model"
+            f"{did_you_mean(str(model_type), list(CONFIG_MAPPING))}"
+        )
+    return AutoConfig.for_model(**values)
+
+
+def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
+    """Return the modules of a model that are adapted, in its order.
+
+    Raises:
+        InputError: when a target is no module that can be.
+    """
+    usable = [m for m in graph.modules if m.usable and m.place == "block" and m.kind in ADAPTED]
+    if not usable:
+        others = sorted({m.kind for m in graph.modules if m.usable and m.place == "block"})
+        raise InputError(
+            f"model type {graph.model_type!r}: SAN adapts {' and '.join(ADAPTED)} layers, and its "
+            f"blocks have none; they have {', '.join(others) or 'nothing that is measured'}"
+        )
+    targets = options.target_modules
+    if targets is not None:
+        _check_targets(targets, graph, [module.name for module in usable])
+        usable = [module for module in usable if matches(targets, module.name)]
+    tables = [m for m in graph.modules if m.place == "embedding" and m.d_in == 0]
+    return [*(tables if options.adapt_embedding else []), *usable]
+
+
+def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> None:
+    for target in [targets] if isinstance(targets, str) else targets:
+        wanted = target if isinstance(targets, str) else [target]
+        if any(matches(wanted, name) for name in usable):
+            continue
+        named = next((m for m in graph.modules if matches(wanted, m.name)), None)
+        if named is not None:
+            why = named.note or f"it is a {named.kind}; SAN adapts {' and '.join(ADAPTED)} layers"
+            raise InputError(f"target_modules: {target!r}: {named.name} cannot be adapted: {why}")
+        known = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in usable))
+        raise InputError(
+            f"target_modules: {target!r} matches no module of this model"
+            f"{did_you_mean(target, known) or ': it has ' + ', '.join(known)}"
+        )
+
+
+def pattern(names: Iterable[str]) -> str:
+    """Return a regular expression for modules, in whatever block."""
+    forms = (re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)
+    return "|".join(dict.fromkeys(forms))
+
+
+def joined(
+    graph: MeasuredGraph, names: Iterable[str], options: Options
+) -> dict[str, tuple[str, Link, Carry]]:
+    """Return what feeds each of some modules: a link exists only if both of its ends are adapted.
+
+    Args:
+        graph: The model's.
+        names: The adapted modules.
+        options: Of the adapter: which kinds of links are on, and in which mode.
+    """
+    present = set(names)
+    links = {}
+    for name in present if options.mode != "neuron" else ():
+        link = graph.into.get(name)
+        if link is not None and link.anterior in present and link.kind in options.kinds:
+            sizes = graph.by_name[link.anterior].d_out, graph.by_name[name].d_in
+            links[name] = (link.anterior, _row(link), link.channels.carry(*sizes))
+    return links
+
+
+def _row(link: MeasuredLink) -> Link:
+    """Return a measured link as a row of the propagation table."""
+
+    def block(name: str) -> list[str]:
+        return re.findall(r"[^.]+\.\d+", name)
+
+    return Link(
+        link.kind,
+        link.posterior.rsplit(".", 1)[-1],
+        link.anterior.rsplit(".", 1)[-1],
+        blocks_back=int(block(link.posterior) != block(link.anterior)),
+        conversion="repeat kv heads" if link.channels.repeat > 1 else "as is",
+        activation=link.exactness == "activation",
+    )
+
+
+def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
+    """Return the adapted modules of a model, each with what it trains and what feeds it.
+
+    Raises:
+        InputError: when a target is no module that can be adapted.
+    """
+    modules = adapted(graph, options)
+    links = joined(graph, [module.name for module in modules], options)
+    anteriors = {anterior for anterior, _, _ in links.values()}
+    made = []
+    for module in modules:
+        anterior, link, carry = links.get(module.name, (None, None, None))
+        linear = module.d_in > 0
+        made.append(
+            Node(
+                module.name,
+                module.d_out,
+                module.d_in,
+                gamma=trains_gamma(module.name, options.mode, anteriors),
+                beta=options.shift and linear,
+                anterior=anterior,
+                link=link,
+                carry=carry,
+                carrier=options.carrier if linear else "scale",
+                rank=options.rank if linear and options.carrier != "scale" else 0,
+                sigma=options.free and linear,
+            )
+        )
+    return tuple(made)

@@ -1,0 +1,130 @@
+"""Measured graphs: the declared table is one, and what nobody declared is as its source says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from san_llm.architectures.decoders import FAMILIES, LINKS
+from san_llm.errors import InputError
+from san_llm.measure.run import class_of, measure
+from san_llm.plan.wiring import differences
+from san_llm.san.graph import PropagationGraph, propagation_graph
+from san_llm.san.measured import nodes
+from san_llm.san.options import Options
+
+# A head of 16 channels, two value heads for four query heads, three blocks.
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+OPTIONS = Options(adapt_embedding=True)
+
+
+def config_of(model_type, **changes):
+    return AutoConfig.for_model(model_type, **(SIZES | changes))
+
+
+def measured(config):
+    return PropagationGraph(nodes(measure(config, class_of(config)), OPTIONS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_says_what_is_measured(family):
+    config = config_of(family, **({"head_dim": 8} if "gemma" in family else {}))
+    assert differences(propagation_graph(config, OPTIONS), measured(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [
+        ("llama", {"links": (replace(LINKS[0], conversion="as is"), *LINKS[1:])}),
+        ("llama", {"links": (LINKS[0], replace(LINKS[1], anterior="gate_proj"), *LINKS[2:])}),
+        ("llama", {"links": LINKS[:-1]}),
+        ("phi3", {"fused": {"qkv_proj": ("v_proj", "q_proj", "k_proj"),
+                            "gate_up_proj": ("gate_proj", "up_proj")}}),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_told(family, wrong, monkeypatch):
+    config = config_of(family)
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **wrong))
+    assert differences(propagation_graph(config, OPTIONS), measured(config))
+
+
+def told(graph):
+    """What feeds the modules of blocks 0 and 1, in short: last names, the kind, what is between."""
+    short = {}
+    for module in graph.modules:
+        link = graph.into.get(module.name)
+        if link is not None:
+            short[module.name] = (link.anterior, link.kind, link.exactness)
+    return short
+
+
+def test_gpt_neox():
+    config = config_of("gpt_neox")
+    graph = measure(config, class_of(config))
+    block, before = "gpt_neox.layers.1.", "gpt_neox.layers.0."
+    links = told(graph)
+    qkv, dense = "attention.query_key_value", "attention.dense"
+    up, down = "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+    # Attention and MLP are summed side by side: the MLP's last Linear is the nearer writer.
+    assert links[block + qkv] == (before + down, "residual", "stream")
+    assert links[block + up] == (before + down, "residual", "stream")
+    assert links[block + dense] == (block + qkv, "attention", "exact")
+    assert links[block + down] == (block + up, "mlp", "activation")
+    heads = np.arange(3 * 64).reshape(4, 3, 16)
+    assert (graph.into[block + dense].channels.source(192, 64) == heads[:, 2].reshape(-1)).all()
+    outside = [module.name for module in graph.modules if module.place == "outside"]
+    assert outside == ["lm_head"] or outside == ["embed_out"]
+
+
+def test_falcon_with_one_value_head_behind_all_queries():
+    config = AutoConfig.for_model(
+        "falcon", vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    graph = measure(config, class_of(config))
+    link = graph.into["transformer.h.2.self_attention.dense"]
+    value = np.arange(80, 96)  # behind 64 rows of queries and 16 of the key
+    assert (link.channels.source(96, 64) == np.tile(value, 4)).all()
+    assert {module.kind for module in graph.modules} == {"Linear", "Embedding"}
+
+
+def test_vit():
+    config = AutoConfig.for_model("vit", hidden_size=64, num_hidden_layers=3,
+                                  num_attention_heads=4, intermediate_size=96)  # fmt: skip
+    graph = measure(config, class_of(config))
+    block, before = "vit.layers.1.", "vit.layers.0."
+    links = told(graph)
+    for projection in "qkv":
+        name = f"attention.{projection}_proj"
+        assert links[block + name] == (before + "mlp.fc2", "residual", "stream")
+        assert links[before + name][0] == "vit.embeddings.patch_embeddings.projection"
+    assert links[block + "attention.o_proj"] == (block + "attention.v_proj", "attention", "exact")
+    assert links[block + "mlp.fc1"] == (block + "attention.o_proj", "residual", "stream")
+    assert links[block + "mlp.fc2"] == (block + "mlp.fc1", "mlp", "activation")
+    assert graph.by_name["classifier"].note == "outside of the blocks"
+
+
+def test_it_is_the_same_measured_again_and_from_the_cache(monkeypatch, tmp_path):
+    config = config_of("olmo2")
+    first = measure(config)
+    assert measure(config) == first  # from the cache
+    monkeypatch.setenv("SAN_LLM_CACHE", str(tmp_path))
+    assert measure(config) == first
+    assert len(list((tmp_path / "graphs").iterdir())) == 1
+
+
+def test_a_model_that_cannot_be_copied_small_is_refused():
+    config = CONFIG_MAPPING["clip"]()
+    assert issubclass(class_of(config), nn.Module)
+    with pytest.raises(InputError, match="model type 'clip': no small copy of it can be made"):
+        measure(config)

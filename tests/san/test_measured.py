@@ -1,0 +1,242 @@
+"""SAN on models that no table knows, against dense references wired by hand from their source."""
+
+import re
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from san_llm import SanConfig
+from san_llm.errors import InputError
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+HEAD = 8
+
+
+def as_is(gamma):
+    return gamma
+
+
+def shared_heads(gamma):  # each value head stands for two query heads
+    return torch.cat([part for part in gamma.split(HEAD) for _ in range(2)])
+
+
+def behind_all(gamma):  # one value head, the last rows of q, k and v
+    return gamma[-HEAD:].repeat(4)
+
+
+def third_of_heads(gamma):  # q, k and v of a head stand together
+    return torch.cat([part[-HEAD:] for part in gamma.split(3 * HEAD)])
+
+
+def last_half(gamma):
+    return gamma[len(gamma) // 2 :]
+
+
+LLAMA = {
+    "self_attn.q_proj": ("mlp.down_proj", 1, as_is),
+    "self_attn.k_proj": ("mlp.down_proj", 1, as_is),
+    "self_attn.v_proj": ("mlp.down_proj", 1, as_is),
+    "self_attn.o_proj": ("self_attn.v_proj", 0, shared_heads),
+    "mlp.gate_proj": ("self_attn.o_proj", 0, as_is),
+    "mlp.up_proj": ("self_attn.o_proj", 0, as_is),
+    "mlp.down_proj": ("mlp.up_proj", 0, as_is),
+}
+# For each family: where its blocks are, and what feeds what, by hand: the anterior, how many blocks
+# before, how its channels lie. What is not named here feeds nothing or is fed by nothing.
+WIRED = {
+    "olmo2": ("model.layers", LLAMA),
+    "olmo3": ("model.layers", LLAMA),
+    "granite": ("model.layers", LLAMA),
+    "stablelm": ("model.layers", LLAMA),
+    "smollm3": ("model.layers", LLAMA),
+    "ministral": ("model.layers", LLAMA),
+    "glm4": (
+        "model.layers",
+        {
+            **{name: row for name, row in LLAMA.items() if "self_attn" in name},
+            "mlp.gate_up_proj": ("self_attn.o_proj", 0, as_is),
+            "mlp.down_proj": ("mlp.gate_up_proj", 0, last_half),
+        },
+    ),
+    "starcoder2": (
+        "model.layers",
+        {
+            "self_attn.q_proj": ("mlp.c_proj", 1, as_is),
+            "self_attn.k_proj": ("mlp.c_proj", 1, as_is),
+            "self_attn.v_proj": ("mlp.c_proj", 1, as_is),
+            "self_attn.o_proj": ("self_attn.v_proj", 0, shared_heads),
+            "mlp.c_fc": ("self_attn.o_proj", 0, as_is),
+            "mlp.c_proj": ("mlp.c_fc", 0, as_is),
+        },
+    ),
+    # Attention and MLP side by side, both read what the MLP before wrote last.
+    "gpt_neox": (
+        "gpt_neox.layers",
+        {
+            "attention.query_key_value": ("mlp.dense_4h_to_h", 1, as_is),
+            "attention.dense": ("attention.query_key_value", 0, third_of_heads),
+            "mlp.dense_h_to_4h": ("mlp.dense_4h_to_h", 1, as_is),
+            "mlp.dense_4h_to_h": ("mlp.dense_h_to_4h", 0, as_is),
+        },
+    ),
+    "falcon": (
+        "transformer.h",
+        {
+            "self_attention.query_key_value": ("mlp.dense_4h_to_h", 1, as_is),
+            "self_attention.dense": ("self_attention.query_key_value", 0, behind_all),
+            "mlp.dense_h_to_4h": ("mlp.dense_4h_to_h", 1, as_is),
+            "mlp.dense_4h_to_h": ("mlp.dense_h_to_4h", 0, as_is),
+        },
+    ),
+}
+IDS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+def small(family):
+    """Return a random model in float64, with norms and biases that are none of 0 and 1."""
+    torch.manual_seed(3)
+    values = dict(SIZES)
+    if family in ("falcon", "gpt_neox"):
+        values.pop("num_key_value_heads")
+    if family == "falcon":
+        values |= {"bos_token_id": 1, "eos_token_id": 1}
+    if family in ("glm4", "ministral"):
+        values |= {"head_dim": HEAD}
+    config = AutoConfig.for_model(family, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+        else:
+            parameter.data = 0.2 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def moved(adapted):
+    """Give every gamma numbers of its own; return them by module name."""
+    gammas = {}
+    torch.manual_seed(7)
+    for name, parameter in adapted.named_parameters():
+        if ".san_gamma." in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+            module = name.removeprefix("base_model.model.").split(".san_gamma.")[0]
+            gammas[module] = parameter
+    return gammas
+
+
+def dense(model, gammas, family):
+    """Return logits of diag(gamma) W diag(s) and gamma b, as the table by hand has s."""
+    where, table = WIRED[family]
+    weights = {}
+    for name, gamma in gammas.items():
+        block, relative = re.fullmatch(rf"{re.escape(where)}\.(\d+)\.(.+)", name).groups()
+        module = model.get_submodule(name)
+        weight = gamma[:, None] * module.weight
+        if relative in table:
+            anterior, back, lay = table[relative]
+            if int(block) >= back:
+                weight = weight * lay(gammas[f"{where}.{int(block) - back}.{anterior}"])
+        weights[f"{name}.weight"] = weight
+        if module.bias is not None:
+            weights[f"{name}.bias"] = gamma * module.bias
+    return functional_call(model, weights, kwargs={"input_ids": IDS}).logits
+
+
+@pytest.mark.parametrize("family", WIRED)
+def test_it_is_the_dense_model_in_logits_and_every_gradient(family, tmp_path):
+    base = small(family)
+    plain = deepcopy(base)
+    before = plain(input_ids=IDS).logits
+    adapted = get_peft_model(base, SanConfig())
+    assert torch.equal(adapted(input_ids=IDS).logits, before)
+    gammas = moved(adapted)
+    assert len(gammas) == 3 * len(WIRED[family][1])
+    copies = {name: gamma.detach().clone().requires_grad_() for name, gamma in gammas.items()}
+    ours, theirs = adapted(input_ids=IDS).logits, dense(plain, copies, family)
+    assert (theirs - before).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(ours)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for name, gamma in gammas.items():
+        torch.testing.assert_close(gamma.grad, copies[name].grad, rtol=1e-5, atol=1e-7)
+
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deepcopy(plain), tmp_path)
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, theirs, rtol=1e-9, atol=1e-9)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(input_ids=IDS).logits, before)
+    loaded.merge_adapter()
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, theirs, rtol=1e-7, atol=1e-7)
+    loaded.unmerge_adapter()
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, theirs, rtol=1e-7, atol=1e-7)
+    merged.save_pretrained(tmp_path / "merged")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    torch.testing.assert_close(stock(input_ids=IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_means_what_it_meant_whatever_is_measured_later(tmp_path, monkeypatch):
+    base = small("starcoder2")
+    adapted = get_peft_model(deepcopy(base), SanConfig())
+    moved(adapted)
+    logits = adapted(input_ids=IDS).logits
+    adapted.save_pretrained(tmp_path)
+    monkeypatch.setattr("san_llm.measure.run.measure", None)  # not asked again
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, logits)
+
+
+def test_two_adapters_and_modes_beside_each_other():
+    base = small("gpt_neox")
+    adapted = get_peft_model(deepcopy(base), SanConfig())
+    moved(adapted)
+    first = adapted(input_ids=IDS).logits
+    adapted.add_adapter("neuron", SanConfig(mode="neuron"))
+    adapted.set_adapter("neuron")
+    assert torch.equal(adapted(input_ids=IDS).logits, base(input_ids=IDS).logits)
+    adapted.set_adapter("default")
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, first)
+
+
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_low_rank_carriers_merge_to_what_they_compute(carrier):
+    adapted = get_peft_model(small("olmo2"), SanConfig(carrier=carrier, r=2))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "san_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    logits = adapted(input_ids=IDS).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, logits, rtol=1e-7, atol=1e-7)
+
+
+def test_targets_are_named_by_the_model():
+    adapted = get_peft_model(small("gpt_neox"), SanConfig(target_modules=r".*\.mlp\..*"))
+    names = {n.split(".san_gamma")[0].rsplit(".", 1)[-1] for n, _ in adapted.named_parameters()
+             if "san_gamma" in n}  # fmt: skip
+    assert names == {"dense_h_to_4h", "dense_4h_to_h"}
+    with pytest.raises(InputError, match=r"'.*qkv' matches no module of this model: it has query"):
+        get_peft_model(small("gpt_neox"), SanConfig(target_modules=".*qkv"))
+    with pytest.raises(InputError, match="cannot be adapted: outside of the blocks"):
+        get_peft_model(small("starcoder2"), SanConfig(target_modules=".*lm_head"))
+
+
+def test_a_model_without_linears_is_refused_with_what_it_has():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=97,
+                                  bos_token_id=1, eos_token_id=1)  # fmt: skip
+    with pytest.raises(InputError, match="SAN adapts Linear layers, and its blocks have none; "):
+        get_peft_model(AutoModelForCausalLM.from_config(config), SanConfig())
