@@ -38,11 +38,10 @@ _INSIDE = (
     *("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "ffn_embed_dim"),
     *("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"),
 )
-_COUNTS = {"max_position_embeddings": 64, "n_positions": 64, "max_target_positions": 64}
-_COUNTS |= {"max_source_positions": 16, "window_size": 2, "vocab_size": VOCABULARY}
 PATCHES = 3  # on a side of a picture
-PYRAMID = 32  # pixels on a side of a picture whose patches are halved stage by stage
-WINDOWS = 64  # the same, where a last stage has a window of 2 x 2 patches
+WINDOW = 2  # patches on a side of what attention looks at in a Swin
+_COUNTS = {"max_position_embeddings": 64, "n_positions": 64, "max_target_positions": 64}
+_COUNTS |= {"max_source_positions": 16, "window_size": WINDOW, "vocab_size": VOCABULARY}
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,11 @@ def _shrink(config: Any, head: int, narrowest: int) -> None:
         if type(values.get(key)) is int:
             setattr(config, key, count)
     if type(values.get("patch_size")) is int and values.get("image_size"):
-        plain = PATCHES * values["patch_size"]
-        halved = WINDOWS if "window_size" in values else PYRAMID
-        config.image_size = halved if "depths" in values else plain
+        patches = PATCHES
+        if "depths" in values:  # halved stage by stage, until the last has one patch or one window
+            patches = 2 ** (len(values["depths"]) - 1)
+            patches *= WINDOW if "window_size" in values else 1
+        config.image_size = patches * values["patch_size"]
     if isinstance(values.get("rope_parameters"), dict):
         config.rope_parameters = _plain_rotation(values["rope_parameters"])
 

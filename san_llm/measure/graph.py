@@ -47,6 +47,7 @@ class MeasuredModule:
         place: In a numbered ``block``, the input ``embedding``, or ``outside`` of all blocks.
         note: Why it cannot be adapted, or why nothing feeds it; None where neither is so.
         usable: Whether it can be adapted.
+        grouped: Whether it is a convolution whose channels read some of what it reads alone.
     """
 
     name: str
@@ -56,6 +57,7 @@ class MeasuredModule:
     place: Place
     note: str | None = None
     usable: bool = True
+    grouped: bool = False
 
 
 @dataclass(frozen=True)

@@ -224,9 +224,9 @@ def _module(
     inert: set[str],
 ) -> MeasuredModule:
     module = copy.model.get_submodule(name)
-    place: Place = "embedding" if module is _embedding(copy.model) else "outside"
-    if path_of(name):
-        place = "block"
+    place: Place = "block" if path_of(name) else "outside"
+    if module is _embedding(copy.model) or (place == "outside" and _feeds(name, links)):
+        place = "embedding"  # of tokens, or of patches
     note: str | None = None
     if place == "outside":
         note = OUTSIDE
@@ -238,4 +238,9 @@ def _module(
         note = APART
     usable = name not in inert and place != "outside"
     kind = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
-    return MeasuredModule(name, kind.__name__, *size, place, note, usable)
+    grouped = _is_depthwise(module)
+    return MeasuredModule(name, kind.__name__, *size, place, note, usable, grouped)
+
+
+def _feeds(name: str, links: Mapping[str, MeasuredLink]) -> bool:
+    return any(link.anterior == name for link in links.values())

@@ -67,6 +67,14 @@ def representatives(units: Sequence[Unit], which: int) -> dict[int, int]:
     for place, unit in enumerate(units):
         before = units[place - 1].signature if place else None
         places.setdefault((before, unit.signature), []).append(place)
-    return {
-        place: alike[min(which, len(alike) - 1)] for alike in places.values() for place in alike
-    }
+    measured: dict[int, int] = {}
+    for alike in places.values():
+        # The next in the same list: one in a later stage costs more, and says nothing else.
+        near = [at for at in alike if _parent(units[at]) == _parent(units[alike[0]])]
+        measured |= dict.fromkeys(alike, near[min(which, len(near) - 1)])
+    return measured
+
+
+def _parent(unit: Unit) -> str:
+    """Return the list that a block stands in: ``model.layers``."""
+    return unit.path.rstrip(".").rpartition(".")[0]

@@ -74,7 +74,7 @@ class Merged:
         def merge(wide: Numbers, first: int, last: int) -> Numbers:
             row_scale, _ = self._scales.scales(node)
             if not node.d_in:  # an embedding's features are its columns
-                return merged_weight(wide, None, None, row_scale, in_place=True)
+                return merged_weight(wide, row_scale, None, None, in_place=True, axes=(1, 0))
             delta, s = self._scales.delta(node, first, last), self._scales.synapse_scale(node)
             rows = None if row_scale is None else row_scale[first:last]
             return merged_weight(wide, rows, delta, s, in_place=True)

@@ -52,25 +52,36 @@ def merged_weight(
     delta: Array | None,
     s: Array | None,
     in_place: bool = False,
+    axes: tuple[int, int] = (0, 1),
 ) -> Array:
     """Return ``W* = diag(row_scale) (W + delta) diag(s)``.
 
     Args:
-        weight: W, (d_out, d_in), in the precision to compute in.
+        weight: W, (d_out, d_in), in the precision to compute in; or with further axes behind, as a
+            convolution has.
         row_scale: What the features are multiplied by, (d_out,), or None for 1.
         delta: ``c B A``, (d_out, d_in), or None for 0.
         s: Synapse scale (d_in,), or None for 1.
         in_place: Whether to overwrite W.
+        axes: Where the weight has its rows and its columns; (1, 0) in a table of tokens, whose
+            features are its columns, and in GPT-2's transposed Linears.
     """
     plus: Any = operator.iadd if in_place else operator.add
     times: Any = operator.imul if in_place else operator.mul
     if delta is not None:
         weight = plus(weight, delta)
     if row_scale is not None:
-        weight = times(weight, row_scale[:, None])  # type: ignore[index]
+        weight = times(weight, _along(row_scale, axes[0], weight))
     if s is not None:
-        weight = times(weight, s)
+        weight = times(weight, _along(s, axes[1], weight))
     return weight
+
+
+def _along(vector: Any, axis: int, weight: Any) -> Any:
+    """Return a vector so that it multiplies a weight along one of its axes."""
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return vector.reshape(shape)
 
 
 def merged_bias(bias: Array | None, gamma: Array | None, beta: Array | None) -> Array | None:

@@ -62,7 +62,11 @@ class Feed(NamedTuple):
 
 
 class SanLayer(nn.Module, BaseTunerLayer):
-    """What an adapted Linear and an adapted embedding share: vectors, links, merging.
+    """What an adapted Linear, convolution and embedding share: vectors, links, merging.
+
+    Attributes:
+        axes: Where the weight has its rows and its columns.
+        channels: The axis of the channels, in what the layer reads and writes.
 
     Shapes: ``san_gamma[adapter]`` and ``san_beta[adapter]`` are (d_out,), ``san_sigma[adapter]``,
     a column scale of its own, is (d_in,).
@@ -82,11 +86,14 @@ class SanLayer(nn.Module, BaseTunerLayer):
     set_base_weight: Callable[[Tensor], None]
     active_adapters: list[str]
 
-    def __init__(self, base_layer: nn.Module, d_out: int) -> None:
+    axes: tuple[int, int] = (0, 1)
+    channels: int = -1
+
+    def __init__(self, base_layer: nn.Module, d_out: int, d_in: int = 0) -> None:
         """Wrap the frozen ``base_layer``; adapters join through ``update_layer``."""
         super().__init__()
         self.base_layer = base_layer
-        self.d_out = d_out
+        self.d_out, self.d_in = d_out, d_in
         self.san_gamma = nn.ParameterDict()
         self.san_sigma = nn.ParameterDict()
         self.san_beta = nn.ParameterDict()
@@ -154,8 +161,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         if beta:
             self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **like))
         if sigma:
-            d_in = self.get_base_layer().in_features
-            self.san_sigma[adapter_name] = nn.Parameter(torch.ones(d_in, **like))
+            self.san_sigma[adapter_name] = nn.Parameter(torch.ones(self.d_in, **like))
 
     def squared_norms(self) -> Tensor:
         """Return |W_i|^2 of each row of the base weight, (d_out,); computed once."""
@@ -263,16 +269,24 @@ class SanLayer(nn.Module, BaseTunerLayer):
                     y = scaled(y if bias is None else y - bias.to(y.dtype), row_scale)
                     y = y if bias is None else y + bias.to(y.dtype)
             if beta is not None:
-                y = (y + beta.to(y.device)).to(y.dtype)
+                shift = beta.to(y.device).reshape(-1, *(1,) * (-1 - self.channels))
+                y = (y + shift).to(y.dtype)
                 bias = merged_bias(bias, None, beta)
         return y
 
     def _times(self, features: Tensor, scale: Tensor | None, adapter: str) -> Tensor:
-        """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form."""
-        if scale is None or not self.san_options[adapter].lean:
-            return scaled(features, scale)
-        product: Tensor = Scaled.apply(features, scale.to(features.device))
-        return product
+        """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form.
+
+        A convolution has its channels before pixels: (..., d, height, width).
+        """
+        if scale is None:
+            return features
+        features = features.movedim(self.channels, -1)
+        if self.san_options[adapter].lean:
+            product: Tensor = Scaled.apply(features, scale.to(features.device))
+        else:
+            product = scaled(features, scale)
+        return product.movedim(-1, self.channels)
 
     def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
         """Return ``c B A x``, (..., d_out)."""
@@ -307,16 +321,13 @@ class SanLayer(nn.Module, BaseTunerLayer):
                 None if vector is None else vector.detach().to(weight.device)
                 for vector in (row_scale, beta, s)
             )
-            weight = self._merge_rows(weight, row_scale, delta)
+            weight = merged_weight(weight, row_scale, delta, None, axes=self.axes)
             bias = merged_bias(bias, row_scale if delta is None else None, beta)
             if s is not None:
                 columns.append(s)
         for s in columns:  # last, so that every adapter's rows have seen the same weight
-            weight = merged_weight(weight, None, None, s)
+            weight = merged_weight(weight, None, None, s, axes=self.axes)
         return weight, bias
-
-    def _merge_rows(self, weight: Tensor, row_scale: Tensor | None, delta: Tensor | None) -> Tensor:
-        return merged_weight(weight, row_scale, delta, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the adapters into the base layer; a quantized weight is quantized again.
@@ -409,17 +420,38 @@ class SanLinear(SanLayer):
 
     def __init__(self, base_layer: nn.Linear) -> None:
         """Wrap a Linear."""
-        super().__init__(base_layer, d_out=base_layer.out_features)
+        super().__init__(base_layer, base_layer.out_features, base_layer.in_features)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
 
 class SanEmbedding(SanLayer):
     """The token embedding with a scale on its features: W is (vocabulary, hidden)."""
 
+    axes = (1, 0)
+
     def __init__(self, base_layer: nn.Embedding) -> None:
         """Wrap an Embedding."""
         super().__init__(base_layer, d_out=base_layer.embedding_dim)
 
-    def _merge_rows(self, weight: Tensor, row_scale: Tensor | None, delta: Tensor | None) -> Tensor:
-        # Features are the columns of an embedding matrix, not its rows.
-        return merged_weight(weight, None, None, row_scale)
+
+class SanTransposed(SanLayer):
+    """GPT-2's ``Conv1D``, a Linear that keeps its weight the other way round: (d_in, d_out)."""
+
+    axes = (1, 0)
+
+    def __init__(self, base_layer: Any) -> None:
+        """Wrap a ``Conv1D`` of transformers."""
+        d_in, d_out = base_layer.weight.shape
+        super().__init__(base_layer, d_out, d_in)
+
+
+class SanConvolution(SanLayer):
+    r"""A convolution over one or two axes: W is (d_out, d_in of a group, \*kernel).
+
+    With several groups, as a depthwise one has, it has no columns to scale.
+    """
+
+    def __init__(self, base_layer: nn.Conv1d | nn.Conv2d) -> None:
+        """Wrap a convolution."""
+        super().__init__(base_layer, base_layer.out_channels, base_layer.in_channels)
+        self.channels = -1 - len(base_layer.kernel_size)

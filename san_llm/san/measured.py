@@ -17,7 +17,7 @@ from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, r
 from san_llm.san.node import Node, matches, trains_gamma
 from san_llm.san.options import Options
 
-ADAPTED = ("Linear",)  # the kinds of modules that a layer of SAN can wrap
+ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d")  # the kinds of modules that SAN has layers for
 
 
 def measured_graph(model: Any, options: Options) -> MeasuredGraph:
@@ -66,14 +66,22 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
     if not usable:
         others = sorted({m.kind for m in graph.modules if m.usable and m.place == "block"})
         raise InputError(
-            f"model type {graph.model_type!r}: SAN adapts {' and '.join(ADAPTED)} layers, and its "
+            f"model type {graph.model_type!r}: SAN adapts {', '.join(ADAPTED)} layers, and its "
             f"blocks have none; they have {', '.join(others) or 'nothing that is measured'}"
         )
     targets = options.target_modules
     if targets is not None:
         _check_targets(targets, graph, [module.name for module in usable])
         usable = [module for module in usable if matches(targets, module.name)]
-    tables = [m for m in graph.modules if m.place == "embedding" and m.d_in == 0]
+    tables = [m for m in graph.modules if m.place == "embedding"]
+    if options.carrier != "scale":
+        for module in usable:
+            if module.kind != "Linear":
+                raise InputError(
+                    f"carrier {options.carrier!r}: has matrices for Linear layers alone, and "
+                    f"{module.name} is a {module.kind}: take carrier 'scale', or leave it out of "
+                    "target_modules"
+                )
     return [*(tables if options.adapt_embedding else []), *usable]
 
 
@@ -84,7 +92,7 @@ def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> Non
             continue
         named = next((m for m in graph.modules if matches(wanted, m.name)), None)
         if named is not None:
-            why = named.note or f"it is a {named.kind}; SAN adapts {' and '.join(ADAPTED)} layers"
+            why = named.note or f"it is a {named.kind}; SAN adapts {', '.join(ADAPTED)} layers"
             raise InputError(f"target_modules: {target!r}: {named.name} cannot be adapted: {why}")
         known = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in usable))
         raise InputError(
@@ -147,20 +155,20 @@ def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
     made = []
     for module in modules:
         anterior, link, carry = links.get(module.name, (None, None, None))
-        linear = module.d_in > 0
+        reads = module.place != "embedding"
         made.append(
             Node(
                 module.name,
                 module.d_out,
                 module.d_in,
                 gamma=trains_gamma(module.name, options.mode, anteriors),
-                beta=options.shift and linear,
+                beta=options.shift and reads,
                 anterior=anterior,
                 link=link,
                 carry=carry,
-                carrier=options.carrier if linear else "scale",
-                rank=options.rank if linear and options.carrier != "scale" else 0,
-                sigma=options.free and linear,
+                carrier=options.carrier if reads else "scale",
+                rank=options.rank if reads and options.carrier != "scale" else 0,
+                sigma=options.free and reads and not module.grouped,
             )
         )
     return tuple(made)

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import register_peft_method
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING, FAMILIES
 from san_llm.architectures.entry import Carry, Link
@@ -18,9 +19,16 @@ from san_llm.architectures.lookup import carry, family_targets, is_known
 from san_llm.errors import InputError
 from san_llm.san.config import SanConfig
 from san_llm.san.graph import check_matched, wire
-from san_llm.san.layer import Feed, SanEmbedding, SanLayer, SanLinear
+from san_llm.san.layer import (
+    Feed,
+    SanConvolution,
+    SanEmbedding,
+    SanLayer,
+    SanLinear,
+    SanTransposed,
+)
 from san_llm.san.lean import fold, unfold
-from san_llm.san.measured import adapted, joined, measured_graph, pattern
+from san_llm.san.measured import measured_graph, nodes, pattern
 from san_llm.san.merging import hold_biases
 from san_llm.san.node import trains_gamma
 from san_llm.san.options import options_of
@@ -74,7 +82,7 @@ class SanModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: SanConfig, key: str) -> bool:
         if peft_config.graph is not None:
-            return key in self._measured
+            return key in self._nodes
         if peft_config.adapt_embedding and (key == EMBEDDING or key.endswith(f".{EMBEDDING}")):
             return True
         return bool(check_target_module_exists(peft_config, key))
@@ -144,11 +152,15 @@ class SanModel(BaseTuner):
         """Return what feeds the targets, in any model; the config takes its graph along."""
         options = options_of(config)
         graph = measured_graph(model, options)
-        names = [module.name for module in adapted(graph, options)]
-        config.graph, self._measured = graph.as_json(), set(names)
+        self._nodes = {node.name: node for node in nodes(graph, options)}
+        config.graph = graph.as_json()
         if config.target_modules is None:
-            config.target_modules = pattern(names)
-        return joined(graph, names, options)
+            config.target_modules = pattern(self._nodes)
+        return {
+            node.name: (node.anterior, node.link, node.carry)
+            for node in self._nodes.values()
+            if node.anterior and node.link and node.carry
+        }
 
     def _check_every_target_matched(
         self, config: SanConfig, names: list[str], targets: tuple[str, ...]
@@ -175,14 +187,15 @@ class SanModel(BaseTuner):
         layer = target if isinstance(target, SanLayer) else self._wrap(target, current_key)
         linear = isinstance(layer, SanLinear)
         options = options_of(peft_config)
-        if not linear:  # an embedding has no product to adapt: its scale is a vector in any carrier
+        node = self._nodes.get(current_key) if peft_config.graph is not None else None
+        if not linear:  # no product to adapt, or none with matrices: a vector in any carrier
             options = replace(options, carrier="scale")
         layer.update_layer(
             adapter_name,
             options,
             gamma=trains_gamma(current_key, peft_config.mode, self._anteriors),
-            beta=options.shift and linear,
-            sigma=options.free and linear,
+            beta=node.beta if node else options.shift and linear,
+            sigma=node.sigma if node else options.free and linear,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -197,6 +210,10 @@ class SanModel(BaseTuner):
             return SanEmbedding(target)
         if isinstance(target, nn.Linear):  # bitsandbytes' layers are Linears too
             return SanLinear(target)
+        if isinstance(target, Conv1D):
+            return SanTransposed(target)
+        if isinstance(target, (nn.Conv1d, nn.Conv2d)):
+            return SanConvolution(target)
         raise InputError(f"{name} is a {type(target).__name__}: SAN adapts Linear layers")
 
     def _unload_and_optionally_merge(

@@ -1,0 +1,215 @@
+"""SAN on pictures and on GPT-2, against dense references wired by hand from their source."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers.pytorch_utils import Conv1D
+
+from san_llm import SanConfig, propagation_graph
+from san_llm.errors import InputError
+
+BLOCKS = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+BLOCKS |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+STAGES = {"image_size": 64, "patch_size": 4, "depths": [2, 2]}
+CONFIGS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "bos_token_id": 1,
+             "eos_token_id": 1},
+    "vit": BLOCKS,
+    "dinov2": BLOCKS | {"mlp_ratio": 2},
+    "swin": STAGES | {"embed_dim": 48, "num_heads": [4, 8], "window_size": 4},
+    "convnext": STAGES | {"hidden_sizes": [32, 48], "num_stages": 2},
+}  # fmt: skip
+GPT2 = "transformer.h.{}."
+VIT = "vit.layers.{}."
+DINO = "dinov2.encoder.layer.{}."
+
+
+def vit_like(block, attention, fc1, fc2, blocks, embedding):
+    wired = {}
+    for number in range(blocks):
+        here, before = block.format(number), block.format(number - 1)
+        first = before + fc2 if number else embedding
+        wired |= {f"{here}{attention}.{x}_proj": (first, None) for x in "qkv"}
+        wired[f"{here}{attention}.o_proj"] = (f"{here}{attention}.v_proj", None)
+        wired[here + fc1] = (f"{here}{attention}.o_proj", None)
+        wired[here + fc2] = (here + fc1, None)
+    return wired
+
+
+def gpt2():
+    wired = {}
+    for number in range(2):
+        here, before = GPT2.format(number), GPT2.format(number - 1)
+        wired[here + "attn.c_attn"] = (before + "mlp.c_proj" if number else "transformer.wte", None)
+        wired[here + "attn.c_proj"] = (here + "attn.c_attn", lambda gamma: gamma[64:])
+        wired[here + "mlp.c_fc"] = (here + "attn.c_proj", None)
+        wired[here + "mlp.c_proj"] = (here + "mlp.c_fc", None)
+    return wired
+
+
+def swin():
+    block = "swin.encoder.layers.{}.blocks.{}."
+    first, last = "swin.embeddings.patch_embeddings.projection", None
+    wired = {}
+    for stage in range(2):
+        for number in range(2):
+            here = block.format(stage, number)
+            wired |= {f"{here}attention.{x}_proj": (last or first, None) for x in "qkv"}
+            wired[here + "attention.o_proj"] = (here + "attention.v_proj", None)
+            wired[here + "mlp.fc1"] = (here + "attention.o_proj", None)
+            wired[here + "mlp.fc2"] = (here + "mlp.fc1", None)
+            last = here + "mlp.fc2"
+        if stage == 0:
+            reduction = "swin.encoder.layers.0.downsample.reduction"
+            wired[reduction] = (last, lambda gamma: gamma.repeat(4))
+            last = reduction
+    return wired
+
+
+def convnext():
+    wired = {}
+    for stage in range(2):
+        for number in range(2):
+            here = f"convnext.encoder.stages.{stage}.layers.{number}."
+            wired[here + "pwconv1"] = (here + "dwconv", None)
+            wired[here + "pwconv2"] = (here + "pwconv1", None)
+    wired["convnext.encoder.stages.1.downsampling_layer.1"] = (
+        "convnext.encoder.stages.0.layers.1.pwconv2",
+        None,
+    )
+    return wired
+
+
+WIRED = {
+    "gpt2": gpt2(),
+    "vit": vit_like(VIT, "attention", "mlp.fc1", "mlp.fc2", 2,
+                    "vit.embeddings.patch_embeddings.projection"),
+    "dinov2": vit_like(DINO, "attention", "mlp.fc1", "mlp.fc2", 2,
+                       "dinov2.embeddings.patch_embeddings.projection"),
+    "swin": swin(),
+    "convnext": convnext(),
+}  # fmt: skip
+
+
+def small(family):
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(family, **CONFIGS[family])
+    made = AutoModelForCausalLM if family == "gpt2" else AutoModelForImageClassification
+    model = made.from_config(config, attn_implementation="eager" if family != "convnext" else None)
+    model = model.double().eval()
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+        else:
+            parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+    return model.requires_grad_(False)
+
+
+def inputs(family):
+    torch.manual_seed(8)
+    if family == "gpt2":
+        return {"input_ids": torch.randint(3, 97, (2, 6))}
+    size = CONFIGS[family]["image_size"]
+    return {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
+
+
+def moved(adapted):
+    gammas = {}
+    torch.manual_seed(7)
+    for name, parameter in adapted.named_parameters():
+        if ".san_gamma." in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+            gammas[name.removeprefix("base_model.model.").split(".san_gamma.")[0]] = parameter
+    return gammas
+
+
+def along(vector, axis, weight):
+    return vector.reshape([-1 if place == axis else 1 for place in range(weight.dim())])
+
+
+def dense(model, gammas, family):
+    weights = {}
+    for name, gamma in gammas.items():
+        module = model.get_submodule(name)
+        rows, columns = (1, 0) if isinstance(module, (Conv1D, nn.Embedding)) else (0, 1)
+        weight = module.weight * along(gamma, rows, module.weight)
+        anterior, lay = WIRED[family].get(name, (None, None))
+        if anterior in gammas:
+            s = gammas[anterior] if lay is None else lay(gammas[anterior])
+            weight = weight * along(s, columns, weight)
+        weights[f"{name}.weight"] = weight
+        if getattr(module, "bias", None) is not None:
+            weights[f"{name}.bias"] = gamma * module.bias
+    if family == "gpt2" and "transformer.wte" in gammas:  # the head stays as it was
+        weights["lm_head.weight"] = model.lm_head.weight
+    return functional_call(model, weights, kwargs=inputs(family), tie_weights=False).logits
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["", "with its embedding"])
+@pytest.mark.parametrize("family", WIRED)
+def test_it_is_the_dense_model_in_logits_and_every_gradient(family, first, tmp_path):
+    base, given = small(family), inputs(family)
+    plain = deepcopy(base)
+    before = plain(**given).logits
+    adapted = get_peft_model(base, SanConfig(adapt_embedding=first))
+    assert torch.equal(adapted(**given).logits, before)
+    gammas = moved(adapted)
+    if first:
+        assert {a for a, _ in WIRED[family].values()} <= gammas.keys()
+    copies = {name: gamma.detach().clone().requires_grad_() for name, gamma in gammas.items()}
+    ours, theirs = adapted(**given).logits, dense(plain, copies, family)
+    assert (theirs - before).abs().max() > 0.05
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(ours)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for name, gamma in gammas.items():
+        torch.testing.assert_close(gamma.grad, copies[name].grad, rtol=1e-6, atol=1e-8)
+
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deepcopy(plain), tmp_path)
+    torch.testing.assert_close(loaded(**given).logits, theirs, rtol=1e-9, atol=1e-9)
+    loaded.merge_adapter()
+    torch.testing.assert_close(loaded(**given).logits, theirs, rtol=1e-8, atol=1e-8)
+    loaded.unmerge_adapter()
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(**given).logits, before)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**given).logits, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_a_depthwise_convolution_has_a_gamma_and_no_columns():
+    base = small("convnext")
+    graph = {node.name: node for node in propagation_graph(base, SanConfig(links="free"))}
+    depthwise = graph["convnext.encoder.stages.0.layers.0.dwconv"]
+    assert (depthwise.d_out, depthwise.gamma, depthwise.sigma) == (32, True, False)
+    adapted = get_peft_model(base, SanConfig(links="free"))
+    for name, parameter in adapted.named_parameters():
+        if ".san_" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    logits = adapted(**inputs("convnext")).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs("convnext")).logits, logits, rtol=1e-8, atol=1e-8)
+
+
+def test_a_shift_and_the_head_trained_whole():
+    base, given = small("vit"), inputs("vit")
+    with pytest.warns(UserWarning, match="will never merge"):
+        adapted = get_peft_model(base, SanConfig(shift=True, modules_to_save=["classifier"]))
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("classifier.modules_to_save" in name for name in trained)
+    assert any("san_beta" in name for name in trained)
+    adapted(**given).logits.sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("carrier", ["lora", "dora"])
+def test_matrices_are_for_linears_alone(carrier):
+    with pytest.raises(InputError, match=f"carrier '{carrier}': has matrices for Linear layers"):
+        get_peft_model(small("gpt2"), SanConfig(carrier=carrier))
+    get_peft_model(small("convnext"), SanConfig(carrier=carrier, target_modules=r".*pwconv\d"))
