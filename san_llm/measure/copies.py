@@ -41,6 +41,8 @@ _INSIDE = (
 PATCHES = 3  # on a side of a picture
 WINDOW = 2  # patches on a side of what attention looks at in a Swin
 _COUNTS = {"max_position_embeddings": 64, "n_positions": 64, "max_target_positions": 64}
+_COUNTS |= {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
+_COUNTS |= {"num_experts_per_tok": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1}
 _COUNTS |= {"max_source_positions": 16, "window_size": WINDOW, "vocab_size": VOCABULARY}
 
 
@@ -87,6 +89,8 @@ def small_copies(config: Any, model_class: Any) -> tuple[Copy, Copy]:
 
 def _copy(config: Any, model_class: Any, size: tuple[int, int], seed: int) -> Copy:
     small = shrunk(config, *size)
+    if hasattr(small, "_experts_implementation"):
+        small._experts_implementation = "eager"  # the fused ones know no float64
     with torch.device("meta"):
         numbers = sum(p.numel() for p in model_class._from_config(small).parameters())
     if numbers > LARGEST:
@@ -192,13 +196,21 @@ def _plain_rotation(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _randomize(model: nn.Module) -> None:
     """Give every parameter random numbers, of a size that keeps all paths alive."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            parameter.normal_()
-        else:  # norms and layer scales, some of which count as 1 + weight
-            parameter.uniform_(0.5, 1.5)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                reads = parameter.shape[-1] if is_experts(module) else parameter[0].numel()
+                parameter.normal_(0, reads**-0.5)
+            elif name.endswith("bias"):
+                parameter.normal_()
+            else:  # norms and layer scales, some of which count as 1 + weight
+                parameter.uniform_(0.5, 1.5)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether a module is experts held as one, whose parameters have an axis for them."""
+    own = list(module.parameters(recurse=False))
+    return len(own) > 1 and all(p.dim() > 1 for p in own) and any(p.dim() == 3 for p in own)
 
 
 def _row(model: nn.Module, config: Any) -> dict[str, Any]:

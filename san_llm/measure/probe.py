@@ -104,8 +104,8 @@ class Probe:
 
     def reach(self, writer: str, readers: Sequence[str]) -> dict[str, Reach]:
         """Return what a writer's channels do to each of some readers that run after it."""
-        count = channels_out(self._modules[writer])
-        spread = self._spread(writer)
+        out = self._output(writer)
+        count, spread = out.shape[-1], float(out.std())
         across, alone = self._across(writer, readers), self._alone(writer, readers)
         parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in readers}
         for start in range(0, count, AT_ONCE):
@@ -149,12 +149,17 @@ class Probe:
             for name in readers
         }
 
-    def _spread(self, writer: str) -> float:
-        seen: list[Tensor] = []
-        hook = lambda _m, _i, out: seen.append(out)  # noqa: E731
-        with self._hooks([(self._modules[writer].register_forward_hook, hook)]):
+    def _output(self, writer: str) -> Tensor:
+        """Return what a writer writes, (1, tokens, channels)."""
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            kept.append(_by_row(out, 1, _is_convolution(module)))
+            raise DoneError
+
+        with self._hooks([(self._modules[writer].register_forward_hook, keep)]):
             self._run(1)
-        return float(seen[0].std())
+        return kept[0]
 
     def _across(self, writer: str, readers: Sequence[str]) -> dict[str, bool]:
         """Return at which readers another token than the one that was moved moves, too."""

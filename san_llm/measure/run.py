@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from san_llm.errors import InputError, first_line
 from san_llm.files import cache_folder, code_sha256, key_of, read_json, write_json
-from san_llm.measure.copies import Copy, small_copies
+from san_llm.measure.copies import Copy, is_experts, small_copies
 from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, Place, read_graph
 from san_llm.measure.links import find_link
 from san_llm.measure.probe import Probe, Reach, channels_in, channels_out
@@ -21,6 +21,9 @@ from san_llm.measure.units import Unit, find_units, path_of, representatives
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 APART = "nothing near it writes its channels one for one"
 OUTSIDE = "outside of the blocks"
+EXPERTS = "experts: no layer of SAN has a gamma for each"
+AFTER_EXPERTS = "experts write what it reads, each with channels of its own"
+ONE = "it writes one number, a gate or a score"
 INERT = "nothing reads what it writes"
 DEPTHWISE = "each of its channels reads itself alone, so that s would be a second gamma"
 
@@ -72,8 +75,8 @@ def class_of(config: Any) -> Any:
 
 def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     first, second = small_copies(config, model_class)
-    order, links = _links(first, 0)
-    other_order, other_links = _links(second, 1)
+    order, links, notes = _links(first, 0)
+    other_order, other_links, _ = _links(second, 1)
     what = f"model type {config.model_type!r}: no consistent propagation graph"
     if order != other_order:
         raise InputError(f"{what}: two small copies run other modules")
@@ -90,7 +93,7 @@ def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     graph = MeasuredGraph(
         config.model_type,
         model_class.__name__,
-        tuple(_module(name, first, sizes[name], links, inert) for name in order),
+        tuple(_module(name, first, sizes[name], links, notes | inert) for name in order),
         tuple(links.values()),
     )
     for link in graph.links:
@@ -108,13 +111,18 @@ def _told(link: MeasuredLink | None) -> str:
     return f"{link.anterior} ({link.kind}, {link.exactness}, {link.channels})"
 
 
-def _links(copy: Copy, which: int) -> tuple[list[str], dict[str, MeasuredLink]]:
-    """Return the modules that a copy runs, in order, and what feeds each, by its name."""
+def _links(copy: Copy, which: int) -> tuple[list[str], dict[str, MeasuredLink], dict[str, str]]:
+    """Return the modules that a copy runs, in order, and by name what feeds each, or why nothing.
+
+    Args:
+        copy: A small model.
+        which: Of blocks that are alike: 0 measures the first, 1 the second.
+    """
     probe = Probe(copy)
     modules = dict(copy.model.named_modules())
     table = _embedding(copy.model)
     order = probe.order(
-        [name for name, module in modules.items() if isinstance(module, KINDS) or module is table]
+        [n for n, m in modules.items() if isinstance(m, KINDS) or m is table or is_experts(m)]
     )
     units = find_units(order, {name: type(modules[name]).__name__ for name in order})
     alike = representatives(units, which)
@@ -129,13 +137,16 @@ def _links(copy: Copy, which: int) -> tuple[list[str], dict[str, MeasuredLink]]:
                 for name, reach in probe.reach(writer, later).items():
                     reaches.setdefault(name, {})[writer] = reach
     links: dict[str, MeasuredLink] = {}
+    notes: dict[str, str] = {}
     for place, unit in enumerate(units):
         for name in unit.modules if unit.path else ():
             measured = units[alike[place]]
             link = _link(measured.path + unit.relative(name), reaches, order, table, modules)
-            if link is not None:
+            if isinstance(link, MeasuredLink):
                 links[name] = _moved_to(link, measured, unit, units[alike[place] - 1], units, place)
-    return order, links
+            else:
+                notes[name] = link
+    return order, links, notes
 
 
 def _link(
@@ -144,12 +155,24 @@ def _link(
     order: list[str],
     table: nn.Module | None,
     modules: Mapping[str, nn.Module],
-) -> MeasuredLink | None:
+) -> MeasuredLink | str:
+    """Return what feeds a module of a block that was measured, or why nothing does."""
+    if is_experts(modules[name]):
+        return EXPERTS
     if _is_depthwise(modules[name]):
-        return None
+        return DEPTHWISE
     own = reaches.get(name, {})
-    link = find_link(name, own, [writer for writer in order if writer in own])
-    if link is not None and (modules[link.anterior] is table or not path_of(link.anterior)):
+    writers = [writer for writer in order if writer in own]
+    link = find_link(name, own, writers)
+    if link is None:
+        return APART
+    if link.exactness == "stream":
+        # Beside experts nobody writes the stream alone: not a shared one, nor attention before.
+        block = path_of(link.anterior)
+        beside = [w for w in writers if is_experts(modules[w]) and path_of(w) == block]
+        if beside and find_link(name, own, beside) is not None:
+            return AFTER_EXPERTS
+    if modules[link.anterior] is table or not path_of(link.anterior):
         # What a block reads of an embedding is its stream, whether a norm stands between or not.
         return MeasuredLink(name, link.anterior, "residual", "stream", link.channels)
     return link
@@ -181,8 +204,8 @@ def _is_depthwise(module: Any) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and groups > 1
 
 
-def _inert(copy: Copy) -> set[str]:
-    """Return the modules whose weight gets no gradient, whatever is asked of the model's output."""
+def _inert(copy: Copy) -> dict[str, str]:
+    """Return that a module is inert, by the names of those whose weight gets no gradient."""
     copy.model.requires_grad_(True)
     with torch.enable_grad():
         out: Any = copy.model(**copy.rows)
@@ -191,7 +214,7 @@ def _inert(copy: Copy) -> set[str]:
     assert isinstance(total, torch.Tensor)
     total.backward()
     still = {
-        name
+        name: INERT
         for name, module in copy.model.named_modules()
         if isinstance(module, KINDS)
         and (module.weight.grad is None or not module.weight.grad.any())
@@ -210,9 +233,9 @@ def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int]]:
             f"model type {config.model_type!r}: no model of this config: {first_line(error)}"
         ) from None
     return {
-        name: (channels_out(module), channels_in(module))
+        name: (0, 0) if is_experts(module) else (channels_out(module), channels_in(module))
         for name, module in model.named_modules()
-        if isinstance(module, (*KINDS, nn.Embedding))
+        if isinstance(module, (*KINDS, nn.Embedding)) or is_experts(module)
     }
 
 
@@ -221,22 +244,18 @@ def _module(
     copy: Copy,
     size: tuple[int, int],
     links: Mapping[str, MeasuredLink],
-    inert: set[str],
+    notes: Mapping[str, str],
 ) -> MeasuredModule:
     module = copy.model.get_submodule(name)
     place: Place = "block" if path_of(name) else "outside"
     if module is _embedding(copy.model) or (place == "outside" and _feeds(name, links)):
         place = "embedding"  # of tokens, or of patches
-    note: str | None = None
-    if place == "outside":
-        note = OUTSIDE
-    elif name in inert:
-        note = INERT
-    elif _is_depthwise(module):
-        note = DEPTHWISE
-    elif place == "block" and name not in links:
-        note = APART
-    usable = name not in inert and place != "outside"
+    note = OUTSIDE if place == "outside" else notes.get(name)
+    usable = place != "outside" and note not in (INERT, EXPERTS)
+    if place == "block" and size[0] == 1:
+        note, usable = ONE, False
+    if is_experts(module):
+        return MeasuredModule(name, "Experts", *size, place, note, usable)
     kind = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
     grouped = _is_depthwise(module)
     return MeasuredModule(name, kind.__name__, *size, place, note, usable, grouped)

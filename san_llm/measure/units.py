@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ def find_units(order: Sequence[str], kinds: Mapping[str, str]) -> list[Unit]:
 def representatives(units: Sequence[Unit], which: int) -> dict[int, int]:
     """Return for each unit the one that is measured in its place.
 
-    Two units are measured as one where they and those before them are alike.
+    Two units are measured as one where they and those before them are alike, and stand in lists of
+    the same names: an encoder's last block before a decoder's first is none before an encoder's.
 
     Args:
         units: The blocks, in order.
@@ -65,14 +67,18 @@ def representatives(units: Sequence[Unit], which: int) -> dict[int, int]:
     """
     places: dict[tuple[object, object], list[int]] = {}
     for place, unit in enumerate(units):
-        before = units[place - 1].signature if place else None
-        places.setdefault((before, unit.signature), []).append(place)
+        before = _kind(units[place - 1]) if place else None
+        places.setdefault((before, _kind(unit)), []).append(place)
     measured: dict[int, int] = {}
     for alike in places.values():
         # The next in the same list: one in a later stage costs more, and says nothing else.
         near = [at for at in alike if _parent(units[at]) == _parent(units[alike[0]])]
         measured |= dict.fromkeys(alike, near[min(which, len(near) - 1)])
     return measured
+
+
+def _kind(unit: Unit) -> tuple[object, object]:
+    return re.sub(r"\d+", "*", unit.path), unit.signature
 
 
 def _parent(unit: Unit) -> str:

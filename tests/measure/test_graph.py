@@ -114,6 +114,37 @@ def test_vit():
     assert graph.by_name["classifier"].note == "outside of the blocks"
 
 
+def test_an_encoder_feeds_no_first_block_of_a_decoder():
+    config = AutoConfig.for_model(
+        "t5", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4
+    )
+    graph = measure(config, class_of(config))
+    links = told(graph)
+    for layer in ("0.layer.0.SelfAttention", "0.layer.1.EncDecAttention"):
+        attention = f"decoder.block.{layer}"
+        assert not {f"{attention}.k", f"{attention}.v"} & links.keys()
+        assert links[f"{attention}.o"] == (f"{attention}.v", "attention", "exact")
+    crossed = "decoder.block.1.layer.1.EncDecAttention"
+    assert links[f"{crossed}.q"][0] == "decoder.block.1.layer.0.SelfAttention.o"
+    assert graph.by_name[f"{crossed}.v"].note == "nothing near it writes its channels one for one"
+
+
+def test_experts_write_the_stream_each_with_channels_of_its_own():
+    config = config_of("qwen2_moe", moe_intermediate_size=32, shared_expert_intermediate_size=48,
+                       num_experts=4)  # fmt: skip
+    graph = measure(config, class_of(config))
+    block = "model.layers.1."
+    for projection in "qkv":
+        module = graph.by_name[f"{block}self_attn.{projection}_proj"]
+        assert module.name not in graph.into
+        assert module.note == "experts write what it reads, each with channels of its own"
+    assert graph.into[f"{block}mlp.shared_expert.down_proj"].kind == "mlp"
+    unusable = [m.name for m in graph.modules if m.place == "block" and not m.usable]
+    assert [name for name in unusable if name.startswith(block)] == [
+        f"{block}mlp.experts", f"{block}mlp.shared_expert_gate"
+    ]  # fmt: skip
+
+
 def test_it_is_the_same_measured_again_and_from_the_cache(monkeypatch, tmp_path):
     config = config_of("olmo2")
     first = measure(config)

@@ -54,7 +54,7 @@ LLAMA = {
     "mlp.down_proj": ("mlp.up_proj", 0, as_is),
 }
 # For each family: where its blocks are, and what feeds what, by hand: the anterior, how many blocks
-# before, how its channels lie. What is not named here feeds nothing or is fed by nothing.
+# before, how its channels lie; None where nothing does.
 WIRED = {
     "olmo2": ("model.layers", LLAMA),
     "olmo3": ("model.layers", LLAMA),
@@ -91,6 +91,49 @@ WIRED = {
             "mlp.dense_4h_to_h": ("mlp.dense_h_to_4h", 0, as_is),
         },
     ),
+    "phi": (
+        "model.layers",
+        {
+            "self_attn.q_proj": ("mlp.fc2", 1, as_is),
+            "self_attn.k_proj": ("mlp.fc2", 1, as_is),
+            "self_attn.v_proj": ("mlp.fc2", 1, as_is),
+            "self_attn.dense": ("self_attn.v_proj", 0, shared_heads),
+            "mlp.fc1": ("mlp.fc2", 1, as_is),
+            "mlp.fc2": ("mlp.fc1", 0, as_is),
+        },
+    ),
+    "opt": (
+        "model.decoder.layers",
+        {
+            "self_attn.q_proj": ("fc2", 1, as_is),
+            "self_attn.k_proj": ("fc2", 1, as_is),
+            "self_attn.v_proj": ("fc2", 1, as_is),
+            "self_attn.out_proj": ("self_attn.v_proj", 0, as_is),
+            "fc1": ("self_attn.out_proj", 0, as_is),
+            "fc2": ("fc1", 0, as_is),
+        },
+    ),
+    "bert": (
+        "bert.encoder.layer",
+        {
+            "attention.self.query": ("output.dense", 1, as_is),
+            "attention.self.key": ("output.dense", 1, as_is),
+            "attention.self.value": ("output.dense", 1, as_is),
+            "attention.output.dense": ("attention.self.value", 0, as_is),
+            "intermediate.dense": ("attention.output.dense", 0, as_is),
+            "output.dense": ("intermediate.dense", 0, as_is),
+        },
+    ),
+    # Experts write the stream, each with channels of its own: nobody feeds the next block.
+    "mixtral": (
+        "model.layers",
+        {
+            "self_attn.q_proj": None,
+            "self_attn.k_proj": None,
+            "self_attn.v_proj": None,
+            "self_attn.o_proj": ("self_attn.v_proj", 0, shared_heads),
+        },
+    ),
     "falcon": (
         "transformer.h",
         {
@@ -101,6 +144,7 @@ WIRED = {
         },
     ),
 }
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # in float64
 IDS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(5))
 
 
@@ -112,10 +156,12 @@ def small(family):
         values.pop("num_key_value_heads")
     if family == "falcon":
         values |= {"bos_token_id": 1, "eos_token_id": 1}
+    if family == "opt":
+        values |= {"word_embed_proj_dim": 32, "ffn_dim": 40}
     if family in ("glm4", "ministral"):
         values |= {"head_dim": HEAD}
     config = AutoConfig.for_model(family, **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    model = AutoModelForCausalLM.from_config(config, **EAGER).double().eval()
     for parameter in model.parameters():
         if parameter.dim() < 2:
             parameter.data = 1 + 0.3 * torch.randn_like(parameter)
@@ -144,7 +190,7 @@ def dense(model, gammas, family):
         block, relative = re.fullmatch(rf"{re.escape(where)}\.(\d+)\.(.+)", name).groups()
         module = model.get_submodule(name)
         weight = gamma[:, None] * module.weight
-        if relative in table:
+        if table[relative]:
             anterior, back, lay = table[relative]
             if int(block) >= back:
                 weight = weight * lay(gammas[f"{where}.{int(block) - back}.{anterior}"])
@@ -184,7 +230,7 @@ def test_it_is_the_dense_model_in_logits_and_every_gradient(family, tmp_path):
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=IDS).logits, theirs, rtol=1e-7, atol=1e-7)
     merged.save_pretrained(tmp_path / "merged")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **EAGER)
     torch.testing.assert_close(stock(input_ids=IDS).logits, theirs, rtol=1e-5, atol=1e-5)
 
 
