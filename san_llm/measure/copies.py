@@ -24,9 +24,12 @@ VOCABULARY = 131
 # many), of the first copy and the second; what comes first is tried first.
 SIZES = (((4, 48), (2, 64)), ((8, 48), (4, 64)), ((16, 48), (8, 64)))
 
-_HEADS = ("num_attention_heads", "num_heads", "n_head", "encoder_attention_heads")
+_HEADS = (
+    *("num_attention_heads", "num_heads", "n_head", "n_heads"),
+    "encoder_attention_heads",
+)
 _HEAD_SIZE = ("head_dim", "d_kv", "kv_channels", "attention_head_size")
-_STREAM = ("hidden_size", "d_model", "n_embd", "embed_dim")
+_STREAM = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 _WIDTH_WORDS = ("size", "dim", "width", "rank", "embd", "d_model", "d_ff", "d_kv", "inner")
 # Sizes that are no widths.
 _KEPT = (
@@ -36,14 +39,19 @@ _KEPT = (
 # Widths inside of a block that are tied to no other: the narrower, the faster.
 _INSIDE = (
     *("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "ffn_embed_dim"),
-    *("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "hidden_dim"),
 )
 PATCHES = 3  # on a side of a picture
 WINDOW = 2  # patches on a side of what attention looks at in a Swin
 _COUNTS = {"max_position_embeddings": 64, "n_positions": 64, "max_target_positions": 64}
 _COUNTS |= {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
 _COUNTS |= {"num_experts_per_tok": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1}
-_COUNTS |= {"max_source_positions": 16, "window_size": WINDOW, "vocab_size": VOCABULARY}
+_COUNTS |= {
+    "max_source_positions": 16,
+    "max_seq_len": 64,
+    "window_size": WINDOW,
+    "vocab_size": VOCABULARY,
+}
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,8 @@ def _shrink(config: Any, head: int, narrowest: int) -> None:
             patches = 2 ** (len(values["depths"]) - 1)
             patches *= WINDOW if "window_size" in values else 1
         config.image_size = patches * values["patch_size"]
+    elif "depths" in values and values.get("image_size"):  # patches of several sizes
+        config.image_size = 2 ** (len(values["depths"]) + 2)
     if isinstance(values.get("rope_parameters"), dict):
         config.rope_parameters = _plain_rotation(values["rope_parameters"])
 
