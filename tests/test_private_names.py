@@ -473,6 +473,20 @@ def attention_is_chosen() -> None:
     mention("_attn_implementation", "transformers.models.llama.modeling_llama.LlamaAttention")
 
 
+def a_class_makes_a_small_copy() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    small = MixtralConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    small._experts_implementation = "eager"
+    made = MixtralForCausalLM._from_config(small, attn_implementation="eager", dtype=torch.float64)
+    assert type(made) is MixtralForCausalLM
+    assert {p.dtype for p in made.parameters()} == {torch.float64}
+    made(input_ids=torch.tensor([[1, 2]]))  # other implementations of experts know no float64
+
+
 def attention_is_handed_all() -> None:
     """Run a model whose attention only notes what it is given."""
     from transformers import AttentionInterface
@@ -620,6 +634,9 @@ def a_call_resets_a_tokenizer() -> None:
 
 CONFIG = "PretrainedConfig"
 add("transformers", CONFIG, "_attn_implementation", PACKS, does(attention_is_chosen))
+COPIES = "small copies of a model, to measure its propagation graph"
+add("transformers", CONFIG, "_experts_implementation", COPIES, does(a_class_makes_a_small_copy))
+add("transformers", "PreTrainedModel", "_from_config", COPIES, does(a_class_makes_a_small_copy))
 models("_supports_attention_backend", PACKS)
 models("logits_to_keep", PACKS, does(attention_is_handed_all))
 GIVEN = "layer_idx scaling dropout layout past"

@@ -219,8 +219,9 @@ def _randomize(model: nn.Module) -> None:
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module is experts held as one, whose parameters have an axis for them."""
-    own = list(module.parameters(recurse=False))
-    return len(own) > 1 and all(p.dim() > 1 for p in own) and any(p.dim() == 3 for p in own)
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    counts = {shape[0] for shape in shapes if shape}
+    return len(shapes) > 1 and len(counts) == 1 and counts != {1} and max(map(len, shapes)) == 3
 
 
 def _row(model: nn.Module, config: Any) -> dict[str, Any]:

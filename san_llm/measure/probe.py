@@ -18,7 +18,7 @@ from san_llm.measure.copies import Copy
 
 AT_ONCE = 64  # channels in one batch
 FACTORS = (2.0, -1.0)  # what passes with both of them is linear: ReLU passes the first alone
-EXACT = 1e-9  # relative: what float64 loses on the way
+EXACT = 1e-6  # relative: what is lost on the way, also where a model computes a part in float32
 SMALL = 1e-3  # of a writer's spread: what is added to a channel
 LARGE = 4.0  # likewise, to wake a channel that an activation keeps at 0
 
@@ -52,7 +52,7 @@ def channels_out(module: nn.Module) -> int:
     """Return how many channels a module writes."""
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.out_channels
     if isinstance(module, nn.Linear):
         return module.out_features
@@ -64,7 +64,7 @@ def channels_in(module: nn.Module) -> int:
     """Return how many channels a module reads; 0 of an embedding."""
     if isinstance(module, nn.Embedding):
         return 0
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.in_channels
     if isinstance(module, nn.Linear):
         return module.in_features
@@ -73,7 +73,7 @@ def channels_in(module: nn.Module) -> int:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def _by_row(features: Tensor, rows: int, convolution: bool) -> Tensor:

@@ -75,9 +75,13 @@ def class_of(config: Any) -> Any:
 
 def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     first, second = small_copies(config, model_class)
-    order, links, notes = _links(first, 0)
-    other_order, other_links, _ = _links(second, 1)
     what = f"model type {config.model_type!r}: no consistent propagation graph"
+    try:
+        order, links, notes = _links(first, 0)
+        other_order, other_links, _ = _links(second, 1)
+        inert = _inert(first)
+    except Exception as error:  # a model's own code, of whatever kind
+        raise InputError(f"{what}: a small copy cannot be measured: {first_line(error)}") from error
     if order != other_order:
         raise InputError(f"{what}: two small copies run other modules")
     for name in order:
@@ -89,7 +93,6 @@ def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     sizes = _sizes(config, model_class)
     if missing := [name for name in order if name not in sizes]:
         raise InputError(f"{what}: a small copy has a {missing[0]}, the model has none")
-    inert = _inert(first)
     graph = MeasuredGraph(
         config.model_type,
         model_class.__name__,
@@ -209,10 +212,10 @@ def _inert(copy: Copy) -> dict[str, str]:
     copy.model.requires_grad_(True)
     with torch.enable_grad():
         out: Any = copy.model(**copy.rows)
-        tensors = [value for value in out.values() if isinstance(value, torch.Tensor)]
-        total = sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors[:1])
-    assert isinstance(total, torch.Tensor)
-    total.backward()
+        first = next(value for value in out.values() if isinstance(value, torch.Tensor))
+        # No random numbers, whose state is the caller's.
+        weights = torch.arange(1.0, first.numel() + 1, dtype=first.dtype).cos()
+        (first * weights.view_as(first)).sum().backward()
     still = {
         name: INERT
         for name, module in copy.model.named_modules()

@@ -59,6 +59,9 @@ class Wiring:
         }
 
 
+_CARRY = ("start", "stop", "groups", "head_dim", "parts", "tile")
+
+
 def _values(node: Node, links: Mapping[str, Any]) -> dict[str, Any]:
     link = links.get(node.name)
     through = "stream" if node.link and node.link.kind == "residual" else "exact"
@@ -70,7 +73,7 @@ def _values(node: Node, links: Mapping[str, Any]) -> dict[str, Any]:
         "anterior": node.anterior,
         "kind": node.link.kind if node.link else None,
         "exactness": (link.exactness if link else through) if node.link else None,
-        "channels": node.carry._asdict() if node.carry else None,
+        "channels": dict(zip(_CARRY, node.carry, strict=True)) if node.carry else None,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING, FAMILIES
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.lookup import carry, family_targets, is_known
 from san_llm.errors import InputError
+from san_llm.measure.probe import channels_out
 from san_llm.san.config import SanConfig
 from san_llm.san.graph import check_matched, wire
 from san_llm.san.layer import (
@@ -30,7 +31,7 @@ from san_llm.san.layer import (
 from san_llm.san.lean import fold, unfold
 from san_llm.san.measured import measured_graph, nodes, pattern
 from san_llm.san.merging import hold_biases
-from san_llm.san.node import trains_gamma
+from san_llm.san.node import Node, trains_gamma
 from san_llm.san.options import options_of
 
 # By the name of a target that something feeds: its anterior, the table's row, which channels.
@@ -153,6 +154,7 @@ class SanModel(BaseTuner):
         options = options_of(config)
         graph = measured_graph(model, options)
         self._nodes = {node.name: node for node in nodes(graph, options)}
+        _check_modules(model, self._nodes.values())
         config.graph = graph.as_json()
         if config.target_modules is None:
             config.target_modules = pattern(self._nodes)
@@ -238,6 +240,28 @@ class SanModel(BaseTuner):
         if shifted:
             hold_biases(model)
         return model
+
+
+def _check_modules(model: nn.Module, graph: Iterable[Node]) -> None:
+    """Refuse a graph that is another model's, as an adapter can bring it along.
+
+    Raises:
+        InputError: naming the first module that is not there, or has another size.
+    """
+    modules = dict(model.named_modules())
+    for node in graph:
+        if node.name not in modules:
+            raise InputError(
+                f"the adapter was made for another model: its graph has a {node.name}, this "
+                f"{type(model).__name__} has none"
+            )
+        module = modules[node.name]
+        base: Any = module.get_base_layer() if isinstance(module, SanLayer) else module
+        if channels_out(base) != node.d_out:
+            raise InputError(
+                f"the adapter was made for another model: {node.name} has {node.d_out} channels in "
+                f"its graph, {channels_out(base)} here"
+            )
 
 
 def _check_vectors(

@@ -245,6 +245,25 @@ def test_an_adapter_means_what_it_meant_whatever_is_measured_later(tmp_path, mon
     torch.testing.assert_close(loaded(input_ids=IDS).logits, logits)
 
 
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    get_peft_model(small("gpt_neox"), SanConfig()).save_pretrained(tmp_path)
+    other = "the adapter was made for another model: "
+    with pytest.raises(InputError, match=f"{other}its graph has a gpt_neox.layers.0"):
+        PeftModel.from_pretrained(small("olmo2"), tmp_path)
+    config = AutoConfig.for_model("gpt_neox", **(SIZES | {"hidden_size": 48}))
+    with pytest.raises(InputError, match=f"{other}.*has 96 channels in its graph, 144 here"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), tmp_path)
+
+
+def test_measuring_leaves_the_random_numbers_alone():
+    base = small("granite")
+    torch.manual_seed(11)
+    first = torch.rand(3)
+    torch.manual_seed(11)
+    get_peft_model(base, SanConfig())
+    assert torch.equal(torch.rand(3), first)
+
+
 def test_two_adapters_and_modes_beside_each_other():
     base = small("gpt_neox")
     adapted = get_peft_model(deepcopy(base), SanConfig())
