@@ -66,6 +66,8 @@ NOT_HERE = {
     "san-llm train mine.yaml --accelerate config.yaml": ENGINES,
     "accelerate launch --config_file config.yaml -m san_llm train mine.yaml": LAUNCHERS,
     "torchrun --nproc_per_node 8 -m san_llm train mine.yaml": LAUNCHERS,
+    "python scripts/make_package_rows.py benchmarks/study/rows": "asks Debian's mirrors",
+    "san-llm study benchmarks/study/packages.yaml --processes 2": "takes hours",
     "san-llm study recipes/study_example.yaml --processes 2": (
         "tests/study/test_study.py::test_what_it_came_to_is_what_runs_and_evaluations_have_written"
     ),

@@ -7,7 +7,7 @@ own graph along.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from san_llm.architectures.entry import Carry, Link
@@ -101,10 +101,15 @@ def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> Non
         )
 
 
-def pattern(names: Iterable[str]) -> str:
-    """Return a regular expression for modules, in whatever block."""
-    forms = (re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)
-    return "|".join(dict.fromkeys(forms))
+def pattern(names: Collection[str], graph: MeasuredGraph) -> str:
+    """Return a regular expression for some of a model's modules and for no others of it.
+
+    It is of whatever block where it can be, so that it is short.
+    """
+    exact = [re.escape(name) for name in names]
+    forms = "|".join(dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", e) for e in exact))
+    others = (module.name for module in graph.modules if module.name not in names)
+    return "|".join(exact) if any(re.fullmatch(forms, name) for name in others) else forms
 
 
 def joined(

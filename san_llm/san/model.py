@@ -81,10 +81,13 @@ class SanModel(BaseTuner):
     def _prepare_model(self, peft_config: SanConfig, model: nn.Module) -> None:
         keep_4bit_layout(model)
 
-    def _check_target_module_exists(self, peft_config: SanConfig, key: str) -> bool:
-        if peft_config.graph is not None:
-            return key in self._nodes
-        if peft_config.adapt_embedding and (key == EMBEDDING or key.endswith(f".{EMBEDDING}")):
+    @staticmethod
+    def _check_target_module_exists(peft_config: SanConfig, key: str) -> bool:
+        if (
+            peft_config.graph is None
+            and peft_config.adapt_embedding
+            and (key == EMBEDDING or key.endswith(f".{EMBEDDING}"))
+        ):
             return True
         return bool(check_target_module_exists(peft_config, key))
 
@@ -156,8 +159,7 @@ class SanModel(BaseTuner):
         self._nodes = {node.name: node for node in nodes(graph, options)}
         _check_modules(model, self._nodes.values())
         config.graph = graph.as_json()
-        if config.target_modules is None:
-            config.target_modules = pattern(self._nodes)
+        config.target_modules = pattern(self._nodes, graph)
         return {
             node.name: (node.anterior, node.link, node.carry)
             for node in self._nodes.values()

@@ -297,3 +297,18 @@ def test_targets_are_named_by_the_model():
         get_peft_model(small("gpt_neox"), SanConfig(target_modules=".*qkv"))
     with pytest.raises(InputError, match="cannot be adapted: outside of the blocks"):
         get_peft_model(small("starcoder2"), SanConfig(target_modules=".*lm_head"))
+
+
+def test_what_is_saved_names_what_was_adapted_and_nothing_else(tmp_path):
+    one = get_peft_model(small("olmo2"), SanConfig(target_modules=r".*layers\.1\.mlp\..*"))
+    moved(one)
+    logits = one(input_ids=IDS).logits
+    one.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small("olmo2"), tmp_path)
+    names = {name.split(".san_gamma")[0] for name, _ in loaded.named_parameters() if "san_" in name}
+    assert {name.split(".layers.")[1] for name in names} == {
+        "1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj"
+    }  # fmt: skip
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, logits)
+    everything = get_peft_model(small("olmo2"), SanConfig())
+    assert everything.peft_config["default"].target_modules.count("|") == 6  # of whatever block
