@@ -199,7 +199,10 @@ def _is_width(key: str) -> bool:
 def _plain_rotation(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return rotary parameters of whole heads, without scaling: neither joins channels."""
     if any(isinstance(value, dict) for value in parameters.values()):
-        return {key: _plain_rotation(value) for key, value in parameters.items()}
+        return {
+            key: _plain_rotation(value) if isinstance(value, dict) else value
+            for key, value in parameters.items()
+        }
     plain = {"rope_theta": parameters.get("rope_theta", 10_000.0), "rope_type": "default"}
     return plain | ({"partial_rotary_factor": 1.0} if "partial_rotary_factor" in parameters else {})
 

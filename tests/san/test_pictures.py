@@ -154,6 +154,9 @@ def dense(model, gammas, family):
 @pytest.mark.parametrize("family", WIRED)
 def test_it_is_the_dense_model_in_logits_and_every_gradient(family, first, tmp_path):
     base, given = small(family), inputs(family)
+    names = {name for name, _ in base.named_modules()}
+    if not WIRED[family].keys() <= names:
+        pytest.skip("this version of transformers names its modules otherwise")
     plain = deepcopy(base)
     before = plain(**given).logits
     adapted = get_peft_model(base, SanConfig(adapt_embedding=first))
