@@ -54,8 +54,7 @@ def config_of(base: Base) -> tuple[dict[str, Any], str]:
     Raises:
         InputError: when it cannot be had, or names a family or sizes that are not supported.
     """
-    config, source = _config_of(base)
-    config = completed(config)
+    config, source = any_config_of(base)
     check_family(config.get("model_type"))
     check_sizes(config)
     folder = Path(source).parent
@@ -63,6 +62,16 @@ def config_of(base: Base) -> tuple[dict[str, Any], str]:
     if Path(locate(base.model)).is_dir() and has_weights(folder):
         check_base(open_base(base, folder))
     return config, source
+
+
+def any_config_of(base: Base) -> tuple[dict[str, Any], str]:
+    """Return the ``config.json`` of a model of whatever family, completed, and where it is from.
+
+    Raises:
+        InputError: when it cannot be had.
+    """
+    config, source = _config_of(base)
+    return completed(config), source
 
 
 def _config_of(base: Base) -> tuple[dict[str, Any], str]:

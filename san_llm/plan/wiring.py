@@ -11,7 +11,7 @@ import numpy as np
 from san_llm.architectures.lookup import is_known
 from san_llm.errors import InputError
 from san_llm.measure.graph import MeasuredGraph
-from san_llm.models.locate import find_base
+from san_llm.plan.bases import any_config_of
 from san_llm.recipe.read import load_recipe
 from san_llm.recipe.schema import Base, SanMethod
 from san_llm.recipe.shipped import find_recipe, shipped_recipes
@@ -100,7 +100,7 @@ def wiring(name: str, overrides: tuple[str, ...] = (), measured: bool = False) -
         raise InputError(f"{overrides[0]}: only a recipe has keys to override, and {name} is none")
     else:
         base = Base(model=name)
-    config = find_base(base).config
+    config, _ = any_config_of(base)
     table = propagation_graph(config, options) if is_known(config.get("model_type")) else None
     if table is not None and not measured:
         return Wiring(table, None, None)

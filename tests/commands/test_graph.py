@@ -31,6 +31,12 @@ def test_of_a_family_with_a_table_no_torch_is_asked(model, command):
     assert "measured" not in said.stdout
 
 
+def test_of_a_base_that_is_not_here_yet_its_known_sizes_do(here, command):
+    told = json.loads(command("graph", "llama7b_commonsense", "--json").stdout)
+    assert told["trained"] == 1_359_872
+    assert told["modules"][3]["anterior"] == "model.layers.0.self_attn.v_proj"
+
+
 def test_measured_it_is_as_the_table_says(model, command):
     said = command("graph", model("llama"), "--measure", "--json")
     assert said.returncode == 0, said.stderr
