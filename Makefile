@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-color --con
 TESTS :=
 # Of what touches libraries, what takes seconds.
 QUICK := -m "not slow and not fresh" tests/test_versions.py tests/test_private_names.py \
-  $(addprefix tests/,san models data train ask evaluate merge plan runs)
+  $(addprefix tests/,san measure models data train ask evaluate merge plan runs)
 
 .PHONY: demo test lowest docs gpu setup check pytest mutants clean
 
