@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["attention", "mlp", "residual"]
 Conversion = Literal["as is", "repeat kv heads"]
+Exactness = Literal["exact", "activation", "stream"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Link:
     first: str | None = None
     projection: str | None = None
     activation: bool = False
+
+    @property
+    def exactness(self) -> Exactness:
+        """What stands between the two: nothing, an activation, or the residual stream."""
+        if self.kind == "residual":
+            return "stream"
+        return "activation" if self.activation else "exact"
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from san_llm.architectures.entry import Kind
+from san_llm.architectures.entry import Exactness, Kind
 from san_llm.errors import InputError
 from san_llm.measure.maps import ChannelMap
 
-Exactness = Literal["exact", "activation", "stream"]
 Place = Literal["block", "embedding", "outside"]
 
 

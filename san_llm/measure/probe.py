@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from operator import add, mul
 from typing import Any
 
 import torch
@@ -16,11 +18,15 @@ from torch import Tensor, nn
 
 from san_llm.measure.copies import Copy
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AT_ONCE = 64  # channels in one batch
 FACTORS = (2.0, -1.0)  # what passes with both of them is linear: ReLU passes the first alone
 EXACT = 1e-6  # relative: what is lost on the way, also where a model computes a part in float32
 SMALL = 1e-3  # of a writer's spread: what is added to a channel
 LARGE = 4.0  # likewise, to wake a channel that an activation keeps at 0
+
+# Of a writer's output, how many rows it has, and whether it is a convolution's.
+Change = Callable[[Tensor, int, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def channels_out(module: nn.Module) -> int:
     """Return how many channels a module writes."""
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(module, CONVOLUTIONS):
         return module.out_channels
     if isinstance(module, nn.Linear):
         return module.out_features
@@ -64,7 +70,7 @@ def channels_in(module: nn.Module) -> int:
     """Return how many channels a module reads; 0 of an embedding."""
     if isinstance(module, nn.Embedding):
         return 0
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(module, CONVOLUTIONS):
         return module.in_channels
     if isinstance(module, nn.Linear):
         return module.in_features
@@ -73,7 +79,7 @@ def channels_in(module: nn.Module) -> int:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return isinstance(module, CONVOLUTIONS)
 
 
 def _by_row(features: Tensor, rows: int, convolution: bool) -> Tensor:
@@ -134,12 +140,14 @@ class Probe:
     def _moved(
         self, writer: str, readers: Sequence[str], channels: range, amount: float
     ) -> dict[str, Tensor]:
-        heard = self._listen(writer, readers, len(channels) + 1, _adding(channels, amount))
+        heard = self._listen(
+            writer, readers, len(channels) + 1, _each(channels, partial(add, amount))
+        )
         return {name: (x[1:] - x[:1]).abs().mean(1) / amount for name, x in heard.items()}
 
     def _exact(self, writer: str, readers: Sequence[str], channels: range) -> dict[str, Tensor]:
         passes = [
-            self._listen(writer, readers, len(channels) + 1, _scaling(channels, factor))
+            self._listen(writer, readers, len(channels) + 1, _each(channels, partial(mul, factor)))
             for factor in FACTORS
         ]
         return {
@@ -180,7 +188,8 @@ class Probe:
         kept: list[Tensor] = []
 
         def keep(out: Tensor, rows: int, convolution: bool) -> Tensor:
-            kept.append(out) if not kept else None
+            if not kept:
+                kept.append(out)
             return kept[0]
 
         first = self._listen(writer, readers, 1, keep)
@@ -196,7 +205,7 @@ class Probe:
         writer: str,
         readers: Sequence[str],
         rows: int,
-        change: Callable[[Tensor, int, bool], Tensor],
+        change: Change,
         arguments: dict[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """Return what readers read of a changed writer, (rows, tokens, channels)."""
@@ -242,24 +251,16 @@ class Probe:
                 handle.remove()
 
 
-def _scaling(channels: range, factor: float) -> Callable[[Tensor, int, bool], Tensor]:
-    def change(out: Tensor, rows: int, convolution: bool) -> Tensor:
+def _each(channels: range, change: Callable[[Tensor], Tensor]) -> Change:
+    """Return what changes another channel in each row but the first."""
+
+    def changed(out: Tensor, rows: int, convolution: bool) -> Tensor:
         view = _by_row(out, rows, convolution).clone()
         for row, channel in enumerate(channels, start=1):
-            view[row, :, channel] *= factor
+            view[row, :, channel] = change(view[row, :, channel])
         return _as_it_was(view, out, convolution)
 
-    return change
-
-
-def _adding(channels: range, amount: float) -> Callable[[Tensor, int, bool], Tensor]:
-    def change(out: Tensor, rows: int, convolution: bool) -> Tensor:
-        view = _by_row(out, rows, convolution).clone()
-        for row, channel in enumerate(channels, start=1):
-            view[row, :, channel] += amount
-        return _as_it_was(view, out, convolution)
-
-    return change
+    return changed
 
 
 def _as_it_was(view: Tensor, out: Tensor, convolution: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 BEFORE, OWN = "before", "own"  # where a module stands, as seen from another one's block
 
@@ -43,15 +44,10 @@ def find_units(order: Sequence[str], kinds: Mapping[str, str]) -> list[Unit]:
         kinds: What each of them is, in a word.
     """
     units: list[Unit] = []
-    grouped: list[tuple[str, list[str]]] = []
-    for name in order:
-        path = path_of(name)
-        if not grouped or grouped[-1][0] != path:
-            grouped.append((path, []))
-        grouped[-1][1].append(name)
-    for path, names in grouped:
+    for path, grouped in groupby(order, path_of):
+        names = tuple(grouped)
         signature = tuple((name.removeprefix(path), kinds[name]) for name in names)
-        units.append(Unit(path, tuple(names), signature))
+        units.append(Unit(path, names, signature))
     return units
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +48,11 @@ class Wiring:
 
     def as_values(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        links = self.measured.into if self.measured else {}
         return {
             "trained": self.graph.trained,
             "measured": self.measured is not None,
             "differences": None if self.differences is None else list(self.differences),
-            "modules": [_values(node, links) for node in self.graph],
+            "modules": [_values(node) for node in self.graph],
             "left_alone": self.left_alone,
         }
 
@@ -62,9 +60,7 @@ class Wiring:
 _CARRY = ("start", "stop", "groups", "head_dim", "parts", "tile")
 
 
-def _values(node: Node, links: Mapping[str, Any]) -> dict[str, Any]:
-    link = links.get(node.name)
-    through = "stream" if node.link and node.link.kind == "residual" else "exact"
+def _values(node: Node) -> dict[str, Any]:
     return {
         "name": node.name,
         "d_out": node.d_out,
@@ -72,7 +68,7 @@ def _values(node: Node, links: Mapping[str, Any]) -> dict[str, Any]:
         "trained": node.trained,
         "anterior": node.anterior,
         "kind": node.link.kind if node.link else None,
-        "exactness": (link.exactness if link else through) if node.link else None,
+        "exactness": node.link.exactness if node.link else None,
         "channels": dict(zip(_CARRY, node.carry, strict=True)) if node.carry else None,
     }
 
@@ -104,8 +100,7 @@ def wiring(name: str, overrides: tuple[str, ...] = (), measured: bool = False) -
     table = propagation_graph(config, options) if is_known(config.get("model_type")) else None
     if table is not None and not measured:
         return Wiring(table, None, None)
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    found = measured_graph(plain, options)
+    found = measured_graph(config, options)
     graph = PropagationGraph(nodes(found, options))
     if table is None:
         return Wiring(graph, found, None)

@@ -22,7 +22,8 @@ from san_llm.architectures.lookup import (
 )
 from san_llm.architectures.sizes import check_sizes, linear_shapes, setting
 from san_llm.errors import InputError, did_you_mean
-from san_llm.san.node import Node, matches, trains_gamma
+from san_llm.measure.units import path_of
+from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options, options_of, saved_options
 
 if TYPE_CHECKING:
@@ -104,11 +105,11 @@ class PropagationGraph:
 
 def _block(name: str) -> str:
     """Return the block of a module, ``block 3`` or ``layers.0.blocks.1``, or nothing."""
-    parts = name.split(".")
-    places = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
+    parts = path_of(name).rstrip(".").split(".")
+    places = [place for place, part in enumerate(parts) if part.isdigit()]
     if len(places) == 1:
-        return f"block {parts[places[0]]}"
-    return ".".join(parts[places[0] - 1 : places[-1] + 1]) if places else ""
+        return f"block {parts[-1]}"
+    return ".".join(parts[places[0] - 1 :]) if places else ""
 
 
 def check_matched(targets: Any, names: list[str]) -> None:
@@ -117,13 +118,11 @@ def check_matched(targets: Any, names: list[str]) -> None:
     Raises:
         InputError: naming the target that is none of ``names``, and the nearest of them.
     """
-    for target in [targets] if isinstance(targets, str) else targets:
-        wanted = target if isinstance(targets, str) else [target]
-        if not any(matches(wanted, name) for name in names):
-            raise InputError(
-                f"target_modules: {target!r} matches no module of this model"
-                f"{did_you_mean(target, names)}"
-            )
+    for target in unmatched(targets, names):
+        raise InputError(
+            f"target_modules: {target!r} matches no module of this model"
+            f"{did_you_mean(target, names)}"
+        )
 
 
 def wire(

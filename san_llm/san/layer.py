@@ -275,18 +275,11 @@ class SanLayer(nn.Module, BaseTunerLayer):
         return y
 
     def _times(self, features: Tensor, scale: Tensor | None, adapter: str) -> Tensor:
-        """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form.
-
-        A convolution has its channels before pixels: (..., d, height, width).
-        """
-        if scale is None:
-            return features
-        features = features.movedim(self.channels, -1)
-        if self.san_options[adapter].lean:
-            product: Tensor = Scaled.apply(features, scale.to(features.device))
-        else:
-            product = scaled(features, scale)
-        return product.movedim(-1, self.channels)
+        """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form."""
+        if scale is None or not self.san_options[adapter].lean:
+            return scaled(features, scale)
+        product: Tensor = Scaled.apply(features, scale.to(features.device))
+        return product
 
     def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
         """Return ``c B A x``, (..., d_out)."""
@@ -455,3 +448,8 @@ class SanConvolution(SanLayer):
         """Wrap a convolution."""
         super().__init__(base_layer, base_layer.out_channels, base_layer.in_channels)
         self.channels = -1 - len(base_layer.kernel_size)
+
+    def _times(self, features: Tensor, scale: Tensor | None, adapter: str) -> Tensor:
+        """Return features (..., d, *pixels) times a scale (d,), or None for 1."""
+        product = super()._times(features.movedim(self.channels, -1), scale, adapter)
+        return product.movedim(-1, self.channels)

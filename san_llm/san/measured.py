@@ -14,7 +14,8 @@ from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean
 from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
-from san_llm.san.node import Node, matches, trains_gamma
+from san_llm.measure.units import path_of
+from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
 
 ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d")  # the kinds of modules that SAN has layers for
@@ -53,7 +54,7 @@ def _config(values: Mapping[str, Any]) -> Any:
             f"model type {model_type!r}: transformers has no such model"
             f"{did_you_mean(str(model_type), list(CONFIG_MAPPING))}"
         )
-    return AutoConfig.for_model(**values)
+    return AutoConfig.for_model(**{k: v for k, v in values.items() if k != "quantization_config"})
 
 
 def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
@@ -86,10 +87,8 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
 
 
 def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> None:
-    for target in [targets] if isinstance(targets, str) else targets:
+    for target in unmatched(targets, usable):
         wanted = target if isinstance(targets, str) else [target]
-        if any(matches(wanted, name) for name in usable):
-            continue
         named = next((m for m in graph.modules if matches(wanted, m.name)), None)
         if named is not None:
             why = named.note or f"it is a {named.kind}; SAN adapts {', '.join(ADAPTED)} layers"
@@ -134,15 +133,11 @@ def joined(
 
 def _row(link: MeasuredLink) -> Link:
     """Return a measured link as a row of the propagation table."""
-
-    def block(name: str) -> list[str]:
-        return re.findall(r"[^.]+\.\d+", name)
-
     return Link(
         link.kind,
         link.posterior.rsplit(".", 1)[-1],
         link.anterior.rsplit(".", 1)[-1],
-        blocks_back=int(block(link.posterior) != block(link.anterior)),
+        blocks_back=int(path_of(link.posterior) != path_of(link.anterior)),
         conversion="repeat kv heads" if link.channels.repeat > 1 else "as is",
         activation=link.exactness == "activation",
     )

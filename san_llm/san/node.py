@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,3 +62,11 @@ def matches(target_modules: Any, name: str) -> bool:
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def unmatched(targets: Any, names: Iterable[str]) -> list[str]:
+    """Return those of PEFT's ``target_modules`` that name none of some modules."""
+    known = list(names)
+    if isinstance(targets, str):
+        return [] if any(matches(targets, name) for name in known) else [targets]
+    return [target for target in targets if not any(matches([target], name) for name in known)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import tiny_config
 from torch import Tensor, nn
 from transformers import (
@@ -200,3 +203,68 @@ def assert_same_gradients(found: Tensor, expected: Tensor, trained: dict[str, Te
     for name, one, other in zip(trained, mine, theirs, strict=True):
         assert other.abs().max() > 0, name
         assert relative(one, other) < 1e-10, name
+
+
+def moved(model: Any) -> dict[str, Tensor]:
+    """Give every gamma numbers of its own around 1; return them by the base's module names."""
+    gammas, _ = vectors(model)
+    torch.manual_seed(7)
+    for gamma in gammas.values():
+        gamma.data += 0.3 * torch.randn_like(gamma)
+    return gammas
+
+
+def held_against_dense(
+    base: Any,
+    given: Mapping[str, Tensor],
+    options: SanConfig,
+    dense: Callable[[Any, dict[str, Tensor]], Tensor],
+    folder: Path,
+    *,
+    gradients: Mapping[str, float],
+    merges: float,
+    moves: float,
+) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """Hold an adapter against dense weights: fresh, moved, in every gradient, loaded and merged.
+
+    Args:
+        base: A model in float64.
+        given: The arguments of its forward.
+        options: Of the adapter.
+        dense: The logits of a plain model with the weights that gammas make.
+        folder: Where the adapter is saved.
+        gradients: The bounds, ``rtol`` and ``atol``, of gradients.
+        merges: Both bounds of merged logits.
+        moves: By how much the adapter moves logits at least.
+
+    Returns:
+        ``(merged model, the dense logits, gammas)``.
+    """
+    plain = deepcopy(base)
+    before = plain(**given).logits
+    adapted = get_peft_model(base, options)
+    assert torch.equal(adapted(**given).logits, before)
+    gammas = moved(adapted)
+    copies = {name: gamma.detach().clone().requires_grad_() for name, gamma in gammas.items()}
+    ours, theirs = adapted(**given).logits, dense(plain, copies)
+    assert (theirs - before).abs().max() > moves
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(ours)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for name, gamma in gammas.items():
+        torch.testing.assert_close(gamma.grad, copies[name].grad, **gradients)
+
+    adapted.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(deepcopy(plain), folder)
+    torch.testing.assert_close(loaded(**given).logits, theirs, rtol=1e-9, atol=1e-9)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(**given).logits, before)
+    loaded.merge_adapter()
+    torch.testing.assert_close(loaded(**given).logits, theirs, rtol=merges, atol=merges)
+    loaded.unmerge_adapter()
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(**given).logits, before)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**given).logits, theirs, rtol=merges, atol=merges)
+    return merged, theirs, gammas

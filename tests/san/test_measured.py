@@ -2,10 +2,12 @@
 
 import re
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from san.adapted import held_against_dense, moved
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,18 +172,6 @@ def small(family):
     return model.requires_grad_(False)
 
 
-def moved(adapted):
-    """Give every gamma numbers of its own; return them by module name."""
-    gammas = {}
-    torch.manual_seed(7)
-    for name, parameter in adapted.named_parameters():
-        if ".san_gamma." in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-            module = name.removeprefix("base_model.model.").split(".san_gamma.")[0]
-            gammas[module] = parameter
-    return gammas
-
-
 def dense(model, gammas, family):
     """Return logits of diag(gamma) W diag(s) and gamma b, as the table by hand has s."""
     where, table = WIRED[family]
@@ -202,33 +192,17 @@ def dense(model, gammas, family):
 
 @pytest.mark.parametrize("family", WIRED)
 def test_it_is_the_dense_model_in_logits_and_every_gradient(family, tmp_path):
-    base = small(family)
-    plain = deepcopy(base)
-    before = plain(input_ids=IDS).logits
-    adapted = get_peft_model(base, SanConfig())
-    assert torch.equal(adapted(input_ids=IDS).logits, before)
-    gammas = moved(adapted)
+    merged, theirs, gammas = held_against_dense(
+        small(family),
+        {"input_ids": IDS},
+        SanConfig(),
+        partial(dense, family=family),
+        tmp_path,
+        gradients={"rtol": 1e-5, "atol": 1e-7},
+        merges=1e-7,
+        moves=0.1,
+    )
     assert len(gammas) == 3 * len(WIRED[family][1])
-    copies = {name: gamma.detach().clone().requires_grad_() for name, gamma in gammas.items()}
-    ours, theirs = adapted(input_ids=IDS).logits, dense(plain, copies, family)
-    assert (theirs - before).abs().max() > 0.1
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weights = torch.randn_like(ours)
-    (ours * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    for name, gamma in gammas.items():
-        torch.testing.assert_close(gamma.grad, copies[name].grad, rtol=1e-5, atol=1e-7)
-
-    adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(deepcopy(plain), tmp_path)
-    torch.testing.assert_close(loaded(input_ids=IDS).logits, theirs, rtol=1e-9, atol=1e-9)
-    with loaded.disable_adapter():
-        assert torch.equal(loaded(input_ids=IDS).logits, before)
-    loaded.merge_adapter()
-    torch.testing.assert_close(loaded(input_ids=IDS).logits, theirs, rtol=1e-7, atol=1e-7)
-    loaded.unmerge_adapter()
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids=IDS).logits, theirs, rtol=1e-7, atol=1e-7)
     merged.save_pretrained(tmp_path / "merged")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **EAGER)
     torch.testing.assert_close(stock(input_ids=IDS).logits, theirs, rtol=1e-5, atol=1e-5)

@@ -1,10 +1,11 @@
 """SAN on pictures and on GPT-2, against dense references wired by hand from their source."""
 
-from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
+from san.adapted import held_against_dense
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
@@ -118,16 +119,6 @@ def inputs(family):
     return {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
 
 
-def moved(adapted):
-    gammas = {}
-    torch.manual_seed(7)
-    for name, parameter in adapted.named_parameters():
-        if ".san_gamma." in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-            gammas[name.removeprefix("base_model.model.").split(".san_gamma.")[0]] = parameter
-    return gammas
-
-
 def along(vector, axis, weight):
     return vector.reshape([-1 if place == axis else 1 for place in range(weight.dim())])
 
@@ -157,33 +148,18 @@ def test_it_is_the_dense_model_in_logits_and_every_gradient(family, first, tmp_p
     names = {name for name, _ in base.named_modules()}
     if not WIRED[family].keys() <= names:
         pytest.skip("this version of transformers names its modules otherwise")
-    plain = deepcopy(base)
-    before = plain(**given).logits
-    adapted = get_peft_model(base, SanConfig(adapt_embedding=first))
-    assert torch.equal(adapted(**given).logits, before)
-    gammas = moved(adapted)
+    _, _, gammas = held_against_dense(
+        base,
+        given,
+        SanConfig(adapt_embedding=first),
+        partial(dense, family=family),
+        tmp_path,
+        gradients={"rtol": 1e-6, "atol": 1e-8},
+        merges=1e-8,
+        moves=0.05,
+    )
     if first:
         assert {a for a, _ in WIRED[family].values()} <= gammas.keys()
-    copies = {name: gamma.detach().clone().requires_grad_() for name, gamma in gammas.items()}
-    ours, theirs = adapted(**given).logits, dense(plain, copies, family)
-    assert (theirs - before).abs().max() > 0.05
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weights = torch.randn_like(ours)
-    (ours * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    for name, gamma in gammas.items():
-        torch.testing.assert_close(gamma.grad, copies[name].grad, rtol=1e-6, atol=1e-8)
-
-    adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(deepcopy(plain), tmp_path)
-    torch.testing.assert_close(loaded(**given).logits, theirs, rtol=1e-9, atol=1e-9)
-    loaded.merge_adapter()
-    torch.testing.assert_close(loaded(**given).logits, theirs, rtol=1e-8, atol=1e-8)
-    loaded.unmerge_adapter()
-    with loaded.disable_adapter():
-        assert torch.equal(loaded(**given).logits, before)
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(**given).logits, theirs, rtol=1e-8, atol=1e-8)
 
 
 def test_a_depthwise_convolution_has_a_gamma_and_no_columns():
