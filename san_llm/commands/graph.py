@@ -45,7 +45,7 @@ def graph(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw which module's scale goes into which module's columns; any model can be measured."""
+    """Draw which module's scale goes into which module's columns; most models can be measured."""
     quiet_libraries()
     from san_llm.plan.wiring import wiring
 
