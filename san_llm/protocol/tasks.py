@@ -8,8 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from san_llm.errors import InputError, did_you_mean
+
+_FILES = Path(__file__).with_name("commonsense")  # a file a task, in the form of one's own
 
 
 @dataclass(frozen=True)
@@ -19,23 +24,18 @@ class Task:
     Attributes:
         name: Its name, and the name of its folder.
         answers: Every answer it can have; the first one to occur in a generated text counts.
+        guessing: The accuracy of guessing, from 0 to 1: of ARC's 5 answers a row offers about 4.
         test_rows: Rows of the published test split.
         train_rows: Rows that the published training mix has of it.
         aliases: Other spellings in use.
-        offered: Answers that a row offers, a few of ARC's 3 or 5; None: all that it can have.
     """
 
     name: str
     answers: tuple[str, ...]
+    guessing: float
     test_rows: int
     train_rows: int
     aliases: tuple[str, ...] = ()
-    offered: int | None = None
-
-    @property
-    def guessing(self) -> float:
-        """The accuracy of guessing, from 0 to 1."""
-        return 1 / (self.offered or len(self.answers))
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -43,19 +43,21 @@ class Task:
         return re.compile("|".join(self.answers))
 
 
-def _numbered(word: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{word}{number}" for number in range(1, count + 1))
+def _task(name: str, test_rows: int, train_rows: int, *aliases: str) -> Task:
+    says = yaml.safe_load((_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
+    answers = tuple(says["pattern"].split("|"))
+    return Task(name, answers, says["guessing"], test_rows, train_rows, aliases)
 
 
 _ALL = (
-    Task("boolq", ("true", "false"), 3270, 9427),
-    Task("piqa", _numbered("solution", 2), 1838, 16113),
-    Task("social_i_qa", _numbered("answer", 5), 1954, 33410, ("social_iqa", "siqa"), 3),
-    Task("hellaswag", _numbered("ending", 4), 10042, 39905),
-    Task("winogrande", _numbered("option", 2), 1267, 63238),
-    Task("ARC-Easy", _numbered("answer", 5), 2376, 2251, ("arc_easy", "arc-e"), 4),
-    Task("ARC-Challenge", _numbered("answer", 5), 1172, 1119, ("arc_challenge", "arc-c"), 4),
-    Task("openbookqa", _numbered("answer", 5), 500, 4957, ("obqa",), 4),
+    _task("boolq", 3270, 9427),
+    _task("piqa", 1838, 16113),
+    _task("social_i_qa", 1954, 33410, "social_iqa", "siqa"),
+    _task("hellaswag", 10042, 39905),
+    _task("winogrande", 1267, 63238),
+    _task("ARC-Easy", 2376, 2251, "arc_easy", "arc-e"),
+    _task("ARC-Challenge", 1172, 1119, "arc_challenge", "arc-c"),
+    _task("openbookqa", 500, 4957, "obqa"),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 TASK_FILES = (".yaml", ".yml")  # what a task of one's own is named by, see ``recipe.task_file``

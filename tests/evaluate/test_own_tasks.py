@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import (
     rows,
     save_tiny,
@@ -18,15 +22,18 @@ from tiny import (
 )
 
 from san_llm.ask.losses import score_losses
+from san_llm.data.rows import POCKET
 from san_llm.data.task_rows import read_own_rows
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import compare
 from san_llm.evaluate.pose import judged_answers, pose, units
 from san_llm.evaluate.questions import Settings, read_questions
-from san_llm.evaluate.score import ratio_of_sums
+from san_llm.evaluate.score import judge_text, ratio_of_sums
 from san_llm.evaluate.store import read_evaluation
 from san_llm.ops.head_loss import losses
+from san_llm.protocol import tasks
 from san_llm.protocol.neutral import CHUNK, NEUTRAL, chunks
+from san_llm.protocol.tasks import TASKS, guessing
 from san_llm.recipe.task_file import find_any, load_task
 
 TOKENIZER = tiny_tokenizer()
@@ -546,3 +553,45 @@ def test_a_text_of_ones_own_is_told_by_loss_alone(here):
     (here / "t.yaml").write_text("rows: tales.txt\njudge: loss\n")
     with pytest.raises(InputError, match=r"No such file .*did you mean '.*tale.txt'"):
         asked("t.yaml")
+
+
+# --- the eight as files ---
+
+
+def as_own(folder, task):
+    """Return a published task's file under another name, its rows those of the pocket set."""
+    text = (Path(tasks.__file__).with_name("commonsense") / f"{task.name}.yaml").read_text()
+    copied = folder / f"own-{task.name}.yaml"
+    copied.write_text(
+        text.replace(f"name: {task.name}", f"name: own-{task.name}").replace(
+            f"rows: {task.name}", f"rows: {POCKET / task.name}"
+        )
+    )
+    return load_task(copied)
+
+
+@pytest.fixture(scope="module")
+def own_eight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    return [(task, as_own(folder, task)) for task in TASKS.values()]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_each_of_the_eight_asks_as_its_file_says(task, here):
+    own, asked = as_own(here, task), []
+    for which in (task, own):
+        questions = read_questions([which], "pocket", 4)
+        items = pose(questions, Settings(), TOKENIZER, SimpleNamespace(vocab_size=512))
+        asked.append([(i.way, i.prompt, i.tokens, i.row.answer, i.new_tokens) for i in items])
+    assert asked[0] == asked[1]
+    assert own.says.guessing == guessing([task.name])
+
+
+@given(st.data())
+def test_each_of_the_eight_is_judged_as_its_file_says(own_eight, data):
+    task, own = data.draw(st.sampled_from(own_eight))
+    words = st.sampled_from(["", " ", "\n", "### Response:", "not ", "Answer", *task.answers])
+    text = "".join(data.draw(st.lists(words, max_size=8)))
+    answer = data.draw(st.sampled_from(task.answers))
+    published, by_file = (judge_text(which, 0, "", text, answer) for which in (task, own))
+    assert (published.parsed, published.correct) == (by_file.parsed, by_file.correct)
