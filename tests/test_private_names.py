@@ -337,6 +337,14 @@ IN_PLACE = "activations and their slopes are computed in memory that is there"
 add("torch", "ops.aten", "gelu silu", IN_PLACE, does(activations_in_place))
 add("torch", "ops.aten", "gelu_backward silu_backward", IN_PLACE, does(activations_in_place))
 BEATS = "processes count in the job's store, so that a frozen one is noticed"
+FAKED = "plan.faked runs a model's own code on tensors without numbers: there is no public door"
+add(
+    "torch",
+    "_subclasses.fake_tensor",
+    "FakeTensorMode",
+    FAKED,
+    takes(keywords="allow_non_fake_inputs"),
+)
 add("torch", "distributed.distributed_c10d", "_get_default_store", BEATS, takes())
 add("torch", "distributed.Store", "clone set_timeout", BEATS, does(a_store_is_shared))
 RATES = "a checkpoint's learning rates are held to this training's"

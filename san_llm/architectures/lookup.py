@@ -9,13 +9,28 @@ from typing import Any
 from san_llm.architectures.decoders import EMBEDDING, FAMILIES, PARENTS
 from san_llm.architectures.entry import KINDS, Carry, Link
 from san_llm.architectures.sizes import projection_shapes, setting
-from san_llm.errors import InputError
+from san_llm.errors import InputError, did_you_mean
 
 
 def place_of(name: str) -> tuple[int | None, str]:
-    """Return a module's block, None where it is in none, and its short name: ``up_proj``."""
+    """Return a module's block, None where it is in none, and its name there: ``up_proj``.
+
+    In models that the table does not know that is all of what follows the block: ``attn.c_proj``.
+    """
     names = name.split(".")
-    return (int(names[-3]) if names[-1] in PARENTS else None), names[-1]
+    first = next((at for at, part in enumerate(names) if part.isdigit()), None)
+    if first is None:
+        return None, names[-1]
+    known = len(names) == first + 3 and PARENTS.get(names[-1]) == names[-2]
+    return int(names[first]), names[-1] if known else ".".join(names[first + 1 :])
+
+
+def in_order(modules: Iterable[str]) -> list[str]:
+    """Return modules' names within a block in the order of a model, those not known as they are."""
+    known = [EMBEDDING, *PARENTS]
+    return sorted(
+        dict.fromkeys(modules), key=lambda name: known.index(name) if name in known else len(known)
+    )
 
 
 def short_label(name: str) -> str:
@@ -25,13 +40,14 @@ def short_label(name: str) -> str:
 
 def in_model_order(vectors: Iterable[str]) -> list[str]:
     """Return module names in the order of a model: the embedding, then block by block."""
-    known = list(PARENTS)
+    names = list(vectors)
+    within = in_order(place_of(name)[1] for name in names)
 
     def place(name: str) -> tuple[int, int]:
-        names = name.split(".")
-        return (int(names[-3]), known.index(names[-1])) if names[-1] in PARENTS else (-1, 0)
+        block, module = place_of(name)
+        return (-1 if block is None else block), within.index(module)
 
-    return sorted(vectors, key=place)
+    return sorted(names, key=place)
 
 
 LINEAR = re.compile(
@@ -69,13 +85,21 @@ def family_targets(targets: Any, model_type: str) -> Any:
         stands for their names if all of them are there.
 
     Raises:
-        InputError: when only some of them are: a Linear is adapted whole.
+        InputError: when a name is none of a projection; or when only some of them are there: a
+            Linear is adapted whole.
     """
     family = FAMILIES[model_type]
     if targets is None:
         return list(family.targets)
     if isinstance(targets, str):
         return targets
+    for target in targets:
+        name = target.rsplit(".", 1)[-1]
+        if name not in PARENTS:
+            raise InputError(
+                f"target module {target!r} is not one of {', '.join(PARENTS)}"
+                f"{did_you_mean(name, PARENTS)}"
+            )
     for whole, projections in family.fused.items():
         there = [projection for projection in projections if projection in targets]
         if there and len(there) < len(projections):

@@ -25,6 +25,7 @@ class Shape:
         tied: Whether the output head is the embedding.
         linears: ``(d_out, d_in)`` of each Linear of a block, by name.
         config: The ``config.json`` that says so.
+        counted: Weights of the blocks' Linears, and all others, where they were counted.
     """
 
     hidden: int
@@ -37,15 +38,20 @@ class Shape:
     tied: bool
     linears: Mapping[str, tuple[int, int]]
     config: Mapping[str, Any]
+    counted: tuple[int, int] | None = None
 
     @property
     def linear_numbers(self) -> int:
         """Weights of all blocks' Linears."""
+        if self.counted is not None:
+            return self.counted[0]
         return self.blocks * sum(d_out * d_in for d_out, d_in in self.linears.values())
 
     @property
     def other_numbers(self) -> int:
         """Weights of embedding, head and norms, which are never quantized."""
+        if self.counted is not None:
+            return self.counted[1]
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + (2 * self.blocks + 1) * self.hidden
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from san_llm.architectures.lookup import is_known
 from san_llm.ask.beam_search import BeamSearch
 from san_llm.ask.packed import can_pack, inner
 from san_llm.data.batches import pad_id
@@ -148,9 +149,10 @@ def _stock(
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Give the answers of a model that cannot be packed, by transformers' own search.
 
-    The beams of a prompt share its keys and values, which are computed once.
+    The beams of a prompt share its keys and values, which are computed once; in families that are
+    not known ``generate`` keeps whatever it is that they keep of earlier tokens.
     """
-    from transformers import DynamicCache, GenerationConfig
+    from transformers import GenerationConfig
 
     settings = GenerationConfig(
         num_beams=BEAMS,
@@ -168,24 +170,32 @@ def _stock(
             tokens[i, width - len(prompt) :] = torch.tensor(prompt)
             mask[i, width - len(prompt) :] = 1
         tokens, mask = tokens.to(model.device), mask.to(model.device)
-        cache = DynamicCache(config=model.config)
+        kept: dict[str, Any] = {}
         with torch.inference_mode(), without_habits(model):
-            # One token before the length from which on it is rotated otherwise, so are all others.
-            if width > 1 and width - 1 != alike_to(inner(model).config):
-                model(
-                    input_ids=tokens[:, :-1],
-                    attention_mask=mask[:, :-1],
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                cache.batch_repeat_interleave(BEAMS)
+            if is_known(inner(model).config.model_type):
+                kept["past_key_values"] = _kept_of(model, tokens, mask)
             out: torch.Tensor = model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=settings,
+                input_ids=tokens, attention_mask=mask, generation_config=settings, **kept
             )
         new = out[:, width:].tolist()
         yield [(number, tokens) for (number, _), tokens in zip(batch, new, strict=True)]
+
+
+def _kept_of(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Return the keys and values of prompts (batch, width) without the last, for each beam."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    width = tokens.shape[1]
+    # One token before the length from which on it is rotated otherwise, so are all others.
+    if width > 1 and width - 1 != alike_to(inner(model).config):
+        model(
+            input_ids=tokens[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(BEAMS)
+    return cache

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from san_llm.ask.packed import Prefix, can_pack, packed_forward, packing, shared_prefix
 from san_llm.errors import InputError
+from san_llm.measure.behaviour import taken
 from san_llm.ops.attention import added, attention
 from san_llm.ops.causal import Segments, last_of
 
@@ -141,7 +142,8 @@ def _plain(
         scores = []
         for choice in choices:
             tokens = torch.tensor([prompt + choice[:-1]], device=model.device)
-            logits = model(input_ids=tokens, logits_to_keep=len(choice)).logits[0]
+            keep = taken(model, logits_to_keep=len(choice))
+            logits = model(input_ids=tokens, **keep).logits[0, -len(choice) :]
             logprobs, rows = logits.float().log_softmax(-1), torch.arange(len(choice))
             scores.append(_score(logprobs, logprobs.argmax(-1), rows, choice))
         yield scores

@@ -17,7 +17,8 @@ from torch import Tensor
 from san_llm.ask.likelihood import FORWARD_TOKENS, Branches, Tree
 from san_llm.ask.packed import can_pack, inner, packing, shared_prefix
 from san_llm.data.encode import IGNORE
-from san_llm.ops.head_loss import Head, instead_of_logits, losses
+from san_llm.measure.behaviour import taken
+from san_llm.ops.head_loss import Head, from_head, losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,14 +107,17 @@ def _forward(
     if positions is not None:
         packed = {"position_ids": torch.tensor([positions], device=device), "past": past}
 
-    def of_wanted(hidden: Tensor, head: Head, cap: float | None) -> Tensor:
-        return losses(hidden[0], head, cap, learned)
+    keep = taken(model, logits_to_keep=rows)
 
-    with instead_of_logits(model.get_output_embeddings(), inner(model).config, of_wanted):
-        made: Tensor = model(
-            input_ids=torch.tensor([tokens], device=device),
-            use_cache=False,
-            logits_to_keep=rows,
-            **packed,
-        ).logits
-    return made
+    def of_wanted(hidden: Tensor, head: Head, cap: float | None) -> Tensor:
+        return losses(hidden[0] if keep else hidden[0, rows], head, cap, learned)
+
+    return from_head(
+        model,
+        inner(model).config,
+        of_wanted,
+        input_ids=torch.tensor([tokens], device=device),
+        use_cache=False,
+        **keep,
+        **packed,
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from san_llm.architectures.lookup import is_known
 from san_llm.models.rotary import alike_to
 from san_llm.ops.causal import Segments, causal
 
@@ -77,12 +78,15 @@ def _packed_attention(
 def can_pack(model: PreTrainedModel, longest: int) -> bool:
     """Return whether sequences of at most ``longest`` tokens can be packed.
 
-    Not where attention is more than every earlier token's: a window that slides within that length,
-    capped scores, or rotary positions that depend on how long a sequence is.
+    Only in the families that are known; and not where attention is more than every earlier token's:
+    a window that slides within that length, capped scores, or rotary positions that depend on how
+    long a sequence is.
     """
     from transformers import DynamicCache
 
     config = model.config.get_text_config()
+    if not is_known(config.model_type):
+        return False
     plain = all(
         getattr(layer, "sliding_window", longest) >= longest
         for layer in DynamicCache(config=config).layers

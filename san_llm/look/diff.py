@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from san_llm.architectures.decoders import EMBEDDING, PARENTS
-from san_llm.architectures.lookup import place_of
+from san_llm.architectures.lookup import in_order, place_of
 from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import find_base
 from san_llm.models.scales import column_scales, neuron_scales
@@ -127,10 +126,8 @@ def _by_module(scales: Mapping[str, Numbers]) -> list[Change]:
     modules: dict[str, list[Numbers]] = {}
     for name, scale in scales.items():
         modules.setdefault(place_of(name)[1], []).append(scale)
-    known = [EMBEDDING, *PARENTS]
     return [
-        _change(module, None, np.concatenate(modules[module]), 0)
-        for module in sorted(modules, key=known.index)
+        _change(module, None, np.concatenate(modules[module]), 0) for module in in_order(modules)
     ]
 
 
@@ -162,7 +159,10 @@ def _table(changes: list[Change], blocks: bool, module: str = "module") -> Table
 
     table = Table(box=None, pad_edge=False)
     for column in (*(("block",) if blocks else ()), module, "channels", "LTP %", "LTD %", "mean"):
-        table.add_column(column, justify="left" if column == module else "right")
+        named = column == module
+        table.add_column(
+            column, justify="left" if named else "right", overflow="fold" if named else "ellipsis"
+        )
     if blocks:
         table.add_column("channel:gamma", no_wrap=True)
     for change in changes:

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from san_llm.architectures.decoders import EMBEDDING, PARENTS
-from san_llm.architectures.lookup import place_of
+from san_llm.architectures.lookup import in_order, place_of
 from san_llm.errors import InputError, SanError, did_you_mean
 from san_llm.files import read_json
 from san_llm.models.adapter import open_adapter
@@ -257,8 +256,7 @@ def _moved(scale: SynapseScale) -> float:
 def in_blocks(gammas: Mapping[str, Numbers]) -> tuple[list[str], list[int], dict[Any, Numbers]]:
     """Return the modules and the blocks that have scales, and the scales by block and module."""
     placed = {place_of(name): gamma for name, gamma in gammas.items()}
-    known = [EMBEDDING, *PARENTS]
-    modules = sorted({module for _, module in placed}, key=known.index)
+    modules = in_order(module for _, module in placed)
     blocks = sorted({block for block, _ in placed if block is not None})
     return modules, blocks, placed
 

@@ -60,6 +60,8 @@ def class_of(config: Any) -> Any:
     from transformers.models.auto import modeling_auto as auto
 
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    # A class that is named beside another model's type would be made of what it can be.
+    named = [made for made in named if isinstance(config, getattr(made, "config_class", ()))]
     tables = (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,

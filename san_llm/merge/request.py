@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from san_llm.architectures.decoders import FAMILIES
 from san_llm.errors import InputError, check_one_of
 from san_llm.files import read_json, refuse_files
 from san_llm.merge.gguf import KINDS, check_exportable
@@ -182,6 +183,11 @@ def check_request(request: MergeRequest) -> MergeTask:
     if request.push_to is not None:
         check_push(request.push_to)
     adapter = open_adapter(subject.adapter)
+    if quantized == "keep" and adapter.measured:
+        raise InputError(
+            "--quantized keep: needs to know which norm each Linear reads, which is known of "
+            f"{', '.join(FAMILIES)} alone: use --quantized dequantize"
+        )
     if quantized == "keep" and adapter.method != "SAN":
         raise InputError(
             f"{adapter.folder}: a {adapter.method} adapter changes weights within their 4-bit "

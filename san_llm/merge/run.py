@@ -108,7 +108,7 @@ def merge_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int, C
     """
     adapter, dtype, shard_size = task.adapter, task.dtype, task.request.shard_size
     quantized, check = task.request.quantized, task.request.verified is None
-    if quantized is None and adapter.method == "SAN":
+    if quantized is None and adapter.method == "SAN" and not adapter.measured:
         merged = Merged(adapter, task.found)
         outputs = [in_range(output, dtype) for output in merged.outputs(DTYPES[dtype])]
         with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from san_llm.architectures.lookup import is_known
 from san_llm.errors import SanError
 from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_errors
 from san_llm.merge.peft import fold
@@ -67,7 +68,8 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
         tokenizer = load_tokenizer(found, adapter)
         tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
         # In a process that has ended before the other model is loaded: there is one at a time.
-        got, new = _stock_answers(merged, tokens)
+        known = is_known(found.config.get("model_type"))
+        got, new = _stock_answers(merged, tokens, by_block=known)
         progress.advance(note="merged model computed")
         place = place_in_fp32(numbers_in(found))
         held = _held_in(found.folder, place) if _only_scales(task) else "float32"
@@ -84,7 +86,7 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
         same_greedy = sum(map(partial(_shared, adapted), tokens, new)) / sum(map(len, new))
         progress.advance(note="base + adapter computed")
         errors = None
-        if quantized != "keep" and task.adapter.method == "SAN":
+        if quantized != "keep" and task.adapter.method == "SAN" and not task.adapter.measured:
             errors = _weight_errors(adapted, task, merged)
         progress.advance(note="weights compared")
         # The same merge in memory, before and after its weights are rounded.
@@ -180,7 +182,8 @@ def _only_scales(task: MergeTask) -> bool:
     Whole modules are in fp32, which a base in 16 bits would round.
     """
     parts = {name.rpartition(".")[2] for name in task.adapter.tensors}
-    return task.request.quantized is None and parts <= {"san_gamma", "san_beta"}
+    known = task.request.quantized is None and not task.adapter.measured
+    return known and parts <= {"san_gamma", "san_beta"}
 
 
 def _merged_by_block(
@@ -236,9 +239,15 @@ def _shared(model: Any, prompt: list[int], new: list[int]) -> int:
 
 
 def _stock_answers(
-    merged: Path, tokens: list[list[int]]
+    merged: Path, tokens: list[list[int]], by_block: bool
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Return the logits of each prompt and the words after it, from a process of their own."""
+    """Return the logits of each prompt and the words after it, from a process of their own.
+
+    Args:
+        merged: The merged model's folder.
+        tokens: Of each prompt.
+        by_block: Hold 16-bit weights as they are, and widen a block while it computes.
+    """
     from safetensors.torch import load_file
 
     script = Path(__file__).with_name("stock_logits.py")
@@ -248,7 +257,7 @@ def _stock_answers(
         # -P keeps the script's folder, which is this package, out of the import path.
         device = place_in_fp32(numbers_in(find_base(Base(model=str(merged), dtype="float32"))))
         command = [sys.executable, "-P", str(script), str(merged), str(prompts), str(out)]
-        command += [str(device), _held_in(merged, device)]
+        command += [str(device), _held_in(merged, device) if by_block else "float32"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

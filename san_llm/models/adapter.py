@@ -22,6 +22,7 @@ from san_llm.recipe.schema import (
     SanMethod,
 )
 from san_llm.runs.record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from san_llm.san.node import unmatched
 from san_llm.san.options import SAVED_KEYS, saved_options
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Adapter:
     options: Mapping[str, Any]
     method: str
     tensors: Mapping[str, Stored]
+
+    @property
+    def measured(self) -> bool:
+        """Whether it brings its own graph along, of a model that no table knows."""
+        return bool(self.options.get("graph"))
 
     @property
     def weights(self) -> Path:
@@ -241,6 +247,13 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
 
     if isinstance(method, PeftMethod):
         return put_on(model, method)
+    targets = method.targets(model.config.model_type)
+    if not isinstance(method, SanMethod) and isinstance(targets, list):
+        # PEFT passes over names that match nothing, as long as one does.
+        for target in unmatched(targets, [name for name, _ in model.named_modules()]):
+            raise InputError(
+                f"method.target_modules: {target!r} is no module of a {model.config.model_type}"
+            )
     try:
         adapted: PeftModel = get_peft_model(model, adapter_config(method, model.config.model_type))
     except InputError:

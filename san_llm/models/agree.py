@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from san_llm.architectures.decoders import EMBEDDING, FAMILIES, PARENTS
-from san_llm.architectures.lookup import check_family, place_of
+from san_llm.architectures.lookup import is_known, place_of
 from san_llm.architectures.sizes import check_sizes, linear_shapes
 from san_llm.errors import InputError
 from san_llm.models.locate import FoundBase
@@ -30,14 +30,15 @@ say_once = cache(say)  # a base is asked about by every stage of a command
 
 
 def check_base(found: FoundBase) -> None:
-    """Refuse a base whose files contradict each other, or that SAN cannot be trained over.
+    """Refuse a base whose files contradict each other, as far as they are known by their names.
 
     Raises:
         InputError: naming the file, and what to do.
     """
     folder, config = found.folder, found.config
-    check_family(config.get("model_type"))
-    check_sizes(config)
+    known = is_known(config.get("model_type"))
+    if known:
+        check_sizes(config)
     if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(
             f"{folder / ADAPTER_CONFIG}: an adapter in the folder of a base: transformers would "
@@ -48,10 +49,11 @@ def check_base(found: FoundBase) -> None:
     if two_sets is not None and "WORLD_SIZE" not in os.environ:  # not by each process
         say_once(two_sets)
     stored = {tensor.name: tensor for tensor in read_weights(folder)}
-    _check_blocks(found, stored)
-    if found.bits is None:
-        _check_whole(found, stored)
-    if config["tie_word_embeddings"] and HEAD in stored:
+    if known:  # of others, transformers says it as they are loaded
+        _check_blocks(found, stored)
+        if found.bits is None:
+            _check_whole(found, stored)
+    if known and config["tie_word_embeddings"] and HEAD in stored:
         _check_tied(found, stored[HEAD], stored.get(EMBEDDED))
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from san_llm.architectures.lookup import is_known
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
+from san_llm.measure.behaviour import look_at
 from san_llm.models.adapter import check_askable, embedding_rows, load_adapter, open_adapter
 from san_llm.models.agree import check_base, refuse_past_embedding
 from san_llm.models.locate import FoundBase
@@ -45,10 +47,23 @@ def load_config(found: FoundBase, adapter: Path | None = None) -> Any:
         AutoConfig.from_pretrained,
         trust_remote_code=base.trust_remote_code,
     )
+    if not is_known(found.config.get("model_type")):
+        _check_writes(found, type(config))
     if found.bits and base.quantization:
         raise InputError(f"base.quantization: {base.model} is stored in {found.bits}: leave it out")
     config.vocab_size = _rows(found, adapter)
     return config
+
+
+def _check_writes(found: FoundBase, kind: type[Any]) -> None:
+    """Refuse a model that is none for text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{found.base.model}: a model of type {found.config['model_type']!r} goes on from no "
+            "text: transformers has no causal LM of it"
+        )
 
 
 def load_tokenizer(
@@ -195,6 +210,8 @@ def load_base(
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not is_finite(parameter):
             raise InputError(f"{base.model}: {name} has numbers that are not finite")
+    if not is_known(found.config.get("model_type")):
+        look_at(model.eval(), base.model)
     return model
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from san_llm.architectures.defaults import completed
+from san_llm.architectures.lookup import is_known
+from san_llm.architectures.sizes import SIZES
 from san_llm.errors import InputError, SanError, did_you_mean, nearest_file
 from san_llm.files import cache_folder, read_json
 from san_llm.models.download import PINNED, model_folder
 from san_llm.models.hub import fetch
 from san_llm.models.weights import has_weights, is_whole
 from san_llm.recipe.schema import Base
+from san_llm.san.measured import stock_config
 
 
 def locate(model: str) -> str:
@@ -123,13 +126,34 @@ def open_base(base: Base, folder: Path) -> FoundBase:
     Raises:
         InputError: as of :func:`find_base`.
     """
-    config = completed(read_json(folder / "config.json"))
+    config = filled(read_json(folder / "config.json"))
     if config.get("quantization_config") and has_weights(folder) and is_whole(folder):
         raise InputError(
             f"{folder / 'config.json'}: has a quantization_config, but the weights beside it are "
             "not quantized: take the section out"
         )
     return FoundBase(base, folder, config, stored_bits(base.model, config))
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``config.json`` with what its class takes where it is silent, by the usual names.
+
+    Of a family that the table does not know transformers' own class says it: a GPT-2's ``n_embd``
+    is its ``hidden_size``.
+
+    Raises:
+        InputError: when transformers has no such model.
+    """
+    if is_known(values.get("model_type")):
+        return completed(values)
+    config = stock_config(values)
+    usual = {
+        name: getattr(config, name, None)
+        for name in (*SIZES, "max_position_embeddings")
+        if not isinstance(getattr(type(config), name, None), property)  # computed, not said
+    }
+    usual["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", True))
+    return {**{name: value for name, value in usual.items() if value is not None}, **values}
 
 
 _fetched = cache(fetch)  # a process asks the hub once

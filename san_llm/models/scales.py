@@ -68,7 +68,10 @@ class Scales:
         for node in self.graph:
             weight = self.stored.get(f"{node.name}.weight")
             if weight is None or (node.d_in and weight.shape != (node.d_out, node.d_in)):
-                raise InputError(f"{base}: has no {node.name}.weight of the shape in its config")
+                other = "; a model's files may have other names than it" if adapter.measured else ""
+                raise InputError(
+                    f"{base}: has no {node.name}.weight of the shape in its config{other}"
+                )
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -194,7 +197,10 @@ def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
         raise InputError(
             f"{adapter.folder}: a {adapter.method} adapter: only SAN's have neuron scales"
         )
-    gammas = _held(adapter, "gamma") if base is None else _on_base(adapter, base)
+    scaled = (adapter.options.get("carrier") or "scale") == "scale"
+    # Of a measured model the files may have other names than its modules.
+    held = base is None or (scaled and adapter.measured)
+    gammas = _held(adapter, "gamma") if base is None or held else _on_base(adapter, base)
     _check_finite(adapter, gammas)
     if not gammas:
         raise InputError(f"{adapter.folder}: has no neuron scale in it")
@@ -226,7 +232,9 @@ def _held(adapter: Adapter, kind: str) -> dict[str, Numbers]:
         for name, tensor in adapter.tensors.items()
         if name.endswith(ending)
     }
-    return {name: read_rows(held[name]).astype(np.float64) for name in in_model_order(held)}
+    graph: Any = adapter.options.get("graph")
+    modules = [module["name"] for module in graph["modules"]] if graph else in_model_order(held)
+    return {name: read_rows(held[name]).astype(np.float64) for name in modules if name in held}
 
 
 def _on_base(adapter: Adapter, base: Path) -> dict[str, Numbers]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in fp32
+GIVES_LOGITS = "gives_logits"  # of a head: whether what it gives is what the model gives
 
 Head = Callable[[Tensor], Tensor]
 # Of hidden states, the head that makes logits of them, and the cap of these, if there is one.
@@ -46,6 +47,32 @@ def instead_of_logits(head: Any, config: Any, made: Made) -> Iterator[None]:
             head.forward = plain
         else:
             del head.forward
+
+
+def as_logits(logits: Tensor) -> Tensor:
+    """Return logits as they are: the head of those that are there already."""
+    return logits
+
+
+def from_head(model: Any, config: Any, made: Made, **inputs: Any) -> Tensor:
+    """Return what ``made`` makes of a model's hidden states, within its forward.
+
+    A model that does more to its head's logits than cap them, which ``models.load`` has seen, gives
+    all of them to ``made`` instead, with :func:`as_logits` as the head.
+
+    Args:
+        model: A causal LM, perhaps in wrappers.
+        config: The model's config.
+        made: Makes something of the hidden states.
+        inputs: Of the model's forward.
+    """
+    bare = model.module if hasattr(model, "module") else model
+    head = bare.get_output_embeddings()
+    if not getattr(head, GIVES_LOGITS, True):
+        return made(model(**inputs).logits, as_logits, None)
+    with instead_of_logits(head, config, made):
+        out: Tensor = model(**inputs).logits
+    return out
 
 
 def losses(hidden: Tensor, head: Head, cap: float | None, targets: Tensor) -> Tensor:

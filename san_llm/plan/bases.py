@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from san_llm.architectures.defaults import completed
-from san_llm.architectures.lookup import check_family
+from san_llm.architectures.lookup import is_known
 from san_llm.architectures.sizes import check_sizes
 from san_llm.errors import InputError
 from san_llm.files import read_json
 from san_llm.models.agree import check_base
 from san_llm.models.download import PINNED, model_folder
-from san_llm.models.locate import locate, open_base
+from san_llm.models.locate import filled, locate, open_base
 from san_llm.models.weights import has_weights
 from san_llm.recipe.schema import Base
 
@@ -52,11 +51,12 @@ def config_of(base: Base) -> tuple[dict[str, Any], str]:
     """Return a base's ``config.json``, and where it is from; weights are not fetched.
 
     Raises:
-        InputError: when it cannot be had, or names a family or sizes that are not supported.
+        InputError: when it cannot be had, names sizes that are none, or a model that transformers
+            does not have.
     """
     config, source = any_config_of(base)
-    check_family(config.get("model_type"))
-    check_sizes(config)
+    if is_known(config.get("model_type")):
+        check_sizes(config)
     folder = Path(source).parent
     # The hub's cache may hold a part of a model yet.
     if Path(locate(base.model)).is_dir() and has_weights(folder):
@@ -71,7 +71,7 @@ def any_config_of(base: Base) -> tuple[dict[str, Any], str]:
         InputError: when it cannot be had.
     """
     config, source = _config_of(base)
-    return completed(config), source
+    return filled(config), source
 
 
 def _config_of(base: Base) -> tuple[dict[str, Any], str]:

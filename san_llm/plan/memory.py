@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from san_llm.architectures.decoders import DOWN, PARENTS, O
+from san_llm.architectures.lookup import is_known
 from san_llm.architectures.sizes import Shape
 from san_llm.launch.malloc import spares_memory
 from san_llm.recipe.schema import (
@@ -87,6 +88,25 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Faked:
+    """What a method comes to on a base that no table knows (``plan.faked``).
+
+    Attributes:
+        trained: Trained numbers by kind of module, over all blocks.
+        added: Bytes of all that it adds to the base.
+        kept: Bytes that autograd keeps of all blocks.
+        largest: Numbers of the largest Linear of a block.
+        rows: Rows of all blocks' Linears.
+    """
+
+    trained: dict[str, int]
+    added: int
+    kept: int
+    largest: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Setting:
     """All that the memory of a step depends on.
 
@@ -102,6 +122,7 @@ class Setting:
         devices: How many devices.
         sharded: Whether the base is spread over them (FSDP2).
         measured: What the method comes to, if it is one of PEFT's other tuners.
+        faked: What it comes to, if no table knows the base.
     """
 
     shape: Shape
@@ -115,10 +136,13 @@ class Setting:
     devices: int = 1
     sharded: bool = False
     measured: Measured | None = None
+    faked: Faked | None = None
 
     @property
     def trained(self) -> dict[str, int]:
         """Numbers that are trained in each kind of module, over all blocks."""
+        if self.faked is not None:
+            return self.faked.trained
         if self.measured is not None:
             return self.measured.trained
         if self.method is not None:
@@ -182,8 +206,9 @@ def memory(setting: Setting) -> Memory:
     else:
         trained = sum(setting.trained.values())
         adapter = gradients = trained * WIDE
-        if setting.measured is not None:
-            adapter = setting.measured.added
+        beside = setting.faked or setting.measured
+        if beside is not None:
+            adapter = beside.added
         optimizer = trained * ADAM
     if setting.devices > 1 and not (setting.sharded and setting.method is None):
         gradients *= 2  # DDP's buckets are copies of them
@@ -263,6 +288,8 @@ def graph_of(shape: Shape, method: SanMethod) -> PropagationGraph:
 
 
 def _targets(shape: Shape, method: AdapterMethod) -> list[str]:
+    if not is_known(shape.config["model_type"]):  # and nothing is told of its Linears
+        return []
     names = method.targets(shape.config["model_type"]) or []
     return [name for name in shape.linears if name in names]
 
@@ -275,10 +302,12 @@ def _weights(setting: Setting) -> tuple[int, int]:
         # A scale for 64 numbers; doubly quantized it is a byte, with one of fp32 for 256 of them.
         scales = 1 / 64 + WIDE / (64 * 256) if setting.double_quant else WIDE / 64
         # A Linear's weight is widened for its product, there and back.
-        largest = max(d_out * d_in for d_out, d_in in shape.linears.values())
+        sizes = (d_out * d_in for d_out, d_in in shape.linears.values())
+        largest = setting.faked.largest if setting.faked else max(sizes)
         return round(shape.linear_numbers * (0.5 + scales)) + other_bytes, largest * width
     if setting.bits == "8bit" and setting.method is not None:
         rows = shape.blocks * sum(d_out for d_out, _ in shape.linears.values())
+        rows = setting.faked.rows if setting.faked else rows
         return shape.linear_numbers + rows * WIDE + other_bytes, 0
     whole = shape.linear_numbers * width + other_bytes
     if not setting.sharded:
@@ -294,6 +323,8 @@ def _kept_by_block(setting: Setting) -> int:
     ``wide`` and ``low`` are numbers a token, in fp32 and in the features' dtype.
     """
     shape, batch, method, width = setting.shape, setting.batch, setting.method, setting.width
+    if setting.faked is not None:
+        return setting.faked.kept // shape.blocks
     hidden, inner, q, kv = shape.hidden, shape.inner, shape.q, shape.kv
     targets = [] if method is None else _targets(shape, method)
     read = sum(shape.linears[name][1] for name in targets)
@@ -350,6 +381,8 @@ def _kept_by_block(setting: Setting) -> int:
 
 def _kept_of_weights(setting: Setting) -> int:
     """Return the part of what is kept of a block that does not depend on tokens."""
+    if setting.faked is not None:
+        return 0
     if setting.measured is not None:
         return setting.measured.fixed
     shape, method = setting.shape, setting.method

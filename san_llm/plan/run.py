@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from san_llm.architectures.lookup import is_known
 from san_llm.architectures.sizes import shape_of
 from san_llm.data.split import count_rows, refuse_no_rows
 from san_llm.errors import InputError
@@ -121,14 +122,22 @@ def make_plan(
             work together as asked.
     """
     config, config_from = config_of(recipe.base)
-    shape, method, training = shape_of(config), recipe.method, recipe.training
+    known = is_known(config["model_type"])
+    if known:
+        shape = shape_of(config)
+    else:
+        from san_llm.plan.faked import fake, faked_shape
+
+        shape = faked_shape(config)
+    method, training = recipe.method, recipe.training
+    method.targets(config["model_type"])  # refuses what no such model has
     bits, double_quant = _bits(recipe.base, config)
     if sharded:
         _check_sharded(recipe, devices, bits)
     at_once, looked = micro_batch(training, devices), seen is not None
     rows, missing = count_rows(recipe.data) if seen is None else (seen.rows, None)
     if seen is None:
-        full = full_batch(at_once, recipe.data.cutoff, training.packing)
+        full = full_batch(at_once, recipe.data.cutoff, training.packing and known)
         seen = Seen(rows, full, full)
     steps, epochs = _steps(training, rows)
     if isinstance(method, FullMethod):
@@ -140,7 +149,7 @@ def make_plan(
         from san_llm.plan.measured import measure
 
         check_bits(method, bits)
-        measured = measure(method, config, recipe.base.dtype)
+        measured = measure(method, config, recipe.base.dtype) if known else None
     setting = Setting(
         shape=shape,
         dtype=recipe.base.dtype,
@@ -158,6 +167,26 @@ def make_plan(
     beside: dict[str, AdapterMethod | None] = {_title(method): adapting}
     beside.setdefault(_title(lora), lora)  # the recipe's own is of other modules, perhaps
     beside.setdefault(FULL, None)
+    settings = {}
+    for name, compared in beside.items():
+        batch = seen.batch_for(compared)
+        own = compared is adapting
+        faked = None
+        if not known:
+            try:
+                faked = fake(config, compared, recipe.base.dtype, batch)
+            except InputError:
+                if own:
+                    raise
+                continue  # a method that was not asked for need not fit
+        settings[name] = replace(
+            setting,
+            method=compared,
+            batch=batch,
+            measured=measured if own else None,
+            faked=faked,
+        )
+    setting = settings[_title(method)]
     return Plan(
         recipe=recipe,
         given=frozenset(given),
@@ -174,17 +203,7 @@ def make_plan(
         device=device,
         devices=devices,
         sharded=sharded,
-        memory={
-            name: memory(
-                replace(
-                    setting,
-                    method=compared,
-                    batch=seen.batch_for(compared),
-                    measured=measured if compared is adapting else None,
-                )
-            )
-            for name, compared in beside.items()
-        },
+        memory={name: memory(compared) for name, compared in settings.items()},
         traffic=traffic(setting, training.batch_size // (at_once * devices)),
         doubts=(*doubts(recipe, rows), *(() if looked else _of_the_context(recipe, config))),
     )

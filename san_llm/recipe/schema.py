@@ -126,8 +126,10 @@ class _Targets(Section):
         """The method's name, to be shown."""
         return self.name
 
-    def targets(self, model_type: str = "llama") -> list[str]:
+    def targets(self, model_type: str = "llama") -> list[str] | str | None:
         """Return the names of the Linears that are adapted in a model of this family.
+
+        PEFT's word for all of them, or None for its own choice, where the family is not known.
 
         Raises:
             InputError: when the family has no such choice.
@@ -208,7 +210,8 @@ class SanMethod(_Targets):
         low_rank = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
         given = {name: value for name, value in low_rank.items() if value is not None}
         return Options(
-            target_modules=tuple(self.targets()),
+            # Each of the words stands for all of them.
+            target_modules=None if isinstance(self.target_modules, str) else self.target_modules,
             carrier=self.carrier,
             mode=self.mode,
             shift=self.shift,
@@ -329,7 +332,7 @@ class PeftMethod(Section):
         drops = any(key.endswith("dropout") and item for key, item in self.config.items())
         return drops or self.peft_type == "PVERA"
 
-    def targets(self, model_type: str = "llama") -> list[str] | None:
+    def targets(self, model_type: str = "llama") -> list[str] | str | None:
         """Return the names of the Linears that are adapted; None where PEFT or config says it."""
         if self.target_modules in (None, "peft"):
             return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
-from san_llm.errors import InputError, did_you_mean
+from san_llm.errors import InputError, did_you_mean, first_line
 from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
 from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
@@ -41,10 +41,15 @@ def measured_graph(model: Any, options: Options) -> MeasuredGraph:
         return measure(config, type(base))
     if not isinstance(model, Mapping):
         return measure(model)
-    return measure(_config(model))
+    return measure(stock_config(model))
 
 
-def _config(values: Mapping[str, Any]) -> Any:
+def stock_config(values: Mapping[str, Any]) -> Any:
+    """Return the dictionary of a ``config.json`` as a config of transformers, quantized or not.
+
+    Raises:
+        InputError: when transformers has no such model, or does not take what it says.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -54,7 +59,14 @@ def _config(values: Mapping[str, Any]) -> Any:
             f"model type {model_type!r}: transformers has no such model"
             f"{did_you_mean(str(model_type), list(CONFIG_MAPPING))}"
         )
-    return AutoConfig.for_model(**{k: v for k, v in values.items() if k != "quantization_config"})
+    try:
+        return AutoConfig.for_model(
+            **{key: value for key, value in values.items() if key != "quantization_config"}
+        )
+    except Exception as error:  # values are looked at by the model's own code
+        raise InputError(
+            f"config.json: transformers does not take it as a {model_type}: {first_line(error)}"
+        ) from None
 
 
 def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:

@@ -229,19 +229,27 @@ class SanModel(BaseTuner):
     ) -> nn.Module:
         names = adapter_names or self.active_adapters
         shifted = merge and any(self.peft_config[name].shift for name in names)
-        if shifted:
-            family = self.get_model_config(self.model)["model_type"]
-            if family not in BIAS_FLAGS:
-                raise InputError(
-                    f"a stock {family} cannot hold the biases that a shift merges into"
-                )
+        family = self.get_model_config(self.model).get("model_type")
+        flagged = family in BIAS_FLAGS
+        if shifted and not flagged and not _all_have_biases(self.model, names):
+            raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
         model: nn.Module = super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )
         unfold(model)
-        if shifted:
+        if shifted and flagged:
             hold_biases(model)
         return model
+
+
+def _all_have_biases(model: nn.Module, adapters: Iterable[str]) -> bool:
+    """Whether every module that an adapter shifts has a bias of its own to merge that into."""
+    layers = [module for module in model.modules() if isinstance(module, SanLayer)]
+    return all(
+        getattr(layer.get_base_layer(), "bias", None) is not None
+        for layer in layers
+        if any(name in layer.san_beta for name in adapters)
+    )
 
 
 def _check_modules(model: nn.Module, graph: Iterable[Node]) -> None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from san_llm.data.encode import IGNORE
+from san_llm.measure.behaviour import taken
 from san_llm.ops.causal import Segments
-from san_llm.ops.head_loss import Head, HeadLoss, instead_of_logits
+from san_llm.ops.head_loss import Head, HeadLoss, as_logits, from_head
 
 
 def share_of_loss(
@@ -52,7 +53,7 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
     else:
         mask = inputs["attention_mask"]
         # Padding stands where its row's last token does: a row's length may decide its rotation.
-        keywords = {"attention_mask": mask, "position_ids": mask.cumsum(-1) - 1}
+        keywords = taken(bare, attention_mask=mask, position_ids=mask.cumsum(-1) - 1)
         following = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
         sources = (following != IGNORE).nonzero()[:, 0]
         targets = following[sources]
@@ -62,16 +63,16 @@ def token_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
         chosen = hidden.flatten(0, -2).index_select(0, sources)  # (n, hidden)
         # FSDP2 makes a Linear a subclass, of the same forward; a quantized one has its own.
         frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
-        if frozen and type(head).forward is nn.Linear.forward:
+        if plain is not as_logits and frozen and type(head).forward is nn.Linear.forward:
             out: Tensor = HeadLoss.apply(chosen, head.weight, head.bias, targets, cap)
             return out
         logits = plain(chosen).float()
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    with instead_of_logits(head, bare.config, summed):
-        loss: Tensor = model(input_ids=inputs["input_ids"], use_cache=False, **keywords).logits
-    return loss
+    return from_head(
+        model, bare.config, summed, input_ids=inputs["input_ids"], use_cache=False, **keywords
+    )
 
 
 def learned_tokens(inputs: dict[str, Any]) -> Tensor:

@@ -89,6 +89,7 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
         load_weights_only()
     micro_batch(recipe.training, world_size())  # before anything is loaded
     found = found or find_base(recipe.base)
+    recipe.method.targets(found.config["model_type"])  # refuses what no such model has
     tokenizer = load_tokenizer(found, date=recipe.data.date)
     samples = Samples(recipe, tokenizer)
     data = token_rows(recipe, tokenizer, found)

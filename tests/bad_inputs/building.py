@@ -501,7 +501,7 @@ def base_with_code_of_its_own(here: Path) -> None:
     patch(here / "model" / "config.json", {"auto_map": names})
 
 
-@bad_base("model type 'evil' is not supported")
+@bad_base("model type 'evil': transformers has no such model")
 def base_of_a_family_that_is_only_code(here: Path) -> None:
     base_with_code_of_its_own(here)
     patch(here / "model" / "config.json", {"model_type": "evil"})

@@ -304,7 +304,7 @@ def test_hostile_texts_are_shown_as_texts(hostile):
     assert len(found["img"]) == 2
     assert len(found["style"]) == 1
     assert "example.com" not in found["style"][0]
-    assert "49" not in words(page)
+    assert "49" not in words(page).replace(str(hostile), "")
     assert "\x1b" not in page
     assert "\u202e" not in page
     assert "hf_abc" not in page

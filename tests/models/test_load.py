@@ -208,10 +208,10 @@ def test_what_is_wrong_with_a_base_is_one_line(copy):
     assert message.startswith(f"{copy}: no model.safetensors and no ")
     (copy / "config.json").write_text("{")
     assert "config.json: not valid JSON" in refusal(load_config, base(copy))
-    (copy / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "gpt2" in refusal(load_config, base(copy))
+    (copy / "config.json").write_text(json.dumps({"model_type": "gpt9"}))
+    assert "no such model (did you mean 'gptj'?)" in refusal(load_config, base(copy))
     (copy / "config.json").write_text(json.dumps({"hidden_size": 3}))
-    assert "model type None is not supported" in refusal(load_config, base(copy))
+    assert "model type None: transformers has no such model" in refusal(load_config, base(copy))
 
 
 def test_a_pickle_is_never_loaded(copy):

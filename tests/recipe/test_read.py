@@ -114,9 +114,6 @@ def test_the_published_settings_are_the_defaults():
         (4, "  name: san\n  mode: neuron\n  links: free", ["mine.yaml:3: method: links: free "
          "trains a row and a column scale of each target, which is mode 'both'; mode 'neuron' has "
          "only one of them"]),
-        (4, "  name: san\n  target_modules: [q]", ["mine.yaml:5: method.target_modules: target "
-         "module 'q' is not one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, "
-         "qkv_proj, gate_up_proj"]),
         (4, "  name: ia3\n  target_modules: publishd", ["mine.yaml:5: method.target_modules: "
          "'publishd' is not one of all, published, peft (did you mean 'published'?); names are "
          "written as a list"]),
