@@ -15,6 +15,7 @@ EMBEDDING = "embed_tokens"
 Q, K, V, O = "q_proj", "k_proj", "v_proj", "o_proj"  # noqa: E741 (the field's own letter)
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 TARGETS: tuple[str, ...] = (Q, K, V, O, GATE, UP, DOWN)
+GATE_UP = "gate_up_proj"  # both in one: Phi-3's Linear, and transformers' experts with their DOWN
 
 # Source: arXiv:2409.06706 states the principle; the LLaMA rows are our reading of it. "attention"
 # and "mlp" are exact (attention mixes tokens, never channels; SwiGLU is linear in up), "residual"

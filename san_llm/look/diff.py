@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -159,12 +159,10 @@ def _table(changes: list[Change], blocks: bool, module: str = "module") -> Table
 
     table = Table(box=None, pad_edge=False)
     for column in (*(("block",) if blocks else ()), module, "channels", "LTP %", "LTD %", "mean"):
-        named = column == module
-        table.add_column(
-            column, justify="left" if named else "right", overflow="fold" if named else "ellipsis"
-        )
+        justify: Literal["left", "right"] = "left" if column == module else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     if blocks:
-        table.add_column("channel:gamma", no_wrap=True)
+        table.add_column("channel:gamma")
     for change in changes:
         shares = (f"{100 * share:.1f}" for share in (change.potentiated, change.depressed))
         row = [f"{change.channels:,}", *shares, f"{change.mean_change:.4f}"]

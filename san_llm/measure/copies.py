@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from san_llm.errors import InputError, first_line
+from san_llm.measure.experts import is_experts
 
 LARGEST = 50_000_000  # numbers of a copy; those of most models have a hundredth of that
 TOKENS = 6  # of a row: enough to tell attention, which reads the tokens before
@@ -218,13 +219,6 @@ def _randomize(model: nn.Module) -> None:
                 parameter.normal_()
             else:  # norms and layer scales, some of which count as 1 + weight
                 parameter.uniform_(0.5, 1.5)
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Return whether a module is experts held as one, whose parameters have an axis for them."""
-    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
-    counts = {shape[0] for shape in shapes if shape}
-    return len(shapes) > 1 and len(counts) == 1 and counts != {1} and max(map(len, shapes)) == 3
 
 
 def _row(model: nn.Module, config: Any) -> dict[str, Any]:

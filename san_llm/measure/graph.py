@@ -46,7 +46,8 @@ class MeasuredModule:
         place: In a numbered ``block``, the input ``embedding``, or ``outside`` of all blocks.
         note: Why it cannot be adapted, or why nothing feeds it; None where neither is so.
         usable: Whether it can be adapted.
-        grouped: Whether it is a convolution whose channels read some of what it reads alone.
+        grouped: Whether its channels read some of what it reads alone: a convolution's, experts'.
+        experts: How many experts it is, each of which writes ``d_out`` channels; 0: it is none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class MeasuredModule:
     note: str | None = None
     usable: bool = True
     grouped: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from san_llm.errors import InputError, first_line
 from san_llm.files import cache_folder, code_sha256, key_of, read_json, write_json
-from san_llm.measure.copies import Copy, is_experts, small_copies
+from san_llm.measure.copies import Copy, small_copies
+from san_llm.measure.experts import expert_sizes, is_experts, is_gated
 from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, Place, read_graph
 from san_llm.measure.links import find_link
 from san_llm.measure.probe import Probe, Reach, channels_in, channels_out
@@ -21,7 +22,8 @@ from san_llm.measure.units import Unit, find_units, path_of, representatives
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 APART = "nothing near it writes its channels one for one"
 OUTSIDE = "outside of the blocks"
-EXPERTS = "experts: no layer of SAN has a gamma for each"
+EXPERTS = "experts that compute otherwise than down(act(gate) * up), for which SAN has no layer"
+ROUTER = "the router, whose choice stays as it was"
 AFTER_EXPERTS = "experts write what it reads, each with channels of its own"
 ONE = "it writes one number, a gate or a score"
 INERT = "nothing reads what it writes"
@@ -135,7 +137,7 @@ def _links(copy: Copy, which: int) -> tuple[list[str], dict[str, MeasuredLink], 
     reaches: dict[str, dict[str, Reach]] = {}
     for place, unit in enumerate(units):
         near = [units[at] for at in (place, place + 1) if at in wanted]
-        readers = [n for u in near for n in u.modules if isinstance(modules[n], KINDS)]
+        readers = [n for u in near for n in u.modules if not isinstance(modules[n], nn.Embedding)]
         for writer in unit.modules:
             later = [name for name in readers if order.index(name) > order.index(writer)]
             if later:
@@ -162,7 +164,7 @@ def _link(
     modules: Mapping[str, nn.Module],
 ) -> MeasuredLink | str:
     """Return what feeds a module of a block that was measured, or why nothing does."""
-    if is_experts(modules[name]):
+    if is_experts(modules[name]) and not is_gated(modules[name]):
         return EXPERTS
     if _is_depthwise(modules[name]):
         return DEPTHWISE
@@ -228,8 +230,8 @@ def _inert(copy: Copy) -> dict[str, str]:
     return still
 
 
-def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int]]:
-    """Return the channels that the real model's modules write and read, by name."""
+def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int, int]]:
+    """Return by name what the real model's modules write and read, and how many experts do so."""
     try:
         with torch.device("meta"):
             model = model_class._from_config(config)
@@ -238,7 +240,9 @@ def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int]]:
             f"model type {config.model_type!r}: no model of this config: {first_line(error)}"
         ) from None
     return {
-        name: (0, 0) if is_experts(module) else (channels_out(module), channels_in(module))
+        name: expert_sizes(module)
+        if is_experts(module)
+        else (channels_out(module), channels_in(module), 0)
         for name, module in model.named_modules()
         if isinstance(module, (*KINDS, nn.Embedding)) or is_experts(module)
     }
@@ -247,7 +251,7 @@ def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int]]:
 def _module(
     name: str,
     copy: Copy,
-    size: tuple[int, int],
+    size: tuple[int, int, int],
     links: Mapping[str, MeasuredLink],
     notes: Mapping[str, str],
 ) -> MeasuredModule:
@@ -257,13 +261,29 @@ def _module(
         place = "embedding"  # of tokens, or of patches
     note = OUTSIDE if place == "outside" else notes.get(name)
     usable = place != "outside" and note not in (INERT, EXPERTS)
-    if place == "block" and size[0] == 1:
-        note, usable = ONE, False
+    d_out, d_in, experts = size
     if is_experts(module):
-        return MeasuredModule(name, "Experts", *size, place, note, usable)
-    kind = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
-    grouped = _is_depthwise(module)
-    return MeasuredModule(name, kind.__name__, *size, place, note, usable, grouped)
+        kind, grouped = "Experts", True
+    else:
+        if place == "block" and d_out == 1:
+            note, usable = ONE, False
+        if place == "block" and channels_out(module) == _experts_beside(name, copy):
+            note, usable = ROUTER, False
+        made = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
+        kind, grouped = made.__name__, _is_depthwise(module)
+    return MeasuredModule(name, kind, d_out, d_in, place, note, usable, grouped, experts)
+
+
+def _experts_beside(name: str, copy: Copy) -> int | None:
+    """Return how many experts a module's block has; None: none that are held as one."""
+    return next(
+        (
+            len(next(module.parameters(recurse=False)))
+            for other, module in copy.model.named_modules()
+            if is_experts(module) and path_of(other) == path_of(name)
+        ),
+        None,
+    )
 
 
 def _feeds(name: str, links: Mapping[str, MeasuredLink]) -> bool:

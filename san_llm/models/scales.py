@@ -234,7 +234,10 @@ def _held(adapter: Adapter, kind: str) -> dict[str, Numbers]:
     }
     graph: Any = adapter.options.get("graph")
     modules = [module["name"] for module in graph["modules"]] if graph else in_model_order(held)
-    return {name: read_rows(held[name]).astype(np.float64) for name in modules if name in held}
+    # Experts have a gamma each, one after another.
+    return {
+        name: read_rows(held[name]).astype(np.float64).ravel() for name in modules if name in held
+    }
 
 
 def _on_base(adapter: Adapter, base: Path) -> dict[str, Numbers]:

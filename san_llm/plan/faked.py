@@ -19,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from san_llm.architectures.sizes import Shape
 from san_llm.errors import InputError, first_line
 from san_llm.measure.behaviour import taken
-from san_llm.measure.copies import is_experts
+from san_llm.measure.experts import is_experts
 from san_llm.models.adapter import add_adapter
 from san_llm.ops.head_loss import instead_of_logits
 from san_llm.plan.memory import BYTES, Batch, Faked
 from san_llm.recipe.schema import AdapterMethod
+from san_llm.san.experts import SanExperts
 from san_llm.san.measured import stock_config
 
 
@@ -158,10 +159,16 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if masked else None
         head = base.get_output_embeddings()
         given = taken(model, attention_mask=mask)
+        beside = 0
+        for layer in model.modules():
+            if isinstance(layer, SanExperts):  # which asks the router's numbers; it keeps besides
+                layer.enable_adapters(False)  # what it scales: of up, of down's input and output
+                chosen = tokens.numel() * getattr(base.config, "num_experts_per_tok", 1)
+                beside += chosen * (3 * layer.inside + layer.d_in) * base.dtype.itemsize
         hooks = torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor)
         with hooks, instead_of_logits(head, base.config, lambda hidden, *_: hidden.sum()):
             model(input_ids=tokens, use_cache=False, **given)
-    return sum(kept.values())
+    return sum(kept.values()) + beside
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -65,6 +65,7 @@ def _values(node: Node) -> dict[str, Any]:
         "name": node.name,
         "d_out": node.d_out,
         "d_in": node.d_in,
+        "experts": node.experts,
         "trained": node.trained,
         "anterior": node.anterior,
         "kind": node.link.kind if node.link else None,

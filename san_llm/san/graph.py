@@ -80,6 +80,7 @@ class PropagationGraph:
     def _line(self, node: Node) -> str:
         short = node.name.rsplit(".", 1)[-1]
         shape = f"({node.d_out} x {node.d_in})" if node.d_in else f"({node.d_out})"
+        shape = f"{node.experts} x {shape}" if node.experts else shape
         own = " + ".join(
             symbol
             for symbol, there in (

@@ -332,9 +332,10 @@ class SanLayer(nn.Module, BaseTunerLayer):
         Raises:
             SanError: with ``safe_merge`` when a merged number is not finite.
         """
-        self._merge_in(safe_merge, adapter_names, keep=True)
+        self.merge_in(safe_merge, adapter_names, keep=True)
 
-    def _merge_in(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
+    def merge_in(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
+        """Merge the adapters; with ``keep`` so that :meth:`unmerge` can undo it."""
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names or [] if name in self.san_options]
         if not names:
@@ -396,7 +397,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """Return the base layer, with the adapters merged in if ``merge``; nothing is kept."""
         if merge:
-            self._merge_in(safe_merge, adapter_names, keep=False)
+            self.merge_in(safe_merge, adapter_names, keep=False)
         elif self.merged:
             self.unmerge()
         self._unmerged = None

@@ -18,7 +18,13 @@ from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
 
-ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d")  # the kinds of modules that SAN has layers for
+ADAPTED = (
+    "Linear",
+    "Conv1D",
+    "Conv1d",
+    "Conv2d",
+    "Experts",
+)  # the kinds of modules that SAN has layers for
 
 
 def measured_graph(model: Any, options: Options) -> MeasuredGraph:
@@ -174,13 +180,14 @@ def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
                 module.d_out,
                 module.d_in,
                 gamma=trains_gamma(module.name, options.mode, anteriors),
-                beta=options.shift and reads,
+                beta=options.shift and reads and not module.experts,
                 anterior=anterior,
                 link=link,
                 carry=carry,
                 carrier=options.carrier if reads else "scale",
                 rank=options.rank if reads and options.carrier != "scale" else 0,
                 sigma=options.free and reads and not module.grouped,
+                experts=module.experts,
             )
         )
     return tuple(made)

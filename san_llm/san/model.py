@@ -17,8 +17,10 @@ from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING, FAMILIES
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.lookup import carry, family_targets, is_known
 from san_llm.errors import InputError
+from san_llm.measure.experts import expert_sizes, is_experts
 from san_llm.measure.probe import channels_out
 from san_llm.san.config import SanConfig
+from san_llm.san.experts import SanExperts
 from san_llm.san.graph import check_matched, wire
 from san_llm.san.layer import (
     Feed,
@@ -218,7 +220,16 @@ class SanModel(BaseTuner):
             return SanTransposed(target)
         if isinstance(target, (nn.Conv1d, nn.Conv2d)):
             return SanConvolution(target)
+        if is_experts(target):
+            return SanExperts(target)
         raise InputError(f"{name} is a {type(target).__name__}: SAN adapts Linear layers")
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # What comes back is the base's own module. PEFT's way asks for its weight: experts have
+        # two, of other names.
+        setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(
         self,
@@ -267,10 +278,11 @@ def _check_modules(model: nn.Module, graph: Iterable[Node]) -> None:
             )
         module = modules[node.name]
         base: Any = module.get_base_layer() if isinstance(module, SanLayer) else module
-        if channels_out(base) != node.d_out:
+        written = expert_sizes(base)[0] if is_experts(base) else channels_out(base)
+        if written != node.d_out:
             raise InputError(
                 f"the adapter was made for another model: {node.name} has {node.d_out} channels in "
-                f"its graph, {channels_out(base)} here"
+                f"its graph, {written} here"
             )
 
 

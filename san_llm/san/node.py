@@ -26,6 +26,7 @@ class Node:
         carrier: What holds gamma: ``scale``, ``lora`` or ``dora``.
         rank: Of the two matrices of a low-rank carrier, else 0.
         sigma: Whether it trains a column scale of its own, and none is propagated to it.
+        experts: How many experts it is, each with a gamma of its own; 0: it is none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Node:
     carrier: str = "scale"
     rank: int = 0
     sigma: bool = False
+    experts: int = 0
 
     @property
     def trained(self) -> int:
@@ -46,7 +48,11 @@ class Node:
         # Gamma is a vector of its own, or dora's magnitude; with lora it is in the matrices.
         vectors = int(self.gamma and self.carrier != "lora") + int(self.beta)
         columns = self.d_in * int(self.sigma)
-        return self.d_out * vectors + columns + self.rank * (self.d_out + self.d_in)
+        return (
+            (self.experts or 1) * self.d_out * vectors
+            + columns
+            + self.rank * (self.d_out + self.d_in)
+        )
 
 
 def trains_gamma(name: str, mode: str, anteriors: set[str]) -> bool:

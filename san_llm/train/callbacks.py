@@ -201,7 +201,7 @@ class Drift:
         if not self._gammas or any(not gamma.numel() for gamma in self._gammas):
             return {}
         with torch.no_grad():
-            moved = torch.cat([gamma.float() for gamma in self._gammas]) - 1
+            moved = torch.cat([gamma.float().ravel() for gamma in self._gammas]) - 1
             means = torch.stack(
                 [
                     (moved > STILL).float().mean(),

@@ -141,8 +141,13 @@ def test_experts_write_the_stream_each_with_channels_of_its_own():
     assert graph.into[f"{block}mlp.shared_expert.down_proj"].kind == "mlp"
     unusable = [m.name for m in graph.modules if m.place == "block" and not m.usable]
     assert [name for name in unusable if name.startswith(block)] == [
-        f"{block}mlp.experts", f"{block}mlp.shared_expert_gate"
-    ]  # fmt: skip
+        f"{block}mlp.shared_expert_gate"
+    ]
+    experts = graph.by_name[f"{block}mlp.experts"]
+    assert (experts.kind, experts.experts, experts.d_out, experts.d_in) == (
+        "Experts", 4, 2 * 32 + config.hidden_size, config.hidden_size
+    )  # fmt: skip
+    assert graph.into[experts.name].anterior == f"{block}self_attn.o_proj"
 
 
 def test_it_is_the_same_measured_again_and_from_the_cache(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from san.adapted import held_against_dense, moved
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +55,14 @@ LLAMA = {
     "mlp.gate_proj": ("self_attn.o_proj", 0, as_is),
     "mlp.up_proj": ("self_attn.o_proj", 0, as_is),
     "mlp.down_proj": ("mlp.up_proj", 0, as_is),
+}
+# Experts write the stream, each with channels of its own: nobody feeds the next block.
+MIXTURE = {
+    "self_attn.q_proj": None,
+    "self_attn.k_proj": None,
+    "self_attn.v_proj": None,
+    "self_attn.o_proj": ("self_attn.v_proj", 0, shared_heads),
+    "mlp.experts": ("self_attn.o_proj", 0, as_is),
 }
 # For each family: where its blocks are, and what feeds what, by hand: the anterior, how many blocks
 # before, how its channels lie; None where nothing does.
@@ -126,14 +135,16 @@ WIRED = {
             "output.dense": ("intermediate.dense", 0, as_is),
         },
     ),
-    # Experts write the stream, each with channels of its own: nobody feeds the next block.
-    "mixtral": (
+    "mixtral": ("model.layers", MIXTURE),
+    "qwen3_moe": ("model.layers", MIXTURE),
+    "olmoe": ("model.layers", MIXTURE),
+    "qwen2_moe": (
         "model.layers",
         {
-            "self_attn.q_proj": None,
-            "self_attn.k_proj": None,
-            "self_attn.v_proj": None,
-            "self_attn.o_proj": ("self_attn.v_proj", 0, shared_heads),
+            **MIXTURE,
+            "mlp.shared_expert.gate_proj": ("self_attn.o_proj", 0, as_is),
+            "mlp.shared_expert.up_proj": ("self_attn.o_proj", 0, as_is),
+            "mlp.shared_expert.down_proj": ("mlp.shared_expert.up_proj", 0, as_is),
         },
     ),
     "falcon": (
@@ -160,8 +171,12 @@ def small(family):
         values |= {"bos_token_id": 1, "eos_token_id": 1}
     if family == "opt":
         values |= {"word_embed_proj_dim": 32, "ffn_dim": 40}
-    if family in ("glm4", "ministral"):
+    if family in ("glm4", "ministral", "qwen3_moe", "gpt_oss"):
         values |= {"head_dim": HEAD}
+    if family == "gpt_oss" or "mlp.experts" in WIRED[family][1]:
+        values |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        values |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+        values |= {"eos_token_id": 1, "bos_token_id": 1}
     config = AutoConfig.for_model(family, **values)
     model = AutoModelForCausalLM.from_config(config, **EAGER).double().eval()
     for parameter in model.parameters():
@@ -179,12 +194,22 @@ def dense(model, gammas, family):
     for name, gamma in gammas.items():
         block, relative = re.fullmatch(rf"{re.escape(where)}\.(\d+)\.(.+)", name).groups()
         module = model.get_submodule(name)
-        weight = gamma[:, None] * module.weight
+        s = torch.ones(())
         if table[relative]:
             anterior, back, lay = table[relative]
             if int(block) >= back:
-                weight = weight * lay(gammas[f"{where}.{int(block) - back}.{anterior}"])
-        weights[f"{name}.weight"] = weight
+                s = lay(gammas[f"{where}.{int(block) - back}.{anterior}"])
+        if gamma.dim() == 2:  # an expert a row: gate, up and down
+            inside = module.down_proj.shape[2]
+            wide, up, down = (
+                gamma[:, : 2 * inside],
+                gamma[:, inside : 2 * inside],
+                gamma[:, 2 * inside :],
+            )
+            weights[f"{name}.gate_up_proj"] = wide[:, :, None] * module.gate_up_proj * s
+            weights[f"{name}.down_proj"] = down[:, :, None] * module.down_proj * up[:, None]
+            continue
+        weights[f"{name}.weight"] = gamma[:, None] * module.weight * s
         if module.bias is not None:
             weights[f"{name}.bias"] = gamma * module.bias
     return functional_call(model, weights, kwargs={"input_ids": IDS}).logits
@@ -206,6 +231,56 @@ def test_it_is_the_dense_model_in_logits_and_every_gradient(family, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **EAGER)
     torch.testing.assert_close(stock(input_ids=IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_experts_is_merged_expert_by_expert(tmp_path):
+    """Files have a tensor for each expert's gate, up and down, which a merge must scale alone."""
+    small("mixtral").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **EAGER)
+    adapted = get_peft_model(base, SanConfig())
+    gammas = moved(adapted)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    s = gammas["model.layers.1.self_attn.o_proj"]
+    for number, gamma in enumerate(gammas["model.layers.1.mlp.experts"]):
+        gate, up, down = gamma.split([SIZES["intermediate_size"]] * 2 + [SIZES["hidden_size"]])
+        for name, rows, columns in (("w1", gate, s), ("w3", up, s), ("w2", down, up)):
+            tensor = f"model.layers.1.block_sparse_moe.experts.{number}.{name}.weight"
+            wanted = rows[:, None] * before[tensor] * columns
+            torch.testing.assert_close(after[tensor], wanted.to(before[tensor].dtype))
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    assert torch.equal(after[router], before[router])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "neuron"},
+        {"mode": "synapse"},
+        {"links": ["attention", "residual"]},
+        {"links": "free"},
+    ],
+    ids=str,
+)
+def test_experts_merge_to_what_they_compute_in_every_mode(options):
+    adapted = get_peft_model(small("mixtral"), SanConfig(**options))
+    gammas = moved(adapted)
+    own = {name for name in gammas if name.endswith("experts")}
+    assert bool(own) is (options.get("mode") != "synapse")
+    logits = adapted(input_ids=IDS).logits
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, logits, rtol=1e-7, atol=1e-7)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, logits, rtol=1e-12, atol=1e-12)
+
+
+def test_experts_of_another_form_are_left_alone_and_said_to_be():
+    graph = get_peft_model(small("gpt_oss"), SanConfig()).peft_config["default"].graph
+    (experts,) = (m for m in graph["modules"] if m["name"] == "model.layers.0.mlp.experts")
+    assert not experts["usable"]
+    assert "compute otherwise than down(act(gate) * up)" in experts["note"]
 
 
 def test_an_adapter_means_what_it_meant_whatever_is_measured_later(tmp_path, monkeypatch):

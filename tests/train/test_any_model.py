@@ -37,7 +37,7 @@ MODELS = {
     "gpt2": GPT,  # Linears the other way round, files without the modules' prefix, a tied head
     "granite": LLAMA_LIKE | {"logits_scaling": 3.0},  # does more to logits than its head
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # takes no positions, nor fewer logits
-    "olmoe": LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2},  # experts, left alone
+    "olmoe": LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2},  # experts
 }
 
 
