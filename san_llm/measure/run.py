@@ -23,6 +23,7 @@ KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 APART = "nothing near it writes its channels one for one"
 OUTSIDE = "outside of the blocks"
 EXPERTS = "experts that compute otherwise than down(act(gate) * up), for which SAN has no layer"
+TIED = "its weight is also that of "
 ROUTER = "the router, whose choice stays as it was"
 AFTER_EXPERTS = "experts write what it reads, each with channels of its own"
 ONE = "it writes one number, a gate or a score"
@@ -83,7 +84,7 @@ def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     try:
         order, links, notes = _links(first, 0)
         other_order, other_links, _ = _links(second, 1)
-        inert = _inert(first)
+        kept = _inert(first) | _tied(first)
     except Exception as error:  # a model's own code, of whatever kind
         raise InputError(f"{what}: a small copy cannot be measured: {first_line(error)}") from error
     if order != other_order:
@@ -100,7 +101,7 @@ def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     graph = MeasuredGraph(
         config.model_type,
         model_class.__name__,
-        tuple(_module(name, first, sizes[name], links, notes | inert) for name in order),
+        tuple(_module(name, first, sizes[name], links, notes | kept) for name in order),
         tuple(links.values()),
     )
     for link in graph.links:
@@ -230,6 +231,20 @@ def _inert(copy: Copy) -> dict[str, str]:
     return still
 
 
+def _tied(copy: Copy) -> dict[str, str]:
+    """Return whose weight it also is, by the names of modules that share one, as merges would."""
+    owners: dict[int, list[str]] = {}
+    for name, module in copy.model.named_modules():
+        if isinstance(module, (*KINDS, nn.Embedding)):
+            owners.setdefault(id(module.weight), []).append(name)
+    return {
+        name: TIED + next(other for other in names if other != name)
+        for names in owners.values()
+        for name in names
+        if len(names) > 1
+    }
+
+
 def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int, int]]:
     """Return by name what the real model's modules write and read, and how many experts do so."""
     try:
@@ -261,6 +276,7 @@ def _module(
         place = "embedding"  # of tokens, or of patches
     note = OUTSIDE if place == "outside" else notes.get(name)
     usable = place != "outside" and note not in (INERT, EXPERTS)
+    usable = usable and not (place == "block" and str(note).startswith(TIED))
     d_out, d_in, experts = size
     if is_experts(module):
         kind, grouped = "Experts", True

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, Olmo2ForCausalLM
 
 from san_llm.architectures.decoders import FAMILIES, LINKS
 from san_llm.errors import InputError
@@ -148,6 +148,23 @@ def test_experts_write_the_stream_each_with_channels_of_its_own():
         "Experts", 4, 2 * 32 + config.hidden_size, config.hidden_size
     )  # fmt: skip
     assert graph.into[experts.name].anterior == f"{block}self_attn.o_proj"
+
+
+class Tied(Olmo2ForCausalLM):
+    """Two blocks with one up projection, as some models share parts of them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        first, second, *_ = self.model.layers
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+
+
+def test_a_module_whose_weight_is_anothers_is_left_alone():
+    graph = measure(config_of("olmo2"), Tied)
+    unusable = {m.name: m.note for m in graph.modules if m.place == "block" and not m.usable}
+    one, two = (f"model.layers.{block}.mlp.up_proj" for block in (0, 1))
+    assert unusable == {one: f"its weight is also that of {two}",
+                        two: f"its weight is also that of {one}"}  # fmt: skip
 
 
 def test_it_is_the_same_measured_again_and_from_the_cache(monkeypatch, tmp_path):
