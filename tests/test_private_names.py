@@ -766,6 +766,7 @@ TARGET = "peft_config adapter_name target target_name parent current_key paramet
 tuner("_create_and_replace", WRAPS, driven(TARGET))
 MERGED = "merge progressbar safe_merge adapter_names"
 tuner("_unload_and_optionally_merge", UNLOADS, driven(MERGED))
+tuner("_replace_module", UNLOADS, driven("parent child_name new_module child"))
 INJECTED = "model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict"
 tuner("inject_adapter", WRAPS, driven(INJECTED))
 tuner("prefix tuner_layer_cls target_module_mapping", WRAPS, is_of(BASE_TUNER))

@@ -204,9 +204,14 @@ class SanModel(BaseTuner):
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            # Not by PEFT's _replace_module, which moves vectors still on the meta device over an
-            # 8-bit base and fails; ours are already where the base is.
-            setattr(parent, target_name, layer)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's own moves vectors still on the meta device over an 8-bit base and fails; ours are
+        # already where the base is. And it asks a weight of a connector that was trained whole.
+        setattr(parent, child_name, new_module)
 
     @staticmethod
     def _wrap(target: nn.Module, name: str) -> SanLayer:
