@@ -109,7 +109,8 @@ class SanModel(BaseTuner):
             InputError: when a target matches no module of the model.
         """
         config = self.peft_config[adapter_name]
-        model_type = self.get_model_config(model).get("model_type")
+        sizes = self.get_model_config(model)
+        model_type = sizes.get("model_type")
         if config.graph is None and is_known(model_type):
             links = self._by_table(model, config, model_type)
         else:
@@ -131,8 +132,10 @@ class SanModel(BaseTuner):
                 anterior: Any = model.get_submodule(anterior_name)
                 posterior.san_feed[adapter_name] = Feed(anterior, carried)
         finally:
-            if is_known(model_type):
-                fold(model, FAMILIES[model_type])
+            # Of a model for pictures with text the blocks are its language model's.
+            blocks = (sizes.get("text_config") or sizes).get("model_type")
+            if is_known(blocks):
+                fold(model, FAMILIES[blocks])
 
     def _by_table(self, model: nn.Module, config: SanConfig, model_type: str) -> _Links:
         """Return what feeds the targets, in a family that the table knows."""

@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from san.adapted import held_against_dense, moved
+from san.adapted import DoubleGemmaNorm, DoubleNorm, held_against_dense, moved
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from san_llm import SanConfig, propagation_graph
 from san_llm.errors import InputError
+from san_llm.measure.run import measure
 from san_llm.plan.wiring import differences
 from san_llm.san.graph import PropagationGraph
 
@@ -101,6 +102,10 @@ def small(family):
             parameter.data = 1 + 0.3 * torch.randn_like(parameter)
         else:
             parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):  # which drops to float32
+            double = DoubleGemmaNorm if family == "gemma3" else DoubleNorm
+            model.set_submodule(name, double(module))
     return model.requires_grad_(False)
 
 
@@ -269,6 +274,15 @@ def test_the_table_of_its_language_model_says_what_is_measured(family):
     assert propagation_graph(small(family)) == whole
 
 
+def test_the_first_block_reads_text_and_pictures_and_nothing_feeds_it():
+    graph = measure(config_of("llava"))
+    for block, fed in ((0, False), (1, True)):
+        for last in "qkv":
+            name = f"model.language_model.layers.{block}.self_attn.{last}_proj"
+            assert (name in graph.into) == fed
+            assert fed or "text from the embedding" in graph.by_name[name].note
+
+
 def test_names_are_those_of_the_model_that_is_given():
     config = config_of("llava")
     bare = AutoModel.from_config(config)  # without a head
@@ -284,3 +298,24 @@ def test_a_language_model_that_pictures_run_more_of_is_refused():
     )
     with pytest.raises(InputError, match=r"text alone does not run .*layers\.1\.cross_attn"):
         propagation_graph(config)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "smolvlm", "gemma3", "qwen2_vl"])
+def test_the_lean_form_is_that_of_the_language_model(family):
+    given = row(family)
+    logits = {}
+    for form in ("lean", "plain"):
+        adapted = get_peft_model(small(family), SanConfig(form=form))
+        moved(adapted)
+        logits[form] = adapted(**given).logits
+        stand = {
+            name.rpartition(".")[2]
+            for name, module in adapted.named_modules()
+            if hasattr(module, "san_fold") and module.san_fold.stands()
+        }
+        norms = ["pre_feedforward_layernorm" if family == "gemma3" else "post_attention_layernorm"]
+        folded = {*norms, "input_layernorm", "mlp", "self_attn"}
+        if family == "gemma3":  # whose queries and keys pass a norm before they are rotated
+            folded -= {"self_attn"}
+        assert stand == (folded if form == "lean" and family != "qwen2_vl" else set())
+    torch.testing.assert_close(logits["lean"], logits["plain"], rtol=1e-9, atol=1e-9)
