@@ -764,9 +764,9 @@ tuner("_prepare_model", WRAPS, driven("peft_config model"))
 tuner("_check_target_module_exists", WRAPS, driven("peft_config key"))
 TARGET = "peft_config adapter_name target target_name parent current_key parameter_name"
 tuner("_create_and_replace", WRAPS, driven(TARGET))
-tuner("_replace_module", UNLOADS, driven("parent child_name new_module child"))
 MERGED = "merge progressbar safe_merge adapter_names"
 tuner("_unload_and_optionally_merge", UNLOADS, driven(MERGED))
+tuner("_replace_module", UNLOADS, driven("parent child_name new_module child"))
 INJECTED = "model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict"
 tuner("inject_adapter", WRAPS, driven(INJECTED))
 tuner("prefix tuner_layer_cls target_module_mapping", WRAPS, is_of(BASE_TUNER))

@@ -117,6 +117,21 @@ def _copy(config: Any, model_class: Any, size: tuple[int, int], seed: int) -> Co
     return Copy(model, rows, more)
 
 
+def without_numbers(config: Any, model_class: Any) -> Any:
+    """Return a model of its real sizes whose parameters have no numbers.
+
+    Raises:
+        InputError: when there is none of this config.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class._from_config(config)
+    except Exception as error:
+        raise InputError(
+            f"model type {config.model_type!r}: no model of this config: {first_line(error)}"
+        ) from None
+
+
 def shrunk(config: Any, head: int, stream: int) -> Any:
     """Return a config with the depth and head counts of another, and small widths.
 
@@ -163,6 +178,11 @@ def _shrink(config: Any, head: int, narrowest: int) -> None:
         config.image_size = 2 ** (len(values["depths"]) + 2)
     if isinstance(values.get("rope_parameters"), dict):
         config.rope_parameters = _plain_rotation(values["rope_parameters"])
+        if "mrope_section" in values["rope_parameters"]:  # of time, height and width
+            size = getattr(config, "head_dim", None)
+            half = (size or config.hidden_size // config.num_attention_heads) // 2
+            sections = [half - 2 * (half // 3), half // 3, half // 3]
+            config.rope_parameters["mrope_section"] = sections
 
 
 def _divisor(values: Mapping[str, Any], head: int, narrowest: int) -> float:

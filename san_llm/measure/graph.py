@@ -12,6 +12,7 @@ from san_llm.errors import InputError
 from san_llm.measure.maps import ChannelMap
 
 Place = Literal["block", "embedding", "outside"]
+TOWER = "the vision tower is left frozen"  # a note on a module
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from san_llm.errors import InputError, first_line
 from san_llm.files import cache_folder, code_sha256, key_of, read_json, write_json
-from san_llm.measure.copies import Copy, small_copies
+from san_llm.measure.copies import Copy, small_copies, without_numbers
 from san_llm.measure.experts import expert_sizes, is_experts, is_gated
 from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, Place, read_graph
 from san_llm.measure.links import find_link
 from san_llm.measure.probe import Probe, Reach, channels_in, channels_out
+from san_llm.measure.rooted import language_model, reads_pictures_with_text, rooted
 from san_llm.measure.units import Unit, find_units, path_of, representatives
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
@@ -47,7 +48,13 @@ def measure(config: Any, model_class: Any = None) -> MeasuredGraph:
     file = cache_folder("graphs") / f"{key_of(json.loads(json.dumps(told, default=str)))}.json"
     if file.is_file():
         return read_graph(read_json(file), str(file))
-    graph = _measured(config, model_class)
+    if reads_pictures_with_text(config):
+        whole = without_numbers(config, model_class)
+        path = language_model(whole)
+        part = whole.get_submodule(path)
+        graph = rooted(whole, path, measure(part.config, type(part)))
+    else:
+        graph = _measured(config, model_class)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, graph.as_json())
     return graph
@@ -66,6 +73,7 @@ def class_of(config: Any) -> Any:
     # A class that is named beside another model's type would be made of what it can be.
     named = [made for made in named if isinstance(config, getattr(made, "config_class", ()))]
     tables = (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -247,18 +255,11 @@ def _tied(copy: Copy) -> dict[str, str]:
 
 def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int, int]]:
     """Return by name what the real model's modules write and read, and how many experts do so."""
-    try:
-        with torch.device("meta"):
-            model = model_class._from_config(config)
-    except Exception as error:
-        raise InputError(
-            f"model type {config.model_type!r}: no model of this config: {first_line(error)}"
-        ) from None
     return {
         name: expert_sizes(module)
         if is_experts(module)
         else (channels_out(module), channels_in(module), 0)
-        for name, module in model.named_modules()
+        for name, module in without_numbers(config, model_class).named_modules()
         if isinstance(module, (*KINDS, nn.Embedding)) or is_experts(module)
     }
 

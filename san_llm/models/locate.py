@@ -156,6 +156,19 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in usual.items() if value is not None}, **values}
 
 
+def refuse_pictures(config: Mapping[str, Any]) -> None:
+    """Refuse a base for pictures with text; its vocabulary is in its language model's section.
+
+    Raises:
+        InputError: when it is one.
+    """
+    if "vocab_size" not in config:
+        raise InputError(
+            f"model type {config['model_type']!r}: it reads pictures with text, and a recipe's "
+            "rows are text alone; in Python, SanConfig() adapts its language model"
+        )
+
+
 _fetched = cache(fetch)  # a process asks the hub once
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
-from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
+from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
 from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
@@ -93,6 +93,9 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
         _check_targets(targets, graph, [module.name for module in usable])
         usable = [module for module in usable if matches(targets, module.name)]
     tables = [m for m in graph.modules if m.place == "embedding"]
+    for table in tables if options.adapt_embedding else ():
+        if not table.usable:
+            raise InputError(f"adapt_embedding: {table.name} cannot be adapted: {table.note}")
     if options.carrier != "scale":
         for module in usable:
             if module.kind != "Linear":
@@ -105,6 +108,9 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
 
 
 def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> None:
+    for module in graph.modules if isinstance(targets, str) else ():
+        if module.note == TOWER and matches(targets, module.name):
+            raise InputError(f"target_modules: {targets!r} names {module.name}: {TOWER}")
     for target in unmatched(targets, usable):
         wanted = target if isinstance(targets, str) else [target]
         named = next((m for m in graph.modules if matches(wanted, m.name)), None)

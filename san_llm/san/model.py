@@ -111,7 +111,8 @@ class SanModel(BaseTuner):
             InputError: when a target matches no module of the model.
         """
         config = self.peft_config[adapter_name]
-        model_type = self.get_model_config(model).get("model_type")
+        sizes = self.get_model_config(model)
+        model_type = sizes.get("model_type")
         if config.graph is None and is_known(model_type):
             links = self._by_table(model, config, model_type)
         else:
@@ -133,8 +134,10 @@ class SanModel(BaseTuner):
                 anterior: Any = model.get_submodule(anterior_name)
                 posterior.san_feed[adapter_name] = Feed(anterior, carried)
         finally:
-            if is_known(model_type):
-                fold(model, FAMILIES[model_type])
+            # Of a model for pictures with text the blocks are its language model's.
+            blocks = (sizes.get("text_config") or sizes).get("model_type")
+            if is_known(blocks):
+                fold(model, FAMILIES[blocks])
 
     def _by_table(self, model: nn.Module, config: SanConfig, model_type: str) -> _Links:
         """Return what feeds the targets, in a family that the table knows."""
@@ -206,9 +209,14 @@ class SanModel(BaseTuner):
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            # Not by PEFT's _replace_module, which moves vectors still on the meta device over an
-            # 8-bit base and fails; ours are already where the base is.
-            setattr(parent, target_name, layer)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's own moves vectors still on the meta device over an 8-bit base and fails; ours are
+        # already where the base is. And it asks a weight of what has none: experts, a connector.
+        setattr(parent, child_name, new_module)
 
     @staticmethod
     def _wrap(target: nn.Module, name: str) -> SanLayer:
@@ -223,13 +231,6 @@ class SanModel(BaseTuner):
         if is_experts(target):
             return SanExperts(target)
         raise InputError(f"{name} is a {type(target).__name__}: SAN adapts Linear layers")
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        # What comes back is the base's own module. PEFT's way asks for its weight: experts have
-        # two, of other names.
-        setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(
         self,

@@ -62,6 +62,25 @@ def test_a_family_that_no_table_knows_is_measured(model, command):
     assert "measured: on two small copies, which agree" in said.stdout
 
 
+def test_pictures_with_text_are_rooted_at_the_language_model(here, command):
+    text = LLAMA | {"model_type": "llama"}
+    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
+    AutoConfig.for_model("llava", text_config=text, vision_config=tower).save_pretrained("llava")
+    said = command("graph", "llava", "--json")
+    assert said.returncode == 0, said.stderr
+    told = json.loads(said.stdout)
+    block = "model.language_model.layers.{}.self_attn.q_proj"
+    fed = {module["name"]: module["anterior"] for module in told["modules"]}
+    assert fed[block.format(0)] is None
+    assert fed[block.format(1)] == "model.language_model.layers.0.mlp.down_proj"
+    left = {reason: names[0] for reason, names in told["left_alone"].items()}
+    assert left["the vision tower is left frozen"].startswith("model.vision_tower.")
+    connector = next(reason for reason in left if reason.startswith("the connector"))
+    assert connector.endswith("; modules_to_save=['multi_modal_projector'] trains it whole")
+    assert left["outside of the blocks"] == "lm_head"
+
+
 def test_a_recipe_with_its_options(tiny_base, here, command):
     write_rows(Path("rows.json"), rows(4))
     write_recipe(Path("mine.yaml"), tiny_base, Path("rows.json"))

@@ -20,7 +20,8 @@ from san_llm.ask.losses import score_losses
 from san_llm.data.batches import Pad
 from san_llm.errors import InputError
 from san_llm.models.load import load_base
-from san_llm.models.locate import find_base
+from san_llm.models.locate import filled, find_base
+from san_llm.plan.faked import faked_shape
 from san_llm.recipe.schema import Base
 from san_llm.train.loss import token_losses
 
@@ -196,6 +197,7 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
     [
         ("bert", LLAMA_LIKE, "looks ahead"),
         ("vit", {}, "goes on from no text"),
+        ("gemma3", {}, "reads pictures with text"),
         ("gpt9", None, "transformers has no such model"),
     ],
 )
@@ -209,6 +211,11 @@ def test_a_model_that_cannot_learn_text_is_refused_in_a_line(here, model_type, s
         base = Base(model=str(here / "it"), dtype="float32")
     with pytest.raises(InputError, match=said):
         load_base(find_base(base))
+
+
+def test_no_plan_is_made_for_pictures_with_text():
+    with pytest.raises(InputError, match="reads pictures with text"):
+        faked_shape(filled({"model_type": "gemma3"}))
 
 
 def test_a_class_that_is_not_of_the_models_type_decides_nothing(here):
