@@ -17,6 +17,7 @@ from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, r
 from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
+from san_llm.san.renamed import renamed
 
 ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d")  # the kinds of modules that SAN has layers for
 
@@ -99,16 +100,19 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
 
 
 def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> None:
-    for target in unmatched(targets, usable):
+    missing = unmatched(targets, usable)
+    for target in missing:
         wanted = target if isinstance(targets, str) else [target]
         named = next((m for m in graph.modules if matches(wanted, m.name)), None)
         if named is not None:
             why = named.note or f"it is a {named.kind}; SAN adapts {', '.join(ADAPTED)} layers"
             raise InputError(f"target_modules: {target!r}: {named.name} cannot be adapted: {why}")
+        older = targets if isinstance(targets, str) else missing
+        now = renamed(older, usable, graph.model_class, graph.model_type)
         known = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in usable))
         raise InputError(
             f"target_modules: {target!r} matches no module of this model"
-            f"{did_you_mean(target, known) or ': it has ' + ', '.join(known)}"
+            f"{now or did_you_mean(target, known) or ': it has ' + ', '.join(known)}"
         )
 
 

@@ -19,9 +19,10 @@ from san_llm.ask.likelihood import ChoiceQuestion, encode_question, score_choice
 from san_llm.ask.losses import score_losses
 from san_llm.data.batches import Pad
 from san_llm.errors import InputError
+from san_llm.models.adapter import add_adapter
 from san_llm.models.load import load_base
 from san_llm.models.locate import find_base
-from san_llm.recipe.schema import Base
+from san_llm.recipe.schema import Base, LoraMethod
 from san_llm.train.loss import token_losses
 
 LLAMA_LIKE = {
@@ -189,6 +190,28 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
         assert changed.returncode == 0, changed.stderr
         modules = {change["module"] for change in json.loads(changed.stdout)["modules"]}
         assert modules == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "target", "said"),
+    [
+        ("gpt2", GPT, "c_atn", r"c_atn' is no module of a gpt2 \(did you mean 'c_attn'\?\)"),
+        (
+            "gpt_neox",
+            LLAMA_LIKE,
+            "embed_out",
+            "embed_out' is no.*: transformers .* calls it lm_head",
+        ),
+    ],
+)
+def test_a_target_of_lora_that_is_no_module_is_answered_with_one_that_is(
+    here, model_type, sizes, target, said
+):
+    model = load_base(find_base(save(here / "it", model_type, **sizes)))
+    if target == "embed_out" and model.get_output_embeddings() is not getattr(model, "lm_head", 0):
+        pytest.skip("this version of transformers names its head otherwise")
+    with pytest.raises(InputError, match=said):
+        add_adapter(model, LoraMethod(name="lora", target_modules=(target,)))
 
 
 @pytest.mark.parametrize(
