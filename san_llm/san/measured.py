@@ -14,7 +14,6 @@ from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
 from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
-from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
 from san_llm.san.renamed import renamed
@@ -153,7 +152,6 @@ def _row(link: MeasuredLink) -> Link:
         link.kind,
         link.posterior.rsplit(".", 1)[-1],
         link.anterior.rsplit(".", 1)[-1],
-        blocks_back=int(path_of(link.posterior) != path_of(link.anterior)),
         conversion="repeat kv heads" if link.channels.repeat > 1 else "as is",
         activation=link.exactness == "activation",
     )
