@@ -114,6 +114,16 @@ def test_vit():
     assert graph.by_name["classifier"].note == "outside of the blocks"
 
 
+def test_a_norm_behind_an_activation_makes_no_stream_of_it():
+    config = AutoConfig.for_model("convnextv2", image_size=64, patch_size=4, depths=[2, 2],
+                                  hidden_sizes=[32, 48], num_stages=2)  # fmt: skip
+    links = told(measure(config, class_of(config)))
+    for block in ("0.layers.0", "0.layers.1", "1.layers.0", "1.layers.1"):
+        name = f"convnextv2.encoder.stages.{block}.".__add__
+        assert links[name("pwconv2")] == (name("pwconv1"), "mlp", "activation")
+        assert links[name("pwconv1")] == (name("dwconv"), "residual", "stream")
+
+
 def test_an_encoder_feeds_no_first_block_of_a_decoder():
     config = AutoConfig.for_model(
         "t5", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4
