@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from san_llm.architectures.decoders import FAMILIES, LINKS
 from san_llm.errors import InputError
+from san_llm.measure.copies import small_copies
 from san_llm.measure.run import class_of, measure
 from san_llm.plan.wiring import differences
 from san_llm.san.graph import PropagationGraph, propagation_graph
@@ -162,6 +163,21 @@ def test_it_is_the_same_measured_again_and_from_the_cache(monkeypatch, tmp_path)
     monkeypatch.setenv("SAN_LLM_CACHE", str(tmp_path))
     assert measure(config) == first
     assert len(list((tmp_path / "graphs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("audio-spectrogram-transformer", {"num_hidden_layers": 1}),  # reads a spectrogram
+        ("dinov3_vit", {"num_hidden_layers": 1}),  # has a parameter without numbers
+        ("poolformer", {"depths": [1, 1, 1, 1]}),  # whose pool_size is no width
+    ],
+)
+def test_a_small_copy_is_made_and_run(model_type, sizes):
+    config = AutoConfig.for_model(model_type, **sizes)
+    first, second = small_copies(config, class_of(config))
+    shapes = [[p.shape for p in copy.model.parameters()] for copy in (first, second)]
+    assert shapes[0] != shapes[1]
 
 
 def test_a_model_that_cannot_be_copied_small_is_refused():
