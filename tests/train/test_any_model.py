@@ -192,6 +192,17 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
         assert modules == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 
 
+def test_a_plan_draws_the_tree_that_graph_draws(cli, here):
+    save(here / "gpt2", "gpt2", **GPT, n_positions=1024)
+    options = (recipe(here, "gpt2"), "method.links=[attention, mlp]")
+    drawn = cli("graph", *options).stdout
+    tree, left = drawn.split("not adapted:", 1)
+    assert "attn.c_proj (32 x 32) gamma <- c_attn (attention)" in tree
+    assert "residual" not in tree
+    assert f"\n\n{tree}\n" in cli("plan", *options).stdout
+    assert left.count("\n") == 3  # what is left alone is told by graph alone
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes", "target", "said"),
     [
