@@ -140,6 +140,21 @@ def test_an_encoder_feeds_no_first_block_of_a_decoder():
     assert graph.by_name[f"{crossed}.v"].note == "nothing near it writes its channels one for one"
 
 
+def test_nor_does_it_where_cross_attention_stands_in_the_decoders_blocks_themselves():
+    config = AutoConfig.for_model(
+        "bart", d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96,
+        architectures=["BartForConditionalGeneration"],
+    )  # fmt: skip
+    links = told(measure(config, class_of(config)))
+    for number in range(2):
+        crossed = f"model.decoder.layers.{number}.encoder_attn"
+        assert not {f"{crossed}.k_proj", f"{crossed}.v_proj"} & links.keys()
+        assert links[f"{crossed}.out_proj"] == (f"{crossed}.v_proj", "attention", "exact")
+        writer = f"model.decoder.layers.{number}.self_attn.out_proj"
+        assert links[f"{crossed}.q_proj"] == (writer, "residual", "stream")
+
+
 def test_experts_write_the_stream_each_with_channels_of_its_own():
     config = config_of("qwen2_moe", moe_intermediate_size=32, shared_expert_intermediate_size=48,
                        num_experts=4)  # fmt: skip
