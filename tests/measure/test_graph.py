@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from san_llm.architectures.decoders import FAMILIES, LINKS
 from san_llm.errors import InputError
-from san_llm.measure.copies import small_copies
+from san_llm.measure.copies import is_experts, small_copies
 from san_llm.measure.run import class_of, measure
 from san_llm.plan.wiring import differences
 from san_llm.san.graph import PropagationGraph, propagation_graph
@@ -193,6 +193,10 @@ def test_a_small_copy_is_made_and_run(model_type, sizes):
     first, second = small_copies(config, class_of(config))
     shapes = [[p.shape for p in copy.model.parameters()] for copy in (first, second)]
     assert shapes[0] != shapes[1]
+
+
+def test_a_convolution_over_time_is_no_stack_of_experts():
+    assert not is_experts(nn.Conv1d(4, 8, 3))
 
 
 def test_a_model_that_cannot_be_copied_small_is_refused():
