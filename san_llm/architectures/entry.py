@@ -19,7 +19,8 @@ class Link:
         kind: What joins the two ends: attention, the gated MLP, or the residual stream.
         posterior: The Linear whose columns are scaled.
         anterior: The Linear whose neuron scale is carried there.
-        blocks_back: 0 when both stand in the same block, 1 when the anterior is one block earlier.
+        blocks_back: 0 when both stand in the same block, 1 when the anterior is one block earlier;
+            of a measured link the two modules' names tell.
         conversion: How gamma (d_out of the anterior) becomes s (d_in of the posterior).
         first: What feeds the posterior where there is no earlier block.
         projection: Whose rows of the anterior feed it, where one Linear computes several

@@ -36,6 +36,7 @@ _WIDTH_WORDS = ("size", "dim", "width", "rank", "embd", "d_model", "d_ff", "d_kv
 _KEPT = (
     *("vocab", "image", "patch", "window", "kernel", "chunk", "stride", "conv_dim", "token"),
     *("type_", "batch", "grid", "group", "block_size", "merge", "crop", "tile", "num_", "temporal"),
+    "pool_size",
 )
 # Widths inside of a block that are tied to no other: the narrower, the faster.
 _INSIDE = (
@@ -49,6 +50,7 @@ _COUNTS |= {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
 _COUNTS |= {"num_experts_per_tok": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1}
 _COUNTS |= {
     "max_source_positions": 16,
+    "max_length": 32,  # of a spectrogram
     "max_seq_len": 64,
     "window_size": WINDOW,
     "vocab_size": VOCABULARY,
@@ -232,6 +234,8 @@ def _randomize(model: nn.Module) -> None:
     """Give every parameter random numbers, of a size that keeps all paths alive."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.numel():  # register tokens, none of them
+                continue
             if parameter.dim() > 1:
                 reads = parameter.shape[-1] if is_experts(module) else parameter[0].numel()
                 parameter.normal_(0, reads**-0.5)
@@ -252,6 +256,9 @@ def _row(model: nn.Module, config: Any) -> dict[str, Any]:
     if name == "input_features":
         size = (1, config.num_mel_bins, 2 * config.max_source_positions)
         return {name: torch.randn(size, dtype=torch.float64), "decoder_input_ids": ids}
+    if name == "input_values" and hasattr(config, "num_mel_bins"):  # a spectrogram
+        size = (1, config.max_length, config.num_mel_bins)
+        return {name: torch.randn(size, dtype=torch.float64)}
     if name == "input_values":
         return {name: torch.randn(1, 4000, dtype=torch.float64)}
     decoder = {"decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {}

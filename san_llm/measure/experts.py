@@ -17,6 +17,8 @@ CLOSE = 1e-9  # of the largest output, in float64
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module is experts held as one, whose parameters have an axis for them."""
+    if isinstance(module, nn.Conv1d):  # (out, in, kernel) and a bias (out,)
+        return False
     shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
     counts = {shape[0] for shape in shapes if shape}
     return len(shapes) > 1 and len(counts) == 1 and counts != {1} and max(map(len, shapes)) == 3

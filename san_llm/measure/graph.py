@@ -24,7 +24,8 @@ class MeasuredLink:
         anterior: The module that writes what it reads.
         kind: What joins them.
         exactness: ``exact``: a channel's scale is the reader's; through an elementwise
-            ``activation``; or through the residual ``stream`` and what normalizes it.
+            ``activation``, and perhaps a norm behind it; or through the residual ``stream`` and
+            what normalizes it.
         channels: Which channel goes where.
     """
 

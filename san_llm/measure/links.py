@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from san_llm.measure.probe import Reach
 
 APART = 0.5  # of a channel's largest mover, the second largest at most: a norm's cross-talk is less
+WAKES = (
+    1.1  # times: a norm passes less of what is large (0.7 to 1), GELU before one more (1.5 to 2)
+)
 STILL = 1e-6  # relative: a channel that moves by less does not move
 
 
@@ -37,11 +40,11 @@ def find_link(
             return MeasuredLink(posterior, anterior, kind, "exact", channels)
     for anterior in reversed(anteriors):
         reach = reaches[anterior]
-        apart = reach.alone and _keeps_apart(reach.woken)
-        source = _source(reach.woken if apart else reach.moved)
+        active = reach.alone and (_keeps_apart(reach.woken) or _wakes(reach))
+        source = _source(reach.woken if active else reach.moved)
         channels = None if source is None else find_map(source, len(reach.moved))
         if channels is not None:
-            if apart:
+            if active:
                 return MeasuredLink(posterior, anterior, "mlp", "activation", channels)
             return MeasuredLink(posterior, anterior, "residual", "stream", channels)
     return None
@@ -71,3 +74,9 @@ def _source(moved: Tensor) -> np.ndarray | None:
 def _keeps_apart(moved: Tensor) -> bool:
     """Return whether each of the reader's channels moves with one of the writer's alone."""
     return bool(((moved > STILL * moved.max()).sum(0) == 1).all())
+
+
+def _wakes(reach: Reach) -> bool:
+    """Return whether more passes of what is large, as an activation does, also before a norm."""
+    woken, moved = (x.amax(0).mean() for x in (reach.woken, reach.moved))
+    return bool(woken > WAKES * moved)

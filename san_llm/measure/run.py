@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, P
 from san_llm.measure.links import find_link
 from san_llm.measure.probe import Probe, Reach, channels_in, channels_out
 from san_llm.measure.rooted import language_model, reads_pictures_with_text, rooted
-from san_llm.measure.units import Unit, find_units, path_of, representatives
+from san_llm.measure.units import Unit, find_units, list_of, path_of, representatives
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 APART = "nothing near it writes its channels one for one"
@@ -162,7 +163,28 @@ def _links(copy: Copy, which: int) -> tuple[list[str], dict[str, MeasuredLink], 
                 links[name] = _moved_to(link, measured, unit, units[alike[place] - 1], units, place)
             else:
                 notes[name] = link
+    for name in _once_only(units, links, notes):
+        del links[name]
+        notes[name] = APART
     return order, links, notes
+
+
+def _once_only(
+    units: list[Unit], links: Mapping[str, MeasuredLink], notes: Mapping[str, str]
+) -> list[str]:
+    """Return what another list's last block feeds in the first block of a list, but in no other.
+
+    A decoder's blocks all read their encoder; only the first of them stands next to it.
+    """
+    return [
+        name
+        for unit, after in pairwise(units)
+        if list_of(unit.path) == list_of(after.path) and unit.signature == after.signature
+        for name in unit.modules
+        if name in links
+        and list_of(path_of(links[name].anterior)) not in ("", list_of(unit.path))
+        and notes.get(after.path + unit.relative(name)) == APART
+    ]
 
 
 def _link(

@@ -36,6 +36,11 @@ def path_of(name: str) -> str:
     return ".".join(parts[: places[-1] + 1]) + "." if places else ""
 
 
+def list_of(path: str) -> str:
+    """Return the list that a block stands in, by its path: ``model.layers``; empty outside."""
+    return path.rstrip(".").rpartition(".")[0]
+
+
 def find_units(order: Sequence[str], kinds: Mapping[str, str]) -> list[Unit]:
     """Return the blocks of a model in the order of a forward.
 
@@ -68,15 +73,10 @@ def representatives(units: Sequence[Unit], which: int) -> dict[int, int]:
     measured: dict[int, int] = {}
     for alike in places.values():
         # The next in the same list: one in a later stage costs more, and says nothing else.
-        near = [at for at in alike if _parent(units[at]) == _parent(units[alike[0]])]
+        near = [at for at in alike if list_of(units[at].path) == list_of(units[alike[0]].path)]
         measured |= dict.fromkeys(alike, near[min(which, len(near) - 1)])
     return measured
 
 
 def _kind(unit: Unit) -> tuple[object, object]:
     return re.sub(r"\d+", "*", unit.path), unit.signature
-
-
-def _parent(unit: Unit) -> str:
-    """Return the list that a block stands in: ``model.layers``."""
-    return unit.path.rstrip(".").rpartition(".")[0]

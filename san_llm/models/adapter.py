@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from san_llm.architectures.decoders import EMBEDDING
-from san_llm.errors import InputError, SanError, nearest_file
+from san_llm.errors import InputError, SanError, did_you_mean, nearest_file
 from san_llm.files import read_json
 from san_llm.models.tuners import put_on, tuner_config
 from san_llm.models.weights import Stored, read_header
@@ -24,6 +24,7 @@ from san_llm.recipe.schema import (
 from san_llm.runs.record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from san_llm.san.node import unmatched
 from san_llm.san.options import SAVED_KEYS, saved_options
+from san_llm.san.renamed import renamed
 
 if TYPE_CHECKING:
     import torch
@@ -250,9 +251,12 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     targets = method.targets(model.config.model_type)
     if not isinstance(method, SanMethod) and isinstance(targets, list):
         # PEFT passes over names that match nothing, as long as one does.
-        for target in unmatched(targets, [name for name, _ in model.named_modules()]):
+        model_type, names = model.config.model_type, [name for name, _ in model.named_modules()]
+        for target in (missing := unmatched(targets, names)):
+            now = renamed(missing, names, type(model).__name__, model_type)
+            near = did_you_mean(target, [name.rsplit(".", 1)[-1] for name in names])
             raise InputError(
-                f"method.target_modules: {target!r} is no module of a {model.config.model_type}"
+                f"method.target_modules: {target!r} is no module of a {model_type}{now or near}"
             )
     try:
         adapted: PeftModel = get_peft_model(model, adapter_config(method, model.config.model_type))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import nlargest
 from typing import Any
 
+from san_llm.architectures.lookup import is_known
 from san_llm.data.batches import Pack, Pad, pad_id
 from san_llm.data.encode import encoding_of
 from san_llm.data.split import split_held_out
@@ -34,7 +35,7 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     lengths = [len(row) for row in encoded["input_ids"]]
     longest = nlargest(micro_batch, range(len(lengths)), key=lengths.__getitem__)
     batch = [encoded[index] for index in longest]
-    if recipe.training.packing:
+    if recipe.training.packing and is_known(found.config["model_type"]):
         return Seen(len(lengths), _packed(batch, share=True), _packed(batch, share=False))
     padded = Pad(pad_id(tokenizer))(batch)
     tokens, width = padded["input_ids"].numel(), padded["input_ids"].shape[1]

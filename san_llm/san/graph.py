@@ -18,11 +18,9 @@ from san_llm.architectures.lookup import (
     family_targets,
     is_known,
     link_into,
-    short_label,
 )
 from san_llm.architectures.sizes import check_sizes, linear_shapes, setting
 from san_llm.errors import InputError, did_you_mean
-from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options, options_of, saved_options
 
@@ -51,66 +49,9 @@ class PropagationGraph:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the graph as a tree, one branch a block; blocks wired alike are drawn once."""
-        from rich.tree import Tree
+        from san_llm.san.tree import tree_of
 
-        free = any(node.sigma for node in self.nodes)
-        how = "sigma: an s of its own" if free else "x [green]<- y[/]: s of x is gamma of y"
-        tree = Tree(f"[bold]SAN propagation[/]  {self.trained:,} trained numbers; {how}")
-        runs: list[tuple[list[str], list[str]]] = []
-        for title, nodes in self._by_block().items():
-            lines = [self._line(node) for node in nodes]
-            if runs and runs[-1][1] == lines:
-                runs[-1][0].append(title)
-            else:
-                runs.append(([title], lines))
-        for titles, lines in runs:
-            first, last = titles[0], titles[-1]
-            label = first if first == last else f"{first} ... {last}  ({len(titles)} alike)"
-            branch = tree.add(f"[bold]{label}[/]")
-            for line in lines:
-                branch.add(line)
-        yield tree
-
-    def _by_block(self) -> dict[str, list[Node]]:
-        blocks: dict[str, list[Node]] = {}
-        for node in self.nodes:
-            blocks.setdefault(_block(node.name) or short_label(node.name), []).append(node)
-        return blocks
-
-    def _line(self, node: Node) -> str:
-        short = node.name.rsplit(".", 1)[-1]
-        shape = f"({node.d_out} x {node.d_in})" if node.d_in else f"({node.d_out})"
-        shape = f"{node.experts} x {shape}" if node.experts else shape
-        own = " + ".join(
-            symbol
-            for symbol, there in (
-                (f"{node.carrier} rank {node.rank}", node.rank),
-                ("gamma", node.gamma and not node.rank),
-                ("sigma", node.sigma),
-                ("beta", node.beta),
-            )
-            if there
-        )
-        text = f"[cyan]{short}[/] [dim]{shape}[/] {own or 'reads only'}"
-        if node.anterior is None or node.link is None:
-            return text
-        where = ", block before" if node.link.blocks_back and _block(node.anterior) else ""
-        projection = f", {short_label(node.link.projection)}" if node.link.projection else ""
-        repeat = ", per kv head" if node.link.conversion != "as is" else ""
-        through = ", activation" if node.link.activation else ""
-        source = node.anterior.rsplit(".", 1)[-1]
-        how = f"{node.link.kind}{where}{projection}{repeat}{through}"
-        # A line stays within the 80 columns that a pipe is taken to have.
-        return f"{text} [green]<- {source}[/] [dim]({how})[/]"
-
-
-def _block(name: str) -> str:
-    """Return the block of a module, ``block 3`` or ``layers.0.blocks.1``, or nothing."""
-    parts = path_of(name).rstrip(".").split(".")
-    places = [place for place, part in enumerate(parts) if part.isdigit()]
-    if len(places) == 1:
-        return f"block {parts[-1]}"
-    return ".".join(parts[places[0] - 1 :]) if places else ""
+        yield tree_of(self.nodes, self.trained, options.max_width)
 
 
 def check_matched(targets: Any, names: list[str]) -> None:

@@ -14,17 +14,12 @@ from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
 from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
-from san_llm.measure.units import path_of
 from san_llm.san.node import Node, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
+from san_llm.san.renamed import renamed
 
-ADAPTED = (
-    "Linear",
-    "Conv1D",
-    "Conv1d",
-    "Conv2d",
-    "Experts",
-)  # the kinds of modules that SAN has layers for
+# The kinds of modules that SAN has layers for.
+ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Experts")
 
 
 def measured_graph(model: Any, options: Options) -> MeasuredGraph:
@@ -111,16 +106,19 @@ def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> Non
     for module in graph.modules if isinstance(targets, str) else ():
         if module.note == TOWER and matches(targets, module.name):
             raise InputError(f"target_modules: {targets!r} names {module.name}: {TOWER}")
-    for target in unmatched(targets, usable):
+    missing = unmatched(targets, usable)
+    for target in missing:
         wanted = target if isinstance(targets, str) else [target]
         named = next((m for m in graph.modules if matches(wanted, m.name)), None)
         if named is not None:
             why = named.note or f"it is a {named.kind}; SAN adapts {', '.join(ADAPTED)} layers"
             raise InputError(f"target_modules: {target!r}: {named.name} cannot be adapted: {why}")
+        older = targets if isinstance(targets, str) else missing
+        now = renamed(older, usable, graph.model_class, graph.model_type)
         known = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in usable))
         raise InputError(
             f"target_modules: {target!r} matches no module of this model"
-            f"{did_you_mean(target, known) or ': it has ' + ', '.join(known)}"
+            f"{now or did_you_mean(target, known) or ': it has ' + ', '.join(known)}"
         )
 
 
@@ -161,7 +159,6 @@ def _row(link: MeasuredLink) -> Link:
         link.kind,
         link.posterior.rsplit(".", 1)[-1],
         link.anterior.rsplit(".", 1)[-1],
-        blocks_back=int(path_of(link.posterior) != path_of(link.anterior)),
         conversion="repeat kv heads" if link.channels.repeat > 1 else "as is",
         activation=link.exactness == "activation",
     )

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, Olmo2ForCausalLM
 
 from san_llm.architectures.decoders import FAMILIES, LINKS
 from san_llm.errors import InputError
+from san_llm.measure.copies import is_experts, small_copies
 from san_llm.measure.run import class_of, measure
 from san_llm.plan.wiring import differences
 from san_llm.san.graph import PropagationGraph, propagation_graph
@@ -114,6 +115,16 @@ def test_vit():
     assert graph.by_name["classifier"].note == "outside of the blocks"
 
 
+def test_a_norm_behind_an_activation_makes_no_stream_of_it():
+    config = AutoConfig.for_model("convnextv2", image_size=64, patch_size=4, depths=[2, 2],
+                                  hidden_sizes=[32, 48], num_stages=2)  # fmt: skip
+    links = told(measure(config, class_of(config)))
+    for block in ("0.layers.0", "0.layers.1", "1.layers.0", "1.layers.1"):
+        name = f"convnextv2.encoder.stages.{block}.".__add__
+        assert links[name("pwconv2")] == (name("pwconv1"), "mlp", "activation")
+        assert links[name("pwconv1")] == (name("dwconv"), "residual", "stream")
+
+
 def test_an_encoder_feeds_no_first_block_of_a_decoder():
     config = AutoConfig.for_model(
         "t5", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4
@@ -127,6 +138,21 @@ def test_an_encoder_feeds_no_first_block_of_a_decoder():
     crossed = "decoder.block.1.layer.1.EncDecAttention"
     assert links[f"{crossed}.q"][0] == "decoder.block.1.layer.0.SelfAttention.o"
     assert graph.by_name[f"{crossed}.v"].note == "nothing near it writes its channels one for one"
+
+
+def test_nor_does_it_where_cross_attention_stands_in_the_decoders_blocks_themselves():
+    config = AutoConfig.for_model(
+        "bart", d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96,
+        architectures=["BartForConditionalGeneration"],
+    )  # fmt: skip
+    links = told(measure(config, class_of(config)))
+    for number in range(2):
+        crossed = f"model.decoder.layers.{number}.encoder_attn"
+        assert not {f"{crossed}.k_proj", f"{crossed}.v_proj"} & links.keys()
+        assert links[f"{crossed}.out_proj"] == (f"{crossed}.v_proj", "attention", "exact")
+        writer = f"model.decoder.layers.{number}.self_attn.out_proj"
+        assert links[f"{crossed}.q_proj"] == (writer, "residual", "stream")
 
 
 def test_experts_write_the_stream_each_with_channels_of_its_own():
@@ -174,6 +200,25 @@ def test_it_is_the_same_measured_again_and_from_the_cache(monkeypatch, tmp_path)
     monkeypatch.setenv("SAN_LLM_CACHE", str(tmp_path))
     assert measure(config) == first
     assert len(list((tmp_path / "graphs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("audio-spectrogram-transformer", {"num_hidden_layers": 1}),  # reads a spectrogram
+        ("dinov3_vit", {"num_hidden_layers": 1}),  # has a parameter without numbers
+        ("poolformer", {"depths": [1, 1, 1, 1]}),  # whose pool_size is no width
+    ],
+)
+def test_a_small_copy_is_made_and_run(model_type, sizes):
+    config = AutoConfig.for_model(model_type, **sizes)
+    first, second = small_copies(config, class_of(config))
+    shapes = [[p.shape for p in copy.model.parameters()] for copy in (first, second)]
+    assert shapes[0] != shapes[1]
+
+
+def test_a_convolution_over_time_is_no_stack_of_experts():
+    assert not is_experts(nn.Conv1d(4, 8, 3))
 
 
 def test_a_model_that_cannot_be_copied_small_is_refused():

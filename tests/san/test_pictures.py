@@ -192,3 +192,15 @@ def test_matrices_are_for_linears_alone(carrier):
     with pytest.raises(InputError, match=f"carrier '{carrier}': has matrices for Linear layers"):
         get_peft_model(small("gpt2"), SanConfig(carrier=carrier))
     get_peft_model(small("convnext"), SanConfig(carrier=carrier, target_modules=r".*pwconv\d"))
+
+
+def test_names_of_older_versions_of_transformers_are_answered_with_todays():
+    base = small("vit")
+    if "vit.layers.0.attention.q_proj" not in {name for name, _ in base.named_modules()}:
+        pytest.skip("this version of transformers names its modules otherwise")
+    both = r"'query' matches no module.*: in transformers .* 'query' is q_proj; 'value' is v_proj"
+    with pytest.raises(InputError, match=both):
+        get_peft_model(base, SanConfig(target_modules=["query", "value"]))
+    for target, said in ((["fc1", "output.dense"], "o_proj, fc2"), (".*value", "v_proj")):
+        with pytest.raises(InputError, match=f"transformers .* calls it {said}$"):
+            propagation_graph(base, SanConfig(target_modules=target))

@@ -19,10 +19,11 @@ from san_llm.ask.likelihood import ChoiceQuestion, encode_question, score_choice
 from san_llm.ask.losses import score_losses
 from san_llm.data.batches import Pad
 from san_llm.errors import InputError
+from san_llm.models.adapter import add_adapter
 from san_llm.models.load import load_base
 from san_llm.models.locate import filled, find_base
 from san_llm.plan.faked import faked_shape
-from san_llm.recipe.schema import Base
+from san_llm.recipe.schema import Base, LoraMethod
 from san_llm.train.loss import token_losses
 
 LLAMA_LIKE = {
@@ -190,6 +191,39 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
         assert changed.returncode == 0, changed.stderr
         modules = {change["module"] for change in json.loads(changed.stdout)["modules"]}
         assert modules == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+def test_a_plan_draws_the_tree_that_graph_draws(cli, here):
+    save(here / "gpt2", "gpt2", **GPT, n_positions=1024)
+    options = (recipe(here, "gpt2"), "method.links=[attention, mlp]")
+    drawn = cli("graph", *options).stdout
+    tree, left = drawn.split("not adapted:", 1)
+    assert "attn.c_proj (32 x 32) gamma <- c_attn (attention)" in tree
+    assert "residual" not in tree
+    assert f"\n\n{tree}\n" in cli("plan", *options).stdout
+    assert left.count("\n") == 3  # what is left alone is told by graph alone
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "target", "said"),
+    [
+        ("gpt2", GPT, "c_atn", r"c_atn' is no module of a gpt2 \(did you mean 'c_attn'\?\)"),
+        (
+            "gpt_neox",
+            LLAMA_LIKE,
+            "embed_out",
+            "embed_out' is no.*: transformers .* calls it lm_head",
+        ),
+    ],
+)
+def test_a_target_of_lora_that_is_no_module_is_answered_with_one_that_is(
+    here, model_type, sizes, target, said
+):
+    model = load_base(find_base(save(here / "it", model_type, **sizes)))
+    if target == "embed_out" and model.get_output_embeddings() is not getattr(model, "lm_head", 0):
+        pytest.skip("this version of transformers names its head otherwise")
+    with pytest.raises(InputError, match=said):
+        add_adapter(model, LoraMethod(name="lora", target_modules=(target,)))
 
 
 @pytest.mark.parametrize(
