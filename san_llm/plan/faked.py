@@ -6,7 +6,9 @@ no memory, and what autograd would keep of it is added up, each storage once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,7 +156,7 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
             alive.append(tensor)
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _tried():
         model.to_empty(device="cpu")
         weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         tokens = torch.zeros(rows, length, dtype=torch.long)
@@ -171,6 +173,17 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
         with hooks, instead_of_logits(head, base.config, lambda hidden, *_: hidden.sum()):
             model(input_ids=tokens, use_cache=False, **given)
     return sum(kept.values()) + beside
+
+
+@contextmanager
+def _tried() -> Iterator[None]:
+    """Let PyTorch log no traceback of an error that is caught: a mask not taken is no news."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from san_llm.errors import InputError
 from san_llm.models.adapter import add_adapter
 from san_llm.models.load import load_base
 from san_llm.models.locate import filled, find_base
-from san_llm.plan.faked import faked_shape
+from san_llm.plan.faked import fake, faked_shape
+from san_llm.plan.memory import full_batch
 from san_llm.recipe.schema import Base, LoraMethod
 from san_llm.train.loss import token_losses
 
@@ -202,6 +204,15 @@ def test_a_plan_draws_the_tree_that_graph_draws(cli, here):
     assert "residual" not in tree
     assert f"\n\n{tree}\n" in cli("plan", *options).stdout
     assert left.count("\n") == 3  # what is left alone is told by graph alone
+
+
+def test_a_mask_that_a_model_does_not_take_is_no_news(caplog, monkeypatch):
+    """OPT adds its own to one of four axes, which does not fit; PyTorch would log a traceback."""
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "propagate", True)
+    sizes = {"hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = filled({"model_type": "opt", "word_embed_proj_dim": 32} | sizes)
+    assert fake(config, None, "float32", full_batch(2, 8, packed=False)).kept > 0
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
