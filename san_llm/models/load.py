@@ -15,7 +15,7 @@ from san_llm.launch.processes import world_size
 from san_llm.measure.behaviour import look_at
 from san_llm.models.adapter import check_askable, embedding_rows, load_adapter, open_adapter
 from san_llm.models.agree import check_base, refuse_past_embedding
-from san_llm.models.locate import FoundBase, refuse_pictures
+from san_llm.models.locate import FoundBase, refuse_other_tasks
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
 from san_llm.models.rotary import rotate_by_row
@@ -64,7 +64,7 @@ def _check_writes(found: FoundBase, kind: type[Any]) -> None:
             f"{found.base.model}: a model of type {found.config['model_type']!r} goes on from no "
             "text: transformers has no causal LM of it"
         )
-    refuse_pictures(found.config)
+    refuse_other_tasks(found.config)
 
 
 def load_tokenizer(

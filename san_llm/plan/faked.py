@@ -23,7 +23,7 @@ from san_llm.errors import InputError, first_line
 from san_llm.measure.behaviour import taken
 from san_llm.measure.experts import is_experts
 from san_llm.models.adapter import add_adapter
-from san_llm.models.locate import refuse_pictures
+from san_llm.models.locate import refuse_other_tasks
 from san_llm.ops.head_loss import instead_of_logits
 from san_llm.plan.memory import BYTES, Batch, Faked
 from san_llm.recipe.schema import AdapterMethod
@@ -35,17 +35,17 @@ def faked_shape(config: Mapping[str, Any]) -> Shape:
     """Return the sizes of a base by its own modules; those of its Linears are left out.
 
     Raises:
-        InputError: when transformers has no causal LM of it, or it is one for pictures, too.
+        InputError: when transformers has no causal LM of it, or it is one for more than text.
     """
     model = _model(config, "float32")
-    refuse_pictures(config)
+    refuse_other_tasks(config)
     linears = _linears(model)
     numbers = sum(m.weight.numel() for m in linears.values())
     return Shape(
         hidden=config["hidden_size"],
         inner=max(size for module in linears.values() for size in module.weight.shape),
         blocks=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
+        heads=config.get("num_attention_heads", 1),  # Mamba has none
         q=config["hidden_size"],
         kv=config["hidden_size"],
         vocabulary=config["vocab_size"],

@@ -20,6 +20,7 @@ from san_llm.ask.likelihood import ChoiceQuestion, encode_question, score_choice
 from san_llm.ask.losses import score_losses
 from san_llm.data.batches import Pad
 from san_llm.errors import InputError
+from san_llm.merge.stock_logits import greedy
 from san_llm.models.adapter import add_adapter
 from san_llm.models.load import load_base
 from san_llm.models.locate import filled, find_base
@@ -123,8 +124,26 @@ def test_losses_and_choices_are_those_of_the_models_own_logits(model):
 
 
 def test_texts_are_those_of_stock_search_whatever_shares_the_batch(model):
+    answers_are_stock(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        (
+            "recurrent_gemma",
+            LLAMA_LIKE | {"num_hidden_layers": 3, "lru_width": 32},
+        ),  # a state that padding is taken into
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),  # has no heads
+    ],
+)
+def test_texts_of_a_model_with_a_state_are_those_of_stock_search(here, model_type, sizes):
+    answers_are_stock(load_base(find_base(save(here / "it", model_type, **sizes))).eval())
+
+
+def answers_are_stock(model):
     tokenizer, prompts = tiny_tokenizer(), some_rows()
-    texts = dict(pair for some in answers(model, tokenizer, prompts, 4) for pair in some)
+    texts = dict(pair for some in answers(model, tokenizer, prompts, None) for pair in some)
     for number, prompt in enumerate(prompts):
         tokens = torch.tensor([prompt])
         out = model.generate(
@@ -243,6 +262,7 @@ def test_a_target_of_lora_that_is_no_module_is_answered_with_one_that_is(
         ("bert", LLAMA_LIKE, "looks ahead"),
         ("vit", {}, "goes on from no text"),
         ("gemma3", {}, "reads pictures with text"),
+        ("bart", {}, "a decoder writes another"),
         ("gpt9", None, "transformers has no such model"),
     ],
 )
@@ -256,6 +276,27 @@ def test_a_model_that_cannot_learn_text_is_refused_in_a_line(here, model_type, s
         base = Base(model=str(here / "it"), dtype="float32")
     with pytest.raises(InputError, match=said):
         load_base(find_base(base))
+
+
+def test_a_model_without_heads_has_sizes():
+    config = filled({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2})
+    assert faked_shape(config).hidden == 32
+
+
+def test_an_infinite_number_of_a_config_is_read(here):
+    save(here / "it", "mamba2", hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16)
+    assert "__float__" in (here / "it" / "config.json").read_text()
+    assert find_base(Base(model=str(here / "it"))).config["hidden_size"] == 32
+
+
+def test_the_likeliest_tokens_of_a_model_that_keeps_no_keys(here):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    model = load_base(find_base(save(here / "it", "mamba", **sizes))).eval()
+    tokens = some_rows(1)[0]
+    (found,) = greedy(model, [tokens])
+    for new in found:
+        assert stock(model, tokens)[-1].argmax() == new
+        tokens.append(new)
 
 
 def test_no_plan_is_made_for_pictures_with_text():
