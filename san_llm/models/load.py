@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -197,10 +198,10 @@ def load_base(
         config=config,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told below
         **settings,
     )
-    for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
-        raise InputError(f"{base.model}: its weights have no {name}")
+    _check_loaded(found, loading)
     keep_4bit_layout(model)
     rotate_by_row(model)
     if stored:  # transformers leaves what is not quantized as it is stored
@@ -214,6 +215,24 @@ def load_base(
     if not is_known(found.config.get("model_type")):
         look_at(model.eval(), base.model)
     return model
+
+
+def _check_loaded(found: FoundBase, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the model that its ``config.json`` says."""
+    model = found.base.model
+    for name, stored, made in sorted(loading["mismatched_keys"]):
+        raise InputError(
+            f"{model}: {name} has the shape {tuple(stored)}, by its config.json it is {tuple(made)}"
+        )
+    for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
+        raise InputError(f"{model}: its weights have no {name}")
+    blocks = found.config["num_hidden_layers"]
+    for name in sorted(loading["unexpected_keys"]):  # what a class knows of is not told there
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if numbers and type(blocks) is int and numbers[0] >= blocks:
+            raise InputError(
+                f"{model}: its config.json has num_hidden_layers {blocks}, its weights have {name}"
+            )
 
 
 def numbers_in(found: FoundBase) -> int:

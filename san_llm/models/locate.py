@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from san_llm.architectures.defaults import completed
 from san_llm.architectures.lookup import is_known
-from san_llm.architectures.sizes import SIZES
+from san_llm.architectures.sizes import SIZES, check_own_sizes
 from san_llm.errors import InputError, SanError, did_you_mean, nearest_file
 from san_llm.files import cache_folder, read_json
 from san_llm.models.download import PINNED, model_folder
@@ -142,11 +142,12 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     is its ``hidden_size``.
 
     Raises:
-        InputError: when transformers has no such model.
+        InputError: when transformers has no such model, or its sizes are none.
     """
     if is_known(values.get("model_type")):
         return completed(values)
     config = stock_config(values)
+    check_own_sizes(config)
     usual = {
         name: getattr(config, name, None)
         for name in (*SIZES, "max_position_embeddings")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from san_llm.architectures.sizes import Shape
-from san_llm.errors import InputError, first_line
+from san_llm.errors import InputError, first_line, unexpected
 from san_llm.measure.behaviour import taken
 from san_llm.measure.experts import is_experts
 from san_llm.models.adapter import add_adapter
@@ -121,6 +121,11 @@ def _model(config: Mapping[str, Any], dtype: str) -> Any:
     except ValueError as error:
         raise InputError(
             f"model type {config.get('model_type')!r}: no causal LM: {first_line(error)}"
+        ) from None
+    except Exception as error:  # what a config says is looked at by the model's own code
+        raise InputError(
+            f"config.json: transformers makes no {config.get('model_type')} of it: "
+            f"{unexpected(error)}"
         ) from None
     return model.requires_grad_(False)
 

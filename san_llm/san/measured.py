@@ -60,12 +60,13 @@ def stock_config(values: Mapping[str, Any]) -> Any:
             f"model type {model_type!r}: transformers has no such model"
             f"{did_you_mean(str(model_type), list(CONFIG_MAPPING))}"
         )
-    said = {key: value for key, value in values.items() if key != "quantization_config"}
+    own = {key: value for key, value in values.items() if key != "quantization_config"}
     try:
-        return AutoConfig.for_model(**_numbers(said))
+        return AutoConfig.for_model(**_numbers(own))
     except Exception as error:  # values are looked at by the model's own code
+        said = " ".join(str(error).split()) or first_line(error)  # the first line names the key
         raise InputError(
-            f"config.json: transformers does not take it as a {model_type}: {first_line(error)}"
+            f"config.json: transformers does not take it as a {model_type}: {said}"
         ) from None
 
 

@@ -299,6 +299,31 @@ def test_the_likeliest_tokens_of_a_model_that_keeps_no_keys(here):
         tokens.append(new)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"n_layer": 1}, "has num_hidden_layers 1, its weights have transformer.h.1"),
+        ({"n_embd": 64}, r"has the shape \(.*\), by its config.json it is \("),
+        ({"n_embd": -1}, "config.json: n_embd: expected a whole number from 1 to .*, found -1"),
+        ({"n_layer": "three"}, "'n_layer' expected int, got str"),
+        ({"n_positions": -4}, "n_positions: expected a whole number"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_of_its_weights_is_refused_in_a_line(here, changed, said):
+    base = save(here / "it", "gpt2", **GPT)
+    file = here / "it" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(InputError, match=said):
+        load_base(find_base(base))
+
+
+def test_no_plan_is_made_of_a_config_that_makes_no_model():
+    config = filled({"model_type": "gpt2", **GPT, "activation_function": "nope"})
+    with pytest.raises(InputError, match="transformers makes no gpt2 of it: KeyError: 'nope'"):
+        faked_shape(config)
+
+
 def test_no_plan_is_made_for_pictures_with_text():
     with pytest.raises(InputError, match="reads pictures with text"):
         faked_shape(filled({"model_type": "gemma3"}))
