@@ -93,11 +93,30 @@ def check_sizes(config: Any) -> None:
         value = setting(config, key)
         if value is None and key in ("num_key_value_heads", "head_dim"):
             continue
-        if type(value) is not int or not 0 < value <= largest:
-            raise InputError(
-                f"config.json: {key}: expected a whole number from 1 to {largest:,}, found "
-                f"{value!r}"
-            )
+        _check(key, value, largest)
+
+
+def check_own_sizes(config: Any) -> None:
+    """Refuse numbers that are no sizes in a config of any model, by the names that it has for them.
+
+    Args:
+        config: A ``PretrainedConfig``, whose class has looked at types.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for key, largest in (SIZES | {"max_position_embeddings": 2**40}).items():
+        value = getattr(config, key, None)
+        computed = isinstance(getattr(type(config), key, None), property)  # -1 in XLNet: any number
+        if type(value) is int and not computed:
+            _check(config.attribute_map.get(key, key), value, largest)
+
+
+def _check(key: str, value: Any, largest: int) -> None:
+    if type(value) is not int or not 0 < value <= largest:
+        raise InputError(
+            f"config.json: {key}: expected a whole number from 1 to {largest:,}, found {value!r}"
+        )
 
 
 def setting(config: Any, key: str, default: Any = None) -> Any:

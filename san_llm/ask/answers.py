@@ -17,6 +17,7 @@ from san_llm.architectures.lookup import is_known
 from san_llm.ask.beam_search import BeamSearch
 from san_llm.ask.packed import can_pack, inner
 from san_llm.data.batches import pad_id
+from san_llm.measure.behaviour import sees_padding
 from san_llm.models.rotary import alike_to
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def fitting_batch_size(config: Any, longest: int, free: int, new_tokens: int = N
         free: Bytes of memory that may be used.
         new_tokens: Tokens of an answer at most.
     """
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 1)  # what Mamba keeps is less than one's
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     blocks, vocabulary = config.num_hidden_layers, config.vocab_size
@@ -161,6 +162,9 @@ def _stock(
         eos_token_id=ends or None,
         pad_token_id=padding,
     )
+    known = is_known(inner(model).config.model_type)
+    if not known and batch_size > 1 and sees_padding(model):
+        batch_size = 1
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = len(batch[0][1])
@@ -172,7 +176,7 @@ def _stock(
         tokens, mask = tokens.to(model.device), mask.to(model.device)
         kept: dict[str, Any] = {}
         with torch.inference_mode(), without_habits(model):
-            if is_known(inner(model).config.model_type):
+            if known:
                 kept["past_key_values"] = _kept_of(model, tokens, mask)
             out: torch.Tensor = model.generate(
                 input_ids=tokens, attention_mask=mask, generation_config=settings, **kept

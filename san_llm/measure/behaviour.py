@@ -49,6 +49,25 @@ def look_at(model: Any, name: str) -> None:
     setattr(head, GIVES_LOGITS, len(given) == 1 and torch.equal(given[0], logits))
 
 
+@torch.no_grad()
+def sees_padding(model: Any) -> bool:
+    """Return whether tokens before a text, that its mask leaves out, change what is said of it.
+
+    They do in a model with a state that knows no mask (RWKV), or half of it (RecurrentGemma).
+    """
+    count = min(TOKENS, model.config.vocab_size)
+    alone = torch.arange(count, device=model.device)[None]
+    padded = torch.cat([alone.flip(1), alone], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :count] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = taken(model, attention_mask=mask, position_ids=places)
+    found = model(input_ids=padded, use_cache=False, **hidden).logits[:, count:].float()
+    wanted = model(input_ids=alone, use_cache=False).logits.float()
+    noise = max(NOISE, 32 * torch.finfo(model.dtype).eps)  # of other shapes of the same products
+    return not bool((found - wanted).abs().max() <= noise * wanted.std())
+
+
 def taken(model: Any, **keywords: Any) -> dict[str, Any]:
     """Return those keywords that the forward of a model names; models differ in what they know."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -123,11 +123,12 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """
     width = max(map(len, prompts))
     padded = [[0] * (width - len(ids)) + ids for ids in prompts]
-    last = torch.tensor(padded, device=model.device)
+    tokens = torch.tensor(padded, device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     mask = mask.to(model.device)
-    cache, new = None, []
+    cache = None
     for _ in range(NEW_TOKENS):
+        last = tokens if cache is None else tokens[:, -1:]
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -last.shape[1] :]
         out = model(
             input_ids=last,
@@ -136,10 +137,10 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
             past_key_values=cache,
             use_cache=True,
         )
-        cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        new.append(last)
-        mask = torch.cat([mask, torch.ones_like(last)], dim=1)
-    chosen: list[list[int]] = torch.cat(new, dim=1).tolist()
+        cache = getattr(out, "past_key_values", None)  # Mamba calls otherwise what it keeps
+        new = out.logits[:, -1:].argmax(-1)
+        tokens, mask = torch.cat([tokens, new], dim=1), torch.cat([mask, torch.ones_like(new)], 1)
+    chosen: list[list[int]] = tokens[:, width:].tolist()
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ from san_llm.launch.processes import world_size
 from san_llm.measure.behaviour import look_at
 from san_llm.models.adapter import check_askable, embedding_rows, load_adapter, open_adapter
 from san_llm.models.agree import check_base, refuse_past_embedding
-from san_llm.models.locate import FoundBase, refuse_pictures
+from san_llm.models.locate import FoundBase, refuse_other_tasks
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
 from san_llm.models.rotary import rotate_by_row
@@ -64,7 +65,7 @@ def _check_writes(found: FoundBase, kind: type[Any]) -> None:
             f"{found.base.model}: a model of type {found.config['model_type']!r} goes on from no "
             "text: transformers has no causal LM of it"
         )
-    refuse_pictures(found.config)
+    refuse_other_tasks(found.config)
 
 
 def load_tokenizer(
@@ -197,10 +198,10 @@ def load_base(
         config=config,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told below
         **settings,
     )
-    for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
-        raise InputError(f"{base.model}: its weights have no {name}")
+    _check_loaded(found, loading)
     keep_4bit_layout(model)
     rotate_by_row(model)
     if stored:  # transformers leaves what is not quantized as it is stored
@@ -214,6 +215,24 @@ def load_base(
     if not is_known(found.config.get("model_type")):
         look_at(model.eval(), base.model)
     return model
+
+
+def _check_loaded(found: FoundBase, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the model that its ``config.json`` says."""
+    model = found.base.model
+    for name, stored, made in sorted(loading["mismatched_keys"]):
+        raise InputError(
+            f"{model}: {name} has the shape {tuple(stored)}, by its config.json it is {tuple(made)}"
+        )
+    for name in sorted(loading["missing_keys"]):  # transformers fills in random numbers
+        raise InputError(f"{model}: its weights have no {name}")
+    blocks = found.config["num_hidden_layers"]
+    for name in sorted(loading["unexpected_keys"]):  # what a class knows of is not told there
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if numbers and type(blocks) is int and numbers[0] >= blocks:
+            raise InputError(
+                f"{model}: its config.json has num_hidden_layers {blocks}, its weights have {name}"
+            )
 
 
 def numbers_in(found: FoundBase) -> int:

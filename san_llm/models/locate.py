@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from san_llm.architectures.defaults import completed
 from san_llm.architectures.lookup import is_known
-from san_llm.architectures.sizes import SIZES
+from san_llm.architectures.sizes import SIZES, check_own_sizes
 from san_llm.errors import InputError, SanError, did_you_mean, nearest_file
 from san_llm.files import cache_folder, read_json
 from san_llm.models.download import PINNED, model_folder
@@ -142,26 +142,36 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     is its ``hidden_size``.
 
     Raises:
-        InputError: when transformers has no such model.
+        InputError: when transformers has no such model, or its sizes are none.
     """
     if is_known(values.get("model_type")):
         return completed(values)
     config = stock_config(values)
+    check_own_sizes(config)
     usual = {
         name: getattr(config, name, None)
         for name in (*SIZES, "max_position_embeddings")
         if not isinstance(getattr(type(config), name, None), property)  # computed, not said
     }
+    usual["is_encoder_decoder"] = getattr(config, "is_encoder_decoder", False)
     usual["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", True))
     return {**{name: value for name, value in usual.items() if value is not None}, **values}
 
 
-def refuse_pictures(config: Mapping[str, Any]) -> None:
-    """Refuse a base for pictures with text; its vocabulary is in its language model's section.
+def refuse_other_tasks(config: Mapping[str, Any]) -> None:
+    """Refuse a base for pictures with text, and one that makes a text of a text.
+
+    Of the former the vocabulary is in its language model's section; of the latter, as BART,
+    transformers would load the decoder alone as a causal LM.
 
     Raises:
         InputError: when it is one.
     """
+    if config["is_encoder_decoder"]:
+        raise InputError(
+            f"model type {config['model_type']!r}: an encoder reads a text and a decoder writes "
+            "another; a recipe trains a model that goes on from a text"
+        )
     if "vocab_size" not in config:
         raise InputError(
             f"model type {config['model_type']!r}: it reads pictures with text, and a recipe's "

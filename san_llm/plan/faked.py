@@ -6,7 +6,9 @@ no memory, and what autograd would keep of it is added up, each storage once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from san_llm.architectures.sizes import Shape
-from san_llm.errors import InputError, first_line
+from san_llm.errors import InputError, first_line, unexpected
 from san_llm.measure.behaviour import taken
 from san_llm.measure.experts import is_experts
 from san_llm.models.adapter import add_adapter
-from san_llm.models.locate import refuse_pictures
+from san_llm.models.locate import refuse_other_tasks
 from san_llm.ops.head_loss import instead_of_logits
 from san_llm.plan.memory import BYTES, Batch, Faked
 from san_llm.recipe.schema import AdapterMethod
@@ -33,17 +35,17 @@ def faked_shape(config: Mapping[str, Any]) -> Shape:
     """Return the sizes of a base by its own modules; those of its Linears are left out.
 
     Raises:
-        InputError: when transformers has no causal LM of it, or it is one for pictures, too.
+        InputError: when transformers has no causal LM of it, or it is one for more than text.
     """
     model = _model(config, "float32")
-    refuse_pictures(config)
+    refuse_other_tasks(config)
     linears = _linears(model)
     numbers = sum(m.weight.numel() for m in linears.values())
     return Shape(
         hidden=config["hidden_size"],
         inner=max(size for module in linears.values() for size in module.weight.shape),
         blocks=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
+        heads=config.get("num_attention_heads", 1),  # Mamba has none
         q=config["hidden_size"],
         kv=config["hidden_size"],
         vocabulary=config["vocab_size"],
@@ -120,6 +122,11 @@ def _model(config: Mapping[str, Any], dtype: str) -> Any:
         raise InputError(
             f"model type {config.get('model_type')!r}: no causal LM: {first_line(error)}"
         ) from None
+    except Exception as error:  # what a config says is looked at by the model's own code
+        raise InputError(
+            f"config.json: transformers makes no {config.get('model_type')} of it: "
+            f"{unexpected(error)}"
+        ) from None
     return model.requires_grad_(False)
 
 
@@ -154,7 +161,7 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
             alive.append(tensor)
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _tried():
         model.to_empty(device="cpu")
         weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         tokens = torch.zeros(rows, length, dtype=torch.long)
@@ -171,6 +178,17 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
         with hooks, instead_of_logits(head, base.config, lambda hidden, *_: hidden.sum()):
             model(input_ids=tokens, use_cache=False, **given)
     return sum(kept.values()) + beside
+
+
+@contextmanager
+def _tried() -> Iterator[None]:
+    """Let PyTorch log no traceback of an error that is caught: a mask not taken is no news."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -60,14 +60,23 @@ def stock_config(values: Mapping[str, Any]) -> Any:
             f"model type {model_type!r}: transformers has no such model"
             f"{did_you_mean(str(model_type), list(CONFIG_MAPPING))}"
         )
+    own = {key: value for key, value in values.items() if key != "quantization_config"}
     try:
-        return AutoConfig.for_model(
-            **{key: value for key, value in values.items() if key != "quantization_config"}
-        )
+        return AutoConfig.for_model(**_numbers(own))
     except Exception as error:  # values are looked at by the model's own code
+        said = " ".join(str(error).split()) or first_line(error)  # the first line names the key
         raise InputError(
-            f"config.json: transformers does not take it as a {model_type}: {first_line(error)}"
+            f"config.json: transformers does not take it as a {model_type}: {said}"
         ) from None
+
+
+def _numbers(value: Any) -> Any:
+    """Return a part of a ``config.json`` with what JSON has no number for, infinity, as one."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:  # as transformers writes it
+            return float(value["__float__"])
+        return {key: _numbers(one) for key, one in value.items()}
+    return [_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:

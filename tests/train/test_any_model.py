@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from san_llm.ask.likelihood import ChoiceQuestion, encode_question, score_choice
 from san_llm.ask.losses import score_losses
 from san_llm.data.batches import Pad
 from san_llm.errors import InputError
+from san_llm.merge.stock_logits import greedy
 from san_llm.models.adapter import add_adapter
 from san_llm.models.load import load_base
 from san_llm.models.locate import filled, find_base
-from san_llm.plan.faked import faked_shape
+from san_llm.plan.faked import fake, faked_shape
+from san_llm.plan.memory import full_batch
 from san_llm.recipe.schema import Base, LoraMethod
 from san_llm.train.loss import token_losses
 
@@ -121,8 +124,26 @@ def test_losses_and_choices_are_those_of_the_models_own_logits(model):
 
 
 def test_texts_are_those_of_stock_search_whatever_shares_the_batch(model):
+    answers_are_stock(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        (
+            "recurrent_gemma",
+            LLAMA_LIKE | {"num_hidden_layers": 3, "lru_width": 32},
+        ),  # a state that padding is taken into
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),  # has no heads
+    ],
+)
+def test_texts_of_a_model_with_a_state_are_those_of_stock_search(here, model_type, sizes):
+    answers_are_stock(load_base(find_base(save(here / "it", model_type, **sizes))).eval())
+
+
+def answers_are_stock(model):
     tokenizer, prompts = tiny_tokenizer(), some_rows()
-    texts = dict(pair for some in answers(model, tokenizer, prompts, 4) for pair in some)
+    texts = dict(pair for some in answers(model, tokenizer, prompts, None) for pair in some)
     for number, prompt in enumerate(prompts):
         tokens = torch.tensor([prompt])
         out = model.generate(
@@ -204,6 +225,15 @@ def test_a_plan_draws_the_tree_that_graph_draws(cli, here):
     assert left.count("\n") == 3  # what is left alone is told by graph alone
 
 
+def test_a_mask_that_a_model_does_not_take_is_no_news(caplog, monkeypatch):
+    """OPT adds its own to one of four axes, which does not fit; PyTorch would log a traceback."""
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "propagate", True)
+    sizes = {"hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = filled({"model_type": "opt", "word_embed_proj_dim": 32} | sizes)
+    assert fake(config, None, "float32", full_batch(2, 8, packed=False)).kept > 0
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes", "target", "said"),
     [
@@ -232,6 +262,7 @@ def test_a_target_of_lora_that_is_no_module_is_answered_with_one_that_is(
         ("bert", LLAMA_LIKE, "looks ahead"),
         ("vit", {}, "goes on from no text"),
         ("gemma3", {}, "reads pictures with text"),
+        ("bart", {}, "a decoder writes another"),
         ("gpt9", None, "transformers has no such model"),
     ],
 )
@@ -245,6 +276,52 @@ def test_a_model_that_cannot_learn_text_is_refused_in_a_line(here, model_type, s
         base = Base(model=str(here / "it"), dtype="float32")
     with pytest.raises(InputError, match=said):
         load_base(find_base(base))
+
+
+def test_a_model_without_heads_has_sizes():
+    config = filled({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2})
+    assert faked_shape(config).hidden == 32
+
+
+def test_an_infinite_number_of_a_config_is_read(here):
+    save(here / "it", "mamba2", hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16)
+    assert "__float__" in (here / "it" / "config.json").read_text()
+    assert find_base(Base(model=str(here / "it"))).config["hidden_size"] == 32
+
+
+def test_the_likeliest_tokens_of_a_model_that_keeps_no_keys(here):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    model = load_base(find_base(save(here / "it", "mamba", **sizes))).eval()
+    tokens = some_rows(1)[0]
+    (found,) = greedy(model, [tokens])
+    for new in found:
+        assert stock(model, tokens)[-1].argmax() == new
+        tokens.append(new)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"n_layer": 1}, "has num_hidden_layers 1, its weights have transformer.h.1"),
+        ({"n_embd": 64}, r"has the shape \(.*\), by its config.json it is \("),
+        ({"n_embd": -1}, "config.json: n_embd: expected a whole number from 1 to .*, found -1"),
+        ({"n_layer": "three"}, "'n_layer' expected int, got str"),
+        ({"n_positions": -4}, "n_positions: expected a whole number"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_of_its_weights_is_refused_in_a_line(here, changed, said):
+    base = save(here / "it", "gpt2", **GPT)
+    file = here / "it" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(InputError, match=said):
+        load_base(find_base(base))
+
+
+def test_no_plan_is_made_of_a_config_that_makes_no_model():
+    config = filled({"model_type": "gpt2", **GPT, "activation_function": "nope"})
+    with pytest.raises(InputError, match="transformers makes no gpt2 of it: KeyError: 'nope'"):
+        faked_shape(config)
 
 
 def test_no_plan_is_made_for_pictures_with_text():
