@@ -257,6 +257,12 @@ def test_a_target_of_lora_that_is_no_module_is_answered_with_one_that_is(
         add_adapter(model, LoraMethod(name="lora", target_modules=(target,)))
 
 
+def test_dropout_of_lora_on_experts_is_answered_with_the_key_that_sets_it(here):
+    model = load_base(find_base(save(here / "it", "olmoe", **MODELS["olmoe"])))
+    with pytest.raises(InputError, match=r"lora_dropout != 0.*: set method.dropout: 0"):
+        add_adapter(model, LoraMethod(name="lora", dropout=0.05))
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes", "said"),
     [
