@@ -263,7 +263,9 @@ def add_adapter(model: PreTrainedModel, method: Method) -> PeftModel:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"method {method.name}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        way = ": set method.dropout: 0" if "lora_dropout != 0" in said else ""  # PEFT's of experts
+        raise InputError(f"method {method.name}: {said}{way}") from error
     keep_dtype(adapted)
     return adapted
 

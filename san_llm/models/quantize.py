@@ -68,12 +68,18 @@ def dequantized_weight(linear: Any) -> Tensor:
 
 def dequantize(model: Any) -> Any:
     """Make a quantized model, in place, the plain fp32 model of the same numbers; return it."""
+    from transformers.pytorch_utils import Conv1D
+
     for name, linear in list(model.named_modules()):
         if not is_quantized(linear):
             continue
         weight = dequantized_weight(linear)
+        d_out, d_in = weight.shape
         with torch.device("meta"):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
+            if linear.source_cls is Conv1D:  # GPT-2's, whose files have it the other way round
+                plain, weight = Conv1D(d_out, d_in), weight.T.contiguous()
+            else:
+                plain = nn.Linear(d_in, d_out, bias=linear.bias is not None)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if linear.bias is not None:
             plain.bias = linear.bias

@@ -24,6 +24,7 @@ from san_llm.merge.stock_logits import greedy
 from san_llm.models.adapter import add_adapter
 from san_llm.models.load import load_base
 from san_llm.models.locate import filled, find_base
+from san_llm.models.quantize import dequantize
 from san_llm.plan.faked import fake, faked_shape
 from san_llm.plan.memory import full_batch
 from san_llm.recipe.schema import Base, LoraMethod
@@ -256,6 +257,12 @@ def test_a_target_of_lora_that_is_no_module_is_answered_with_one_that_is(
         add_adapter(model, LoraMethod(name="lora", target_modules=(target,)))
 
 
+def test_dropout_of_lora_on_experts_is_answered_with_the_key_that_sets_it(here):
+    model = load_base(find_base(save(here / "it", "olmoe", **MODELS["olmoe"])))
+    with pytest.raises(InputError, match=r"lora_dropout != 0.*: set method.dropout: 0"):
+        add_adapter(model, LoraMethod(name="lora", dropout=0.05))
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes", "said"),
     [
@@ -316,6 +323,18 @@ def test_a_config_that_is_not_of_its_weights_is_refused_in_a_line(here, changed,
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(InputError, match=said):
         load_base(find_base(base))
+
+
+def test_gpt2_dequantized_is_a_stock_gpt2(here):
+    """Its Linears are quantized the other way round than its files have them."""
+    save(here / "it", "gpt2", **GPT)
+    base = Base(model=str(here / "it"), dtype="float32", quantization="4bit")
+    model = load_base(find_base(base))
+    tokens = torch.tensor(some_rows(1))
+    before = model(tokens).logits
+    dequantize(model).save_pretrained(here / "plain", save_original_format=False)
+    plain = AutoModelForCausalLM.from_pretrained(here / "plain")
+    assert torch.allclose(plain(tokens).logits, before, atol=0.02 * before.std())
 
 
 def test_no_plan_is_made_of_a_config_that_makes_no_model():
