@@ -239,7 +239,7 @@ def _shared(model: Any, prompt: list[int], new: list[int]) -> int:
 
 
 def _stock_answers(
-    merged: Path, tokens: list[list[int]], by_block: bool
+    merged: Path, tokens: list[list[int]], by_block: bool = True
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Return the logits of each prompt and the words after it, from a process of their own.
 

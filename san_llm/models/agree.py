@@ -19,6 +19,7 @@ from san_llm.models.locate import FoundBase
 from san_llm.models.weights import SIZES, Stored, passed_over, read_bytes, read_weights
 from san_llm.progress import say
 from san_llm.runs.record import ADAPTER_CONFIG
+from san_llm.san.measured import stock_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,6 +40,8 @@ def check_base(found: FoundBase) -> None:
     known = is_known(config.get("model_type"))
     if known:
         check_sizes(config)
+    else:
+        stock_config(config)  # refuses what transformers has no model for
     if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(
             f"{folder / ADAPTER_CONFIG}: an adapter in the folder of a base: transformers would "

@@ -144,7 +144,7 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: when transformers has no such model, or its sizes are none.
     """
-    if is_known(values.get("model_type")):
+    if is_known(values.get("model_type")) or values.get("model_type") is None:
         return completed(values)
     config = stock_config(values)
     check_own_sizes(config)

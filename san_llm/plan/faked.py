@@ -27,7 +27,6 @@ from san_llm.models.locate import refuse_other_tasks
 from san_llm.ops.head_loss import instead_of_logits
 from san_llm.plan.memory import BYTES, Batch, Faked
 from san_llm.recipe.schema import AdapterMethod
-from san_llm.san.experts import SanExperts
 from san_llm.san.measured import stock_config
 
 
@@ -160,6 +159,8 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
             kept[storage] = tensor.untyped_storage().nbytes()
             alive.append(tensor)
         return tensor
+
+    from san_llm.san.experts import SanExperts  # not before the adapter: PEFT would not know SAN
 
     with FakeTensorMode(allow_non_fake_inputs=True), _tried():
         model.to_empty(device="cpu")

@@ -139,8 +139,8 @@ def test_greedy_texts_are_those_that_generate_writes(made, monkeypatch):
     seen = []
     right = san_llm.merge.verify._stock_answers
 
-    def spy(*arguments):
-        seen.append(right(*arguments))
+    def spy(*arguments, **how):
+        seen.append(right(*arguments, **how))
         return seen[-1]
 
     monkeypatch.setattr(san_llm.merge.verify, "_stock_answers", spy)

@@ -181,8 +181,8 @@ def test_one_model_is_in_memory_at_a_time_and_on_a_gpu_that_has_room_for_it(pair
     order = []
     stock, load = verifying._stock_answers, verifying.load_base
 
-    def answered(*arguments):
-        answers = stock(*arguments)
+    def answered(*arguments, **how):
+        answers = stock(*arguments, **how)
         order.append("the merged model's process has ended")
         return answers
 
@@ -365,7 +365,7 @@ def test_a_thousandth_of_the_spread_and_a_tenth_of_rounding_are_allowed(pair, mo
     def check_with(share):
         answers = all_logits(model)
         answers[2][1, 7] += share * allowed * spread
-        monkeypatch.setattr(verifying, "_stock_answers", lambda *_: (answers, new))
+        monkeypatch.setattr(verifying, "_stock_answers", lambda *_, **__: (answers, new))
         return check("out", dtype)
 
     assert check_with(0.9).same_greedy == right.same_greedy
@@ -401,7 +401,9 @@ def test_a_weight_that_no_answer_shows_is_found_by_the_formula(pair, monkeypatch
     told = []
     answered = verifying._stock_answers
     monkeypatch.setattr(
-        verifying, "_stock_answers", lambda *asked: told.append(answered(*asked)) or told[0]
+        verifying,
+        "_stock_answers",
+        lambda *asked, **how: told.append(answered(*asked, **how)) or told[0],
     )
     check("out", "float32")
     tamper("out", nudge)
