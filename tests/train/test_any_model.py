@@ -175,7 +175,6 @@ def recipe(folder, base, **more):
     "method",
     [
         {"name": "san", "shift": True},  # every Linear of GPT-2 has a bias to hold it
-        {"name": "lora", "rank": 2},
         {"name": "full"},
     ],
     ids=lambda method: "-".join(map(str, method.values())),
@@ -206,9 +205,9 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
         if method["name"] != "full":
             adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
             assert torch.allclose(found, adapted(**tokens).logits, atol=1e-5)
-    shown = cli("show", "--output", "pictures", "--json")
-    assert shown.returncode == 0, shown.stderr
     if method["name"] == "san":
+        shown = cli("show", "--output", "pictures", "--json")
+        assert shown.returncode == 0, shown.stderr
         changed = cli("diff", "--json")
         assert changed.returncode == 0, changed.stderr
         modules = {change["module"] for change in json.loads(changed.stdout)["modules"]}
