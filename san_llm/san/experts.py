@@ -10,11 +10,9 @@ from math import prod
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from san_llm.architectures.decoders import DOWN, GATE_UP
-from san_llm.errors import SanError
 from san_llm.measure.experts import expert_sizes
 from san_llm.ops.experts import experts
 from san_llm.san.layer import SanLayer
@@ -84,17 +82,13 @@ class SanExperts(SanLayer):
         wide, narrow = getattr(base, GATE_UP), getattr(base, DOWN)
         return experts(wide, narrow, base.act_fn, x, index, weights, columns, rows, inner)
 
-    def merge_in(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
-        """Merge the adapters, each expert by its own; with ``keep`` so that it can be undone."""
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names or [] if name in self.san_options]
-        if not names:
-            return
-        if self.merged:
-            names = [*self.merged_adapters, *names]
-            self.unmerge()
+    def merged_tensors(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
+        """Return the weights of gate and up, and those of down, with these adapters, in fp32.
+
+        In fp64 where they are; each expert's by its own gamma.
+        """
         base = self.get_base_layer()
-        columns, rows, inner = (None if v is None else v.detach() for v in self._of(names))
+        columns, rows, inner = (None if v is None else v.detach() for v in self._of(adapters))
         wide = 2 * self.inside
         scales = {
             GATE_UP: (None if rows is None else rows[:, :wide, None], columns),
@@ -103,23 +97,24 @@ class SanExperts(SanLayer):
                 None if inner is None else inner[:, None],
             ),
         }
-        merged = {}
+        merged = []
         for name, factors in scales.items():
             weight = getattr(base, name).detach()
             weight = weight if weight.dtype == torch.float64 else weight.float()
             for factor in factors:
                 weight = weight if factor is None else weight * factor
-            if safe_merge and not torch.isfinite(weight).all():
-                raise SanError(f"merging {', '.join(names)} gives numbers that are not finite")
-            merged[name] = weight.to(getattr(base, name).dtype)
-        for name in names:
-            gamma = self.gamma(name)
-            self._merged_gamma[name] = None if gamma is None else gamma.detach().clone()
+            merged.append(weight)
+        return merged[0], merged[1]
+
+    def put_merged(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+        """Put the weights of gate and up, and those of down, into the experts."""
+        base = self.get_base_layer()
+        old = {name: getattr(base, name) for name in (GATE_UP, DOWN)}
         if keep:
-            self._unmerged = {name: getattr(base, name) for name in merged}
-        for name, weight in merged.items():
-            setattr(base, name, nn.Parameter(weight, requires_grad=False))
-        self.merged_adapters.extend(names)
+            self._unmerged = old
+        for (name, before), tensor in zip(old.items(), (weight, bias), strict=True):
+            assert tensor is not None
+            setattr(base, name, nn.Parameter(tensor.to(before.dtype), requires_grad=False))
 
     def unmerge(self) -> None:
         """Put the experts back as they were before the first merge, bit for bit."""

@@ -332,10 +332,9 @@ class SanLayer(nn.Module, BaseTunerLayer):
         Raises:
             SanError: with ``safe_merge`` when a merged number is not finite.
         """
-        self.merge_in(safe_merge, adapter_names, keep=True)
+        self._merge_in(safe_merge, adapter_names, keep=True)
 
-    def merge_in(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
-        """Merge the adapters; with ``keep`` so that :meth:`unmerge` can undo it."""
+    def _merge_in(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names or [] if name in self.san_options]
         if not names:
@@ -344,18 +343,27 @@ class SanLayer(nn.Module, BaseTunerLayer):
             # All of them from W again: a low-rank scale is a ratio of norms to those of W.
             names = [*self.merged_adapters, *names]
             self.unmerge()
-        base = self.get_base_layer()
-        weight, bias = self.merged_tensors(names)
-        if safe_merge and not (
-            torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())
-        ):
+        merged = self.merged_tensors(names)
+        if safe_merge and not all(t is None or torch.isfinite(t).all() for t in merged):
             raise SanError(f"merging {', '.join(names)} gives numbers that are not finite")
-        old = base.weight
-        if isinstance(self, SanLinear):
-            self.squared_norms()  # of W, for a later low-rank adapter: W* is here from now on
         for name in names:
             gamma = self.gamma(name)
             self._merged_gamma[name] = None if gamma is None else gamma.detach().clone()
+        self.put_merged(*merged, keep)
+        self.merged_adapters.extend(names)
+
+    def put_merged(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+        """Put what :meth:`merged_tensors` has made into the base layer.
+
+        Args:
+            weight: The first of both.
+            bias: The second.
+            keep: Keep what was there, so that :meth:`unmerge` can put it back.
+        """
+        base = self.get_base_layer()
+        old = base.weight
+        if isinstance(self, SanLinear):
+            self.squared_norms()  # of W, for a later low-rank adapter: W* is here from now on
         if keep:
             state = getattr(base, "state", None)  # bitsandbytes keeps int8 scales here
             self._unmerged = {
@@ -372,7 +380,6 @@ class SanLayer(nn.Module, BaseTunerLayer):
             self.set_base_weight(weight)
         if bias is not None:
             base.bias = nn.Parameter(bias.to(bias_dtype(base, old)), requires_grad=False)
-        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the base layer back as it was before the first merge, bit for bit."""
@@ -397,7 +404,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """Return the base layer, with the adapters merged in if ``merge``; nothing is kept."""
         if merge:
-            self.merge_in(safe_merge, adapter_names, keep=False)
+            self._merge_in(safe_merge, adapter_names, keep=False)
         elif self.merged:
             self.unmerge()
         self._unmerged = None

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-IMPORTING_PEFT = {f"san_llm.san.{name}" for name in ("config", "experts", "layer", "model")}
+IMPORTING_PEFT = {f"san_llm.san.{name}" for name in ("config", "layer", "model")}
 
 
 def register_with_peft() -> None:
