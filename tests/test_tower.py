@@ -54,7 +54,7 @@ MAY_TORCH = {
     *("models.from_gguf", "models.load", "models.quantize", "models.reading"),
     "models.rotary",
     *("ops.attention", "ops.causal", "ops.experts", "ops.head_loss", "ops.scale"),
-    *("plan.faked", "plan.largest", "plan.measured"),
+    *("plan.faked", "plan.largest", "plan.measured", "plan.saved"),
     *("san.config", "san.experts", "san.layer", "san.lean", "san.merging", "san.model", "san.rows"),
     *("train.batches", "train.callbacks", "train.checkpoint_check", "train.loss"),
     *("train.packed_attention", "train.prepare", "train.resume", "train.run", "train.samples"),

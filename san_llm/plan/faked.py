@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +25,7 @@ from san_llm.models.adapter import add_adapter
 from san_llm.models.locate import refuse_other_tasks
 from san_llm.ops.head_loss import instead_of_logits
 from san_llm.plan.memory import BYTES, Batch, Faked
+from san_llm.plan.saved import saved_bytes, storage
 from san_llm.recipe.schema import AdapterMethod
 from san_llm.san.measured import stock_config
 
@@ -39,10 +39,10 @@ def faked_shape(config: Mapping[str, Any]) -> Shape:
     model = _model(config, "float32")
     refuse_other_tasks(config)
     linears = _linears(model)
-    numbers = sum(m.weight.numel() for m in linears.values())
+    numbers = sum(m.weight.numel() for m in linears)
     return Shape(
         hidden=config["hidden_size"],
-        inner=max(size for module in linears.values() for size in module.weight.shape),
+        inner=max(size for module in linears for size in module.weight.shape),
         blocks=config["num_hidden_layers"],
         heads=config.get("num_attention_heads", 1),  # Mamba has none
         q=config["hidden_size"],
@@ -88,8 +88,8 @@ def fake(
             trained,
             added,
             kept * BYTES[dtype] // BYTES[computed],
-            largest=max(module.weight.numel() for module in linears.values()),
-            rows=sum(max(module.weight.shape) for module in linears.values()),
+            largest=max(module.weight.numel() for module in linears),
+            rows=sum(max(module.weight.shape) for module in linears),
         )
     assert problem is not None
     raise InputError(
@@ -129,14 +129,14 @@ def _model(config: Mapping[str, Any], dtype: str) -> Any:
     return model.requires_grad_(False)
 
 
-def _linears(model: Any) -> dict[str, Any]:
+def _linears(model: Any) -> list[Any]:
     """Return what bitsandbytes would quantize of a model: every Linear but the output head."""
     head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
+    return [
+        module
+        for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
+    ]
 
 
 def _kind(name: str) -> str:
@@ -150,21 +150,11 @@ def _kind(name: str) -> str:
 def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
     rows = 1 if batch.packed else max(1, round(batch.tokens / batch.longest))
     length = batch.tokens if batch.packed else batch.longest
-    kept: dict[Any, int] = {}
-    alive: list[Tensor] = []  # else another tensor could get the place of one
-
-    def see(tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
-        if storage not in weights:
-            kept[storage] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)
-        return tensor
-
     from san_llm.san.experts import SanExperts  # not before the adapter: PEFT would not know SAN
 
     with FakeTensorMode(allow_non_fake_inputs=True), _tried():
         model.to_empty(device="cpu")
-        weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        weights = {storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         tokens = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if masked else None
         head = base.get_output_embeddings()
@@ -175,10 +165,9 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
                 layer.enable_adapters(False)  # what it scales: of up, of down's input and output
                 chosen = tokens.numel() * getattr(base.config, "num_experts_per_tok", 1)
                 beside += chosen * (3 * layer.inside + layer.d_in) * base.dtype.itemsize
-        hooks = torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor)
-        with hooks, instead_of_logits(head, base.config, lambda hidden, *_: hidden.sum()):
-            model(input_ids=tokens, use_cache=False, **given)
-    return sum(kept.values()) + beside
+        with instead_of_logits(head, base.config, lambda hidden, *_: hidden.sum()):
+            kept = saved_bytes(lambda: model(input_ids=tokens, use_cache=False, **given), weights)
+    return kept + beside
 
 
 @contextmanager
@@ -190,7 +179,3 @@ def _tried() -> Iterator[None]:
         yield
     finally:
         log.disabled = was
-
-
-def _storage(tensor: Tensor) -> Any:
-    return StorageWeakRef(tensor.untyped_storage())

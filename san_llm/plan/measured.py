@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from san_llm.architectures.decoders import DOWN, PARENTS, O
 from san_llm.models.tuners import on_meta, put_on
 from san_llm.plan.memory import WIDE, Measured
+from san_llm.plan.saved import saved_bytes, storage
 from san_llm.recipe.schema import PeftMethod
 
 _IN_BLOCK = re.compile(r"\.layers\.(\d+)\.")
@@ -109,27 +110,13 @@ def _called(layers: Mapping[str, Any], tokens: int) -> int:
         if group not in read:
             read[group] = weight.new_zeros(1, tokens, weight.shape[-1]).requires_grad_()
         calls.append((layer, read[group]))
-    own = {_storage(tensor) for layer in layers.values() for tensor in _held(layer)}
-    own |= {_storage(read[O])} if O in read else set()  # attention keeps what it gives
+    own = {storage(tensor) for layer in layers.values() for tensor in _held(layer)}
+    own |= {storage(read[O])} if O in read else set()  # attention keeps what it gives
     unadapted = [(layer.get_base_layer(), given) for layer, given in calls]
-    return _saved(calls, own) - _saved(unadapted, own)
+    adapted, plain = (saved_bytes(partial(_call, made), own) for made in (calls, unadapted))
+    return adapted - plain
 
 
-def _saved(calls: Iterable[tuple[Any, Tensor]], own: set[Any]) -> int:
-    kept: dict[Any, int] = {}
-    alive = []  # else another tensor could get the place of one
-
-    def see(tensor: Tensor) -> Tensor:
-        if (storage := _storage(tensor)) not in own:
-            kept[storage] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        for module, given in calls:
-            module(given)
-    return sum(kept.values())
-
-
-def _storage(tensor: Tensor) -> Any:
-    return StorageWeakRef(tensor.untyped_storage())  # a place, which without numbers has no address
+def _call(calls: Iterable[tuple[Any, Tensor]]) -> None:
+    for module, given in calls:
+        module(given)

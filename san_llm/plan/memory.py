@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from san_llm.architectures.decoders import DOWN, PARENTS, O
-from san_llm.architectures.lookup import is_known
 from san_llm.architectures.sizes import Shape
 from san_llm.launch.malloc import spares_memory
 from san_llm.recipe.schema import (
@@ -288,8 +287,6 @@ def graph_of(shape: Shape, method: SanMethod) -> PropagationGraph:
 
 
 def _targets(shape: Shape, method: AdapterMethod) -> list[str]:
-    if not is_known(shape.config["model_type"]):  # and nothing is told of its Linears
-        return []
     names = method.targets(shape.config["model_type"]) or []
     return [name for name in shape.linears if name in names]
 
