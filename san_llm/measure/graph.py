@@ -12,7 +12,9 @@ from san_llm.errors import InputError
 from san_llm.measure.maps import ChannelMap
 
 Place = Literal["block", "embedding", "outside"]
-TOWER = "the vision tower is left frozen"  # a note on a module
+# Notes on modules.
+OUTSIDE = "outside of the blocks"
+TOWER = "the vision tower is left frozen"
 
 
 @dataclass(frozen=True)

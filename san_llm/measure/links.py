@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from san_llm.measure.probe import Reach
 
 APART = 0.5  # of a channel's largest mover, the second largest at most: a norm's cross-talk is less
-WAKES = (
-    1.1  # times: a norm passes less of what is large (0.7 to 1), GELU before one more (1.5 to 2)
-)
+# Times: a norm passes less of what is large (0.7 to 1), GELU before one more (1.5 to 2).
+WAKES = 1.1
 STILL = 1e-6  # relative: a channel that moves by less does not move
 
 

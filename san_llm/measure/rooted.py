@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from san_llm.errors import InputError
-from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredModule
+from san_llm.measure.graph import OUTSIDE, TOWER, MeasuredGraph, MeasuredModule
 from san_llm.measure.probe import CONVOLUTIONS, channels_in, channels_out
 from san_llm.measure.units import path_of
 
 CONNECTOR = "the connector is left frozen; modules_to_save=[{!r}] trains it whole"
-HEAD = "outside of the blocks"
 TABLE = "pictures pass it by: the first block would have its scale for text, and none for pictures"
 FIRST = "it reads text from the embedding and pictures from the connector, and has one s for both"
 
@@ -111,7 +110,7 @@ def _beside(whole: Any, path: str) -> Iterator[MeasuredModule]:
     told = (f"{path}.", *(f"{name}." for name in connectors))
     for name, layer in _layers(whole):
         if not f"{name}.".startswith(told):
-            reason = next((why for part, why in reasons.items() if name.startswith(part)), HEAD)
+            reason = next((why for part, why in reasons.items() if name.startswith(part)), OUTSIDE)
             size = channels_out(layer), channels_in(layer)
             kind = type(layer).__name__
             yield MeasuredModule(name, kind, *size, "outside", reason, usable=False)

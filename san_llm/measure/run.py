@@ -15,7 +15,14 @@ from san_llm.errors import InputError, first_line
 from san_llm.files import cache_folder, code_sha256, key_of, read_json, write_json
 from san_llm.measure.copies import Copy, small_copies, without_numbers
 from san_llm.measure.experts import expert_sizes, is_experts, is_gated
-from san_llm.measure.graph import MeasuredGraph, MeasuredLink, MeasuredModule, Place, read_graph
+from san_llm.measure.graph import (
+    OUTSIDE,
+    MeasuredGraph,
+    MeasuredLink,
+    MeasuredModule,
+    Place,
+    read_graph,
+)
 from san_llm.measure.links import find_link
 from san_llm.measure.probe import Probe, Reach, channels_in, channels_out
 from san_llm.measure.rooted import language_model, reads_pictures_with_text, rooted
@@ -23,13 +30,13 @@ from san_llm.measure.units import Unit, find_units, list_of, path_of, representa
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 APART = "nothing near it writes its channels one for one"
-OUTSIDE = "outside of the blocks"
 EXPERTS = "experts that compute otherwise than down(act(gate) * up), for which SAN has no layer"
 TIED = "its weight is also that of "
 ROUTER = "the router, whose choice stays as it was"
 AFTER_EXPERTS = "experts write what it reads, each with channels of its own"
 ONE = "it writes one number, a gate or a score"
 INERT = "nothing reads what it writes"
+BARRED = (EXPERTS, INERT, ONE, ROUTER, TIED)  # what begins so cannot be adapted
 DEPTHWISE = "each of its channels reads itself alone, so that s would be a second gamma"
 
 
@@ -93,7 +100,7 @@ def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     try:
         order, links, notes = _links(first, 0)
         other_order, other_links, _ = _links(second, 1)
-        kept = _inert(first) | _tied(first)
+        kept = _inert(first) | _tied(first) | _routers(first)
     except Exception as error:  # a model's own code, of whatever kind
         raise InputError(f"{what}: a small copy cannot be measured: {first_line(error)}") from error
     if order != other_order:
@@ -262,7 +269,7 @@ def _inert(copy: Copy) -> dict[str, str]:
 
 
 def _tied(copy: Copy) -> dict[str, str]:
-    """Return whose weight it also is, by the names of modules that share one, as merges would."""
+    """Return whose weight it also is, by the names of modules of blocks that share one."""
     owners: dict[int, list[str]] = {}
     for name, module in copy.model.named_modules():
         if isinstance(module, (*KINDS, nn.Embedding)):
@@ -271,7 +278,24 @@ def _tied(copy: Copy) -> dict[str, str]:
         name: TIED + next(other for other in names if other != name)
         for names in owners.values()
         for name in names
-        if len(names) > 1
+        if len(names) > 1 and path_of(name)
+    }
+
+
+def _routers(copy: Copy) -> dict[str, str]:
+    """Return that it is a router, by the names of those that write a number for each expert."""
+    modules = dict(copy.model.named_modules())
+    counts = {
+        path_of(name): len(next(module.parameters(recurse=False)))
+        for name, module in modules.items()
+        if is_experts(module)
+    }
+    return {
+        name: ROUTER
+        for name, module in modules.items()
+        if isinstance(module, KINDS)
+        and path_of(name)
+        and channels_out(module) == counts.get(path_of(name))
     }
 
 
@@ -298,31 +322,16 @@ def _module(
     if module is _embedding(copy.model) or (place == "outside" and _feeds(name, links)):
         place = "embedding"  # of tokens, or of patches
     note = OUTSIDE if place == "outside" else notes.get(name)
-    usable = place != "outside" and note not in (INERT, EXPERTS)
-    usable = usable and not (place == "block" and str(note).startswith(TIED))
     d_out, d_in, experts = size
     if is_experts(module):
         kind, grouped = "Experts", True
     else:
         if place == "block" and d_out == 1:
-            note, usable = ONE, False
-        if place == "block" and channels_out(module) == _experts_beside(name, copy):
-            note, usable = ROUTER, False
+            note = ONE
         made = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
         kind, grouped = made.__name__, _is_depthwise(module)
+    usable = place != "outside" and not (note or "").startswith(BARRED)
     return MeasuredModule(name, kind, d_out, d_in, place, note, usable, grouped, experts)
-
-
-def _experts_beside(name: str, copy: Copy) -> int | None:
-    """Return how many experts a module's block has; None: none that are held as one."""
-    return next(
-        (
-            len(next(module.parameters(recurse=False)))
-            for other, module in copy.model.named_modules()
-            if is_experts(module) and path_of(other) == path_of(name)
-        ),
-        None,
-    )
 
 
 def _feeds(name: str, links: Mapping[str, MeasuredLink]) -> bool:
