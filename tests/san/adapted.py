@@ -214,6 +214,13 @@ def moved(model: Any) -> dict[str, Tensor]:
     return gammas
 
 
+def dense_linear(model: Any, name: str, gamma: Tensor, s: Tensor) -> dict[str, Tensor]:
+    """Return diag(gamma) W diag(s) and gamma b of a model's Linear, by their names."""
+    module = model.get_submodule(name)
+    made = {f"{name}.weight": gamma[:, None] * module.weight * s}
+    return made if module.bias is None else made | {f"{name}.bias": gamma * module.bias}
+
+
 def held_against_dense(
     base: Any,
     given: Mapping[str, Tensor],

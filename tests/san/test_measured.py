@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from san.adapted import held_against_dense, moved
+from san.adapted import dense_linear, held_against_dense, moved
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -193,25 +193,20 @@ def dense(model, gammas, family):
     weights = {}
     for name, gamma in gammas.items():
         block, relative = re.fullmatch(rf"{re.escape(where)}\.(\d+)\.(.+)", name).groups()
-        module = model.get_submodule(name)
         s = torch.ones(())
         if table[relative]:
             anterior, back, lay = table[relative]
             if int(block) >= back:
                 s = lay(gammas[f"{where}.{int(block) - back}.{anterior}"])
         if gamma.dim() == 2:  # an expert a row: gate, up and down
+            module = model.get_submodule(name)
             inside = module.down_proj.shape[2]
-            wide, up, down = (
-                gamma[:, : 2 * inside],
-                gamma[:, inside : 2 * inside],
-                gamma[:, 2 * inside :],
-            )
+            gate, up, down = gamma.split([inside, inside, gamma.shape[1] - 2 * inside], dim=1)
+            wide = torch.cat([gate, up], dim=1)
             weights[f"{name}.gate_up_proj"] = wide[:, :, None] * module.gate_up_proj * s
             weights[f"{name}.down_proj"] = down[:, :, None] * module.down_proj * up[:, None]
-            continue
-        weights[f"{name}.weight"] = gamma[:, None] * module.weight * s
-        if module.bias is not None:
-            weights[f"{name}.bias"] = gamma * module.bias
+        else:
+            weights |= dense_linear(model, name, gamma, s)
     return functional_call(model, weights, kwargs={"input_ids": IDS}).logits
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from san.adapted import DoubleGemmaNorm, DoubleNorm, held_against_dense, moved
+from san.adapted import DoubleGemmaNorm, DoubleNorm, dense_linear, held_against_dense, moved
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -149,10 +149,7 @@ def dense(model, gammas, family):
             s = shared_heads(gammas[f"{here}.self_attn.v_proj"])
         else:
             s = gammas[f"{here}.{'mlp.up' if last == 'down_proj' else 'self_attn.o'}_proj"]
-        module = model.get_submodule(name)
-        weights[f"{name}.weight"] = gamma[:, None] * module.weight * s
-        if module.bias is not None:
-            weights[f"{name}.bias"] = gamma * module.bias
+        weights |= dense_linear(model, name, gamma, s)
     return functional_call(model, weights, kwargs=row(family)).logits
 
 
