@@ -34,8 +34,14 @@ def in_order(modules: Iterable[str]) -> list[str]:
 
 
 def short_label(name: str) -> str:
-    """Return a module's name as drawings and trees show it: ``up``, ``qkv``, ``embed``."""
-    return name.rsplit(".", 1)[-1].removesuffix("_proj").replace(EMBEDDING, "embed")
+    """Return a module's name as drawings and trees show it: ``up``, ``qkv``, ``embed``.
+
+    One that the table does not know keeps all of its name in its block: a GPT-2 has two ``c_proj``.
+    """
+    block, within = place_of(name)
+    if block is None and within != EMBEDDING:
+        within = name
+    return within if "." in within else within.removesuffix("_proj").replace(EMBEDDING, "embed")
 
 
 def in_model_order(vectors: Iterable[str]) -> list[str]:

@@ -100,7 +100,7 @@ def _names(nodes: Sequence[Node]) -> _Names:
     for path, members in inside.items():
         relative = {name: name.removeprefix(path) for name in members}
         labels |= {name: _apart(own, relative.values()) for name, own in relative.items()}
-    return _Names(titles | {name: short_label(name) for name in outside}, labels, one)
+    return _Names(titles | {name: short_label(labels[name]) for name in outside}, labels, one)
 
 
 def _before_list(parts: list[str]) -> list[str]:
