@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -245,14 +246,21 @@ def _randomize(model: nn.Module) -> None:
                 parameter.uniform_(0.5, 1.5)
 
 
+def _picture(config: Any) -> torch.Tensor:
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", 32)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.randn(1, config.num_channels, height, width, dtype=torch.float64)
+
+
 def _row(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Return the arguments of a forward: one row of random tokens or a random picture."""
+    """Return the arguments of a forward: one row of random tokens, a random picture, or both."""
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
-        size = getattr(config, "image_size", 32)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {name: torch.randn(1, config.num_channels, height, width, dtype=torch.float64)}
+        return {name: _picture(config)}
     ids = torch.randint(VOCABULARY // 2, VOCABULARY, (1, TOKENS))
+    if "pixel_values" in signature(model.forward).parameters and hasattr(config, "vision_config"):
+        return {name: ids, "pixel_values": _picture(config)}
     if name == "input_features":
         size = (1, config.num_mel_bins, 2 * config.max_source_positions)
         return {name: torch.randn(size, dtype=torch.float64), "decoder_input_ids": ids}

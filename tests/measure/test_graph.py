@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, Olmo2ForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, Olmo2ForCausalLM, SiglipModel
 
 from san_llm.architectures.decoders import FAMILIES, LINKS
 from san_llm.errors import InputError
@@ -221,8 +221,29 @@ def test_a_convolution_over_time_is_no_stack_of_experts():
     assert not is_experts(nn.Conv1d(4, 8, 3))
 
 
-def test_a_model_that_cannot_be_copied_small_is_refused():
-    config = CONFIG_MAPPING["clip"]()
+def test_two_towers_have_a_graph_each():
+    part = {"num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4}
+    tower = part | {"image_size": 32, "patch_size": 16}
+    config = AutoConfig.for_model("siglip", vision_config=tower, text_config=part)
+    fed = measure(config, SiglipModel).into
+    for tower in ("vision_model", "text_model"):
+        block = f"{tower}.encoder.layers.0."
+        anteriors = {link.anterior for name, link in fed.items() if name.startswith(block)}
+        assert len(anteriors) == 4
+        assert all(anterior.startswith(tower) for anterior in anteriors)
+
+
+@pytest.mark.holds("refused")
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("siglip2", "no small copy of it can be made"),
+        ("swinv2", "no consistent propagation graph"),
+    ],
+)
+def test_a_model_that_is_not_understood_is_refused(family, said, record_property):
+    config = CONFIG_MAPPING[family]()
     assert issubclass(class_of(config), nn.Module)
-    with pytest.raises(InputError, match="model type 'clip': no small copy of it can be made"):
+    with pytest.raises(InputError, match=f"model type '{family}': {said}") as refused:
         measure(config)
+    record_property("why", refused.value)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from reference import ALL_LINKS, FOUR, SEVEN, dense_logits, dense_model, module_name
 from safetensors.torch import load_file
+from san import test_encoders, test_measured, test_pictures, test_pictures_with_text
 from san.adapted import FAMILIES, FUSED, adapt, family_model, logits, relative, text, vectors
 from san.test_lean import LOW_RANK, assert_same, kept_for_backward, loss_and_gradients
 from torch import Tensor, nn
@@ -53,6 +54,15 @@ def test_every_family_of_the_table_is_tested_here_and_described():
     assert re.findall(r"^\| `(\w+)` \| [A-Z]", page, re.MULTILINE) == list(decoders.FAMILIES)
 
 
+def test_the_page_says_of_every_model_type_what_is_held_of_it():
+    """Its table is written by scripts/make_families.py from what the tests came to."""
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (yes|NO|refused)", page, re.MULTILINE))
+    by_hand = (test_measured, test_encoders, test_pictures)
+    tested = {*EVERY, *test_pictures_with_text.FAMILIES}.union(*(made.WIRED for made in by_hand))
+    assert {family for family, held in rows.items() if held == "yes"} == tested
+
+
 @every_family
 @pytest.mark.parametrize("form", ["plain", "lean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -65,6 +75,7 @@ def test_it_starts_at_the_base_bit_for_bit(family, form, dtype):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.holds("dense", families=NEW)
 @settings(deadline=None, max_examples=40)
 @given(
     family=st.sampled_from(NEW),
@@ -99,6 +110,7 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(
         assert (ours - theirs).abs().max().item() < 1e-11 * largest
 
 
+@pytest.mark.holds("lean")
 @new_families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("carrier", ["scale", "lora", "dora"])
@@ -186,6 +198,7 @@ def test_the_lean_form_keeps_less_for_the_backward_pass(family):
     assert kept_for_backward(lean) < limit * kept_for_backward(frozen)
 
 
+@pytest.mark.holds("files")
 @every_family
 @pytest.mark.parametrize("carrier", ["scale", "dora"])
 def test_stock_transformers_loads_the_merged_model(family, carrier, tmp_path):
@@ -233,6 +246,7 @@ def test_merged_weights_are_the_dense_ones(family):
         assert relative(merged[name], dense[name]) < 1e-14, name
 
 
+@pytest.mark.holds("files")
 @every_family
 def test_the_adapter_comes_back_from_its_files(family, tmp_path):
     model = adapt(family_model(family, **TWO_BLOCKS))

@@ -73,6 +73,7 @@ subsets = st.lists(st.sampled_from(TARGETS), min_size=1, unique=True)
 kinds = st.one_of(st.lists(st.sampled_from(KINDS), unique=True), st.just("free"))
 
 
+@pytest.mark.holds("lean", families=FAMILIES)
 @settings(deadline=None, max_examples=40)
 @given(
     dtype=st.sampled_from(list(LENGTHS)),

@@ -210,6 +210,7 @@ def dense(model, gammas, family):
     return functional_call(model, weights, kwargs={"input_ids": IDS}).logits
 
 
+@pytest.mark.holds("dense", "files")
 @pytest.mark.parametrize("family", WIRED)
 def test_it_is_the_dense_model_in_logits_and_every_gradient(family, tmp_path):
     merged, theirs, gammas = held_against_dense(

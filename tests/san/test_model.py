@@ -50,6 +50,7 @@ from san_llm.san.options import CARRIERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:shift=True:UserWarning")
 
+LIKE_LLAMA = ("llama", "mistral", "qwen2")
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 OPTIONS = st.fixed_dictionaries(
     {
@@ -87,9 +88,10 @@ def trains_something(options: dict[str, Any], shift: bool) -> bool:
     return bool(links) and (linked or shift)
 
 
+@pytest.mark.holds("dense", families=LIKE_LLAMA)
 @settings(max_examples=150, deadline=None)
 @given(
-    family=st.sampled_from(["llama", "mistral", "qwen2"]),
+    family=st.sampled_from(LIKE_LLAMA),
     heads=st.sampled_from(sorted(HEADS)),
     head_dim=st.sampled_from([None, 4]),
     biases=st.booleans(),

@@ -17,29 +17,37 @@ from san_llm.errors import InputError
 BLOCKS = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
 BLOCKS |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 16}
 STAGES = {"image_size": 64, "patch_size": 4, "depths": [2, 2]}
+TOWERS = {"vision_config": BLOCKS, "text_config": {"num_hidden_layers": 1}}
 CONFIGS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "bos_token_id": 1,
              "eos_token_id": 1},
     "vit": BLOCKS,
+    "deit": BLOCKS | {"architectures": ["DeiTForImageClassification"]},
     "dinov2": BLOCKS | {"mlp_ratio": 2},
+    "clip": TOWERS,
+    "siglip": TOWERS,
     "swin": STAGES | {"embed_dim": 48, "num_heads": [4, 8], "window_size": 4},
     "convnext": STAGES | {"hidden_sizes": [32, 48], "num_stages": 2},
+    "convnextv2": STAGES | {"hidden_sizes": [32, 48], "num_stages": 2},
 }  # fmt: skip
 GPT2 = "transformer.h.{}."
-VIT = "vit.layers.{}."
-DINO = "dinov2.encoder.layer.{}."
 
 
-def vit_like(block, attention, fc1, fc2, blocks, embedding):
+def vit_like(block, embedding, attention="attention", o="o_proj"):
     wired = {}
-    for number in range(blocks):
+    for number in range(2):
         here, before = block.format(number), block.format(number - 1)
-        first = before + fc2 if number else embedding
+        first = before + "mlp.fc2" if number else embedding
         wired |= {f"{here}{attention}.{x}_proj": (first, None) for x in "qkv"}
-        wired[f"{here}{attention}.o_proj"] = (f"{here}{attention}.v_proj", None)
-        wired[here + fc1] = (f"{here}{attention}.o_proj", None)
-        wired[here + fc2] = (here + fc1, None)
+        wired[f"{here}{attention}.{o}"] = (f"{here}{attention}.v_proj", None)
+        wired[here + "mlp.fc1"] = (f"{here}{attention}.{o}", None)
+        wired[here + "mlp.fc2"] = (here + "mlp.fc1", None)
     return wired
+
+
+def tower_like():
+    block, embedding = "vision_model.encoder.layers.{}.", "vision_model.embeddings.patch_embedding"
+    return vit_like(block, embedding, "self_attn", "out_proj")
 
 
 def gpt2():
@@ -72,36 +80,35 @@ def swin():
     return wired
 
 
-def convnext():
+def convnext(stages):
     wired = {}
     for stage in range(2):
         for number in range(2):
-            here = f"convnext.encoder.stages.{stage}.layers.{number}."
+            here = f"{stages}.{stage}.layers.{number}."
             wired[here + "pwconv1"] = (here + "dwconv", None)
             wired[here + "pwconv2"] = (here + "pwconv1", None)
-    wired["convnext.encoder.stages.1.downsampling_layer.1"] = (
-        "convnext.encoder.stages.0.layers.1.pwconv2",
-        None,
-    )
+    wired[f"{stages}.1.downsampling_layer.1"] = (f"{stages}.0.layers.1.pwconv2", None)
     return wired
 
 
 WIRED = {
     "gpt2": gpt2(),
-    "vit": vit_like(VIT, "attention", "mlp.fc1", "mlp.fc2", 2,
-                    "vit.embeddings.patch_embeddings.projection"),
-    "dinov2": vit_like(DINO, "attention", "mlp.fc1", "mlp.fc2", 2,
-                       "dinov2.embeddings.patch_embeddings.projection"),
+    "vit": vit_like("vit.layers.{}.", "vit.embeddings.patch_embeddings.projection"),
+    "deit": vit_like("deit.layers.{}.", "deit.embeddings.patch_embeddings.projection"),
+    "dinov2": vit_like("dinov2.encoder.layer.{}.", "dinov2.embeddings.patch_embeddings.projection"),
+    "clip": tower_like(),
+    "siglip": tower_like(),
     "swin": swin(),
-    "convnext": convnext(),
-}  # fmt: skip
+    "convnext": convnext("convnext.encoder.stages"),
+    "convnextv2": convnext("convnextv2.encoder.stages"),
+}
 
 
 def small(family):
     torch.manual_seed(3)
     config = AutoConfig.for_model(family, **CONFIGS[family])
     made = AutoModelForCausalLM if family == "gpt2" else AutoModelForImageClassification
-    model = made.from_config(config, attn_implementation="eager" if family != "convnext" else None)
+    model = made.from_config(config, attn_implementation=None if "convnext" in family else "eager")
     model = model.double().eval()
     for parameter in model.parameters():
         if parameter.dim() < 2:
@@ -115,7 +122,7 @@ def inputs(family):
     torch.manual_seed(8)
     if family == "gpt2":
         return {"input_ids": torch.randint(3, 97, (2, 6))}
-    size = CONFIGS[family]["image_size"]
+    size = CONFIGS[family].get("vision_config", CONFIGS[family])["image_size"]
     return {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
 
 
@@ -141,6 +148,7 @@ def dense(model, gammas, family):
     return functional_call(model, weights, kwargs=inputs(family), tie_weights=False).logits
 
 
+@pytest.mark.holds("dense")
 @pytest.mark.parametrize("first", [False, True], ids=["", "with its embedding"])
 @pytest.mark.parametrize("family", WIRED)
 def test_it_is_the_dense_model_in_logits_and_every_gradient(family, first, tmp_path):

@@ -153,6 +153,7 @@ def dense(model, gammas, family):
     return functional_call(model, weights, kwargs=row(family)).logits
 
 
+@pytest.mark.holds("dense", "files")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_dense_model_in_logits_and_every_gradient(family, tmp_path):
     given = row(family)
@@ -288,13 +289,15 @@ def test_names_are_those_of_the_model_that_is_given():
     }
 
 
-def test_a_language_model_that_pictures_run_more_of_is_refused():
+@pytest.mark.holds("refused", families=["mllama"])
+def test_a_language_model_that_pictures_run_more_of_is_refused(record_property):
     tower = TOWER | {"num_global_layers": 1, "intermediate_layers_indices": [0]}
     config = AutoConfig.for_model(
         "mllama", text_config=TEXT | {"cross_attention_layers": [1]}, vision_config=tower
     )
-    with pytest.raises(InputError, match=r"text alone does not run .*layers\.1\.cross_attn"):
+    with pytest.raises(InputError, match=r"text alone does not run .*layers\.1\.cross_attn") as no:
         propagation_graph(config)
+    record_property("why", no.value)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "smolvlm", "gemma3", "qwen2_vl"])
