@@ -23,7 +23,7 @@ from prepare import swapped
 
 def write_rows(path: Path, count: int) -> None:
     """Write ``count`` different rows."""
-    from san_llm.data.rows import POCKET
+    from san_llm.data.sources import POCKET
 
     with path.open("w") as file:
         for number, row in enumerate(swapped(POCKET / "train.json", count)):

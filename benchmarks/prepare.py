@@ -44,7 +44,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from san_llm.data.encode import Encoding
-    from san_llm.data.rows import read_rows
+    from san_llm.data.sources import read_rows
     from san_llm.data.tokenized import Rows, encode_rows
     from san_llm.protocol.prompts import training_prompt
 

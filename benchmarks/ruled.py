@@ -18,7 +18,9 @@ from typing import Any
 from measured import write_results
 from pairs import PAIRS
 
-from san_llm.data.rows import POCKET, Row, read_task, test_file
+from san_llm.data.rows import Row
+from san_llm.data.sources import POCKET
+from san_llm.data.task_rows import read_task, test_file
 from san_llm.protocol.tasks import TASKS, Task
 
 OFTEN = ("which", "is", "are")

@@ -29,7 +29,7 @@ METHODS = ("trl-lora", "san-llm-lora", "san-llm-san")
 
 def chosen_rows(count: int) -> list[dict[str, str]]:
     """Return rows from all over the pocket set."""
-    from san_llm.data.rows import POCKET
+    from san_llm.data.sources import POCKET
 
     rows = json.loads((POCKET / "train.json").read_text())
     return rows[:: len(rows) // count][:count]

@@ -30,7 +30,7 @@ from tiny import rows, save_tiny, write_rows
 from tiny_gguf import gguf_model, write_gguf
 
 from san_llm.cli import app
-from san_llm.data.rows import POCKET
+from san_llm.data.sources import POCKET
 from san_llm.models.from_gguf import convert_gguf
 from san_llm.recipe.aliases import ALIASES, NONE
 from san_llm.recipe.read import parse_recipe

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from san_llm.data.rows import read_rows
+from san_llm.data.sources import read_rows
 from san_llm.errors import InputError
 from san_llm.recipe.read import load_recipe
 from san_llm.shown import plain

@@ -107,8 +107,8 @@ def test_what_is_installed_from_the_wheel_works_away_from_the_checkout(wheel, he
     assert address in Path("mine.yaml").read_text()
     assert Path(address.removeprefix("file://")).is_file()
     assert run(*command, "recipes", "check", "mine.yaml") == "mine.yaml: ok\n"
-    script = "from san_llm.data.rows import read_rows, training_files as files; "
-    assert int(run("-c", script + "print(len(read_rows(files('pocket')[0])))")) > 100
+    script = "from san_llm.data.sources import POCKET, read_rows; "
+    assert int(run("-c", script + "print(len(read_rows(POCKET / 'train.json')))")) > 100
 
 
 def test_the_citation_names_this_version_and_the_paper():

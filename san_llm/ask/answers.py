@@ -17,6 +17,7 @@ from san_llm.architectures.lookup import is_known
 from san_llm.ask.beam_search import BeamSearch
 from san_llm.ask.packed import can_pack, inner
 from san_llm.data.batches import pad_id
+from san_llm.data.ends import turn_end
 from san_llm.measure.behaviour import sees_padding
 from san_llm.models.rotary import alike_to
 
@@ -63,6 +64,7 @@ def answers(
     batch_size: int | None,
     answer: Callable[[int, str], str | None] | None = None,
     new_tokens: int = NEW_TOKENS,
+    chat: bool = False,
 ) -> Iterator[list[tuple[int, str]]]:
     """Give the answers to prompts as they are done, the longest prompt first.
 
@@ -76,6 +78,7 @@ def answers(
             match that more text cannot change. Given, texts may be cut short, and only the answers
             in them are the same as without.
         new_tokens: Tokens of an answer at most.
+        chat: Whether the prompts are conversations, which end as their template ends a turn.
 
     Yields:
         ``(prompt number, new text)`` of some prompts, of each once.
@@ -90,7 +93,7 @@ def answers(
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer, chat)
     read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
     search = BeamSearch(BEAMS, new_tokens, ends, read)
     # A prompt that may come to where its length decides how it is rotated is answered alone.
@@ -117,11 +120,13 @@ def answers(
                 torch.cuda.empty_cache()
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the tokens that end an answer: the model's own, and the one that training teaches."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat: bool) -> list[int]:
+    """Return the tokens that end an answer: the model's own, and those that training teaches."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    ends = own if isinstance(own, list) else [own]
-    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    if chat and tokenizer.chat_template:
+        ends.append(turn_end(tokenizer).token)
+    return sorted({end for end in ends if end is not None})
 
 
 @contextmanager

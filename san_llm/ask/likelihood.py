@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from san_llm.ask.packed import Prefix, can_pack, packed_forward, packing, shared_prefix
+from san_llm.data.encode import prompt_tokens
 from san_llm.errors import InputError
 from san_llm.measure.behaviour import taken
 from san_llm.ops.attention import added, attention
@@ -102,7 +103,7 @@ def encode_question(question: ChoiceQuestion, tokenizer: PreTrainedTokenizerFast
         # A chat template writes the start token itself.
         if bare or (start is not None and text.startswith(str(tokenizer.decode(start)))):
             return list(tokenizer.encode(text, add_special_tokens=False))
-        return list(tokenizer.encode(text))
+        return prompt_tokens(tokenizer, text)
 
     prompt = question.prompt.rstrip()
     if not prompt:

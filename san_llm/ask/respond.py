@@ -18,7 +18,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from san_llm.ask.answers import end_tokens, without_habits
 from san_llm.data.batches import pad_id
-from san_llm.data.encode import chat_prompt, evaluation_text
+from san_llm.data.encode import chat_prompt, evaluation_text, prompt_tokens
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
@@ -92,7 +92,7 @@ def question(
         InputError: when the style is ``chat`` and there is no chat template.
     """
     if style is None:
-        return prompt, tokenizer(prompt)["input_ids"]
+        return prompt, prompt_tokens(tokenizer, prompt)
     if style == "chat":
         refuse_no_template(tokenizer)
     return evaluation_text(
@@ -235,11 +235,11 @@ def respond(
         InputError: when the prompt fills the model's context.
     """
     fitting = room(tokens, model.config, tokenizer)
-    limit = sampling.new_tokens
+    limit, ends = sampling.new_tokens, end_tokens(model, tokenizer, chat=True)
     settings = GenerationConfig(
         max_new_tokens=limit if fitting is None else min(limit, fitting),
         do_sample=sampling.temperature > 0,
-        eos_token_id=end_tokens(model, tokenizer) or None,
+        eos_token_id=ends or None,
         pad_token_id=pad_id(tokenizer),
         # Where sampled, from all tokens: the library's own default would be the likeliest 50.
         **(
@@ -263,7 +263,7 @@ def respond(
             synced_gpus=world_size() > 1,  # a shard is needed until the last process is done
         )
     new = out[0, len(tokens) :].tolist()
-    ended = bool(new) and new[-1] in end_tokens(model, tokenizer)
+    ended = bool(new) and new[-1] in ends
     text = str(tokenizer.decode(new, skip_special_tokens=True))
     full = not ended and fitting is not None and len(new) >= fitting
     return Answer(by, text, len(new), ended, round(time.perf_counter() - began, 3), full)

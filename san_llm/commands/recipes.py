@@ -131,7 +131,7 @@ def check(
             wrong[file] = str(error).splitlines()
             continue
         try:
-            rows, _ = count_rows(recipe.data)
+            rows, _ = count_rows(recipe.data, recipe.training.seed)
             doubtful[file] = doubts(recipe, rows)
         except InputError as error:
             wrong[file] = [f"{file}: {error}"]

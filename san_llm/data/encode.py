@@ -2,7 +2,8 @@
 
 Which tokens are learned is decided by character offsets, not by the length of a separately
 tokenized prompt: a token that holds the first letter of the response belongs to the response, even
-where it begins with the prompt's last space.
+where it begins with the prompt's last space. What ends a turn is learned with it: the special token
+that a chat template writes behind an answer, else the tokenizer's end of text.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from san_llm.data.conversation import Answer, Written, render, turns_of, write_conversation
+from san_llm.data.ends import TurnEnd, turn_end
 from san_llm.data.rows import Row
-from san_llm.errors import InputError, first_line
+from san_llm.errors import InputError
 from san_llm.models.agree import refuse_past_embedding
 from san_llm.protocol.prompts import Frame, evaluation_prompt, training_prompt
 from san_llm.recipe.schema import Data
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-
-_Written = tuple[str, list[tuple[int, int]]]  # a text, and the character spans of its responses
 
 IGNORE = -100
 CHUNK = 4096  # rows at once: enough for every thread to have work, some 50 MB of encodings
@@ -41,6 +42,8 @@ class Labelled(NamedTuple):
         fate: What the cutoff did to the response.
         length: Tokens before the cutoff.
         supervised: Labels that are learned.
+        controls: What the row's own words say that is, as tokens, more than words: ``</s>``.
+        thoughts: Turns whose thinking the chat template leaves out.
     """
 
     tokens: list[int]
@@ -48,6 +51,8 @@ class Labelled(NamedTuple):
     fate: Literal["whole", "cut", "dropped"]
     length: int
     supervised: int
+    controls: tuple[str, ...] = ()
+    thoughts: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class Encoding:
         cutoff: Tokens kept of a row.
         workers: More than 1 tokenizes on several threads.
         vocabulary: Rows of the model's embedding, which no token may be past; None: not known.
+        learn: Of a conversation, ``all turns`` of the assistant or the ``last turn``.
+        special_tokens: What a control token in a row's own words becomes: that one of the
+            ``tokens``, or ``text``.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -69,6 +77,8 @@ class Encoding:
     cutoff: int
     workers: int = 1
     vocabulary: int | None = None
+    learn: str = "all turns"
+    special_tokens: str = "tokens"
 
     @property
     def unheld(self) -> int | None:
@@ -80,7 +90,16 @@ class Encoding:
 
 def encoding_of(data: Data, tokenizer: PreTrainedTokenizerFast, vocabulary: int | None) -> Encoding:
     """Return how a recipe's rows become tokens of a model with so many."""
-    return Encoding(tokenizer, data.prompt, data.loss, data.cutoff, data.workers, vocabulary)
+    return Encoding(
+        tokenizer,
+        data.prompt,
+        data.loss,
+        data.cutoff,
+        data.workers,
+        vocabulary,
+        data.learn,
+        data.special_tokens,
+    )
 
 
 def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
@@ -89,32 +108,25 @@ def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
     Raises:
         InputError: naming the row that the style cannot write or of which no token is made.
     """
-    tokenizer, style = encoding.tokenizer, encoding.style
-    eos = tokenizer.eos_token_id
+    tokenizer = encoding.tokenizer
     # One call sets what a tokenizer file may ask for otherwise: no cutoff, no padding.
     tokenizer("x", add_special_tokens=False, verbose=False)
-    backend, unheld = tokenizer.backend_tokenizer, encoding.unheld
-
-    def encode(chunk: Sequence[Row]) -> tuple[list[_Written], list[tokenizers.Encoding]]:
-        written = [_write(row, tokenizer, style) for row in chunk]
-        texts = [text for text, _ in written]
-        # A chat template writes its special tokens itself.
-        return written, backend.encode_batch(texts, add_special_tokens=style != "chat")
-
+    frame, unheld = _Frame(encoding), encoding.unheld
     left = iter(rows)
     # The tokenizer works on the next chunk while this one is labelled: it leaves Python free.
     with _threads(encoding.workers), ThreadPoolExecutor(1) as ahead:
         chunk = list(islice(left, CHUNK))
-        pending = ahead.submit(encode, chunk)
+        pending = ahead.submit(frame.encode, chunk)
         while chunk:
             following = list(islice(left, CHUNK))
-            written, encoded = pending.result()
-            pending = ahead.submit(encode, following)
-            for row, (text, spans), ids in zip(chunk, written, encoded, strict=True):
-                tokens, learned = _mark(row, text, spans, ids, eos)
+            encoded = pending.result()
+            pending = ahead.submit(frame.encode, following)
+            for row, (written, ids) in zip(chunk, encoded, strict=True):
+                tokens, learned, controls = frame.mark(row, written, ids)
                 if unheld is not None:
                     refuse_past_embedding(tokens, unheld, row.where, tokenizer)
-                yield _cut(tokens, learned, encoding.loss, encoding.cutoff)
+                labelled = _cut(tokens, learned, encoding.loss, encoding.cutoff)
+                yield labelled._replace(controls=controls, thoughts=written.thoughts_left_out)
             chunk = following
 
 
@@ -127,10 +139,10 @@ def evaluation_text(
         InputError: when the style is ``chat`` and the tokenizer has no chat template.
     """
     if style == "chat":
-        return chat_prompt(_turns(row)[:1], tokenizer, row.where)
+        return chat_prompt(turns_of(row)[:1], tokenizer, row.where)
     text = evaluation_prompt(style, row.instruction, row.context)
     if style != "llm-adapters-aligned":
-        return text, tokenizer(text)["input_ids"]
+        return text, prompt_tokens(tokenizer, text)
     # The exact training tokens before the response. The last space joins the response's first
     # letter in one token, so a response must stand there; which one makes no difference.
     encoding = tokenizer(text + "the", return_offsets_mapping=True)
@@ -142,8 +154,21 @@ def evaluation_text(
     return text, tokens
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return the tokens of a text that a model goes on from: no end token stands behind it.
+
+    A tokenizer that was saved with ``add_eos_token`` writes one.
+    """
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    tokens: list[int] = encoding["input_ids"]
+    begin, end = encoding["offset_mapping"][-1] if tokens else (0, 1)
+    if begin == end and tokens[-1] == tokenizer.eos_token_id and len(tokens) > 1:
+        del tokens[-1]
+    return tokens
+
+
 def chat_prompt(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, where: str
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, where: str
 ) -> tuple[str, list[int]]:
     """Return a conversation, after which the assistant goes on, in the chat template; its tokens.
 
@@ -156,7 +181,7 @@ def chat_prompt(
         InputError: when the tokenizer has no chat template, or that refuses the conversation.
     """
     check_tokenizer(tokenizer, "chat")
-    text = _render(tokenizer, turns, generate=True, where=where)
+    text = render(tokenizer, turns, where, ask=True)
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -192,51 +217,177 @@ def _threads(workers: int) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _write(row: Row, tokenizer: PreTrainedTokenizerFast, style: Frame) -> _Written:
-    """Return a row's whole text, and the character spans of its responses."""
-    if style == "chat":
-        return _chat_text(tokenizer, row)
-    if row.messages:
-        raise InputError(
-            f"{row.where}: a conversation cannot be written in the style {style!r}; "
-            "set data.prompt to chat"
-        )
-    prompt = training_prompt(style, row.instruction, row.context)
-    text = prompt + row.output
-    return text, [(len(prompt), len(text))]
+class _Frame:
+    """What stands around a row's words, with one tokenizer, and what is learned of them."""
 
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding, self._tokenizer = encoding, encoding.tokenizer
+        self._backend = encoding.tokenizer.backend_tokenizer
+        self._eos: int = encoding.tokenizer.eos_token_id
+        added = encoding.tokenizer.added_tokens_decoder
+        self._special = {number for number, token in added.items() if token.special}
+        self._special |= set(encoding.tokenizer.all_special_ids)
+        chat = encoding.style == "chat"
+        self._turn_end = turn_end(encoding.tokenizer) if chat else TurnEnd()
 
-def _mark(
-    row: Row, text: str, spans: list[tuple[int, int]], encoding: tokenizers.Encoding, eos: int
-) -> tuple[list[int], Sequence[int]]:
-    """Return a row's tokens, an end token among them, and the places of those to learn."""
-    tokens: list[int] = encoding.ids
-    if len(spans) == 1 and spans[0][1] == len(text):
-        # One response that ends the text: from the token of its first letter on. Where that letter
-        # or the last one makes no token, or special tokens follow, all offsets are looked at.
-        begin = encoding.char_to_token(spans[0][0])
-        end = encoding.token_to_chars(len(tokens) - 1) if tokens else None
-        if begin is not None and end is not None and end[1] == len(text):
-            if tokens[-1] != eos:
-                tokens.append(eos)
-            return tokens, range(begin, len(tokens))
-    learned = [
-        place
-        for place, (start, end) in enumerate(encoding.offsets)
-        if any(start < last and end > first and end > start for first, last in spans)
-    ]
-    if not learned:
-        raise InputError(
-            f"{row.where}: the tokenizer makes no tokens of its response, so there is nothing "
-            "to learn"
-        )
-    ends = learned[-1]
-    if tokens[ends] != eos:
-        # What follows the last response (a newline of the chat template, say) stays unlearned.
-        if eos not in tokens[ends + 1 :]:
-            tokens.append(eos)
-        learned.append(tokens.index(eos, ends + 1))
-    return tokens, learned
+    def encode(self, rows: Sequence[Row]) -> list[tuple[Written, tokenizers.Encoding]]:
+        """Return rows as texts, and as tokens of those."""
+        written = [self._write(row) for row in rows]
+        made: dict[int, tokenizers.Encoding] = {}
+        # A chat template writes its special tokens itself.
+        for templated in (False, True):
+            places = [n for n, one in enumerate(written) if one.templated == templated]
+            texts = [written[place].text for place in places]
+            encoded = self._backend.encode_batch(texts, add_special_tokens=not templated)
+            made |= dict(zip(places, encoded, strict=True))
+        return [(one, made[number]) for number, one in enumerate(written)]
+
+    def _write(self, row: Row) -> Written:
+        """Return a row's whole text, and which of its characters are learned."""
+        style = self._encoding.style
+        if row.text:
+            prompt, text = "", row.text
+        elif style == "chat":
+            last_alone = self._encoding.learn == "last turn"
+            return write_conversation(self._tokenizer, row, last_alone)
+        elif row.messages:
+            raise InputError(
+                f"{row.where}: a conversation cannot be written in the style {style!r}; "
+                "set data.prompt to chat"
+            )
+        else:
+            prompt = training_prompt(style, row.instruction, row.context)
+            text = prompt + row.output
+        return Written(text, (Answer(len(prompt), len(text)),), ((0, len(text)),))
+
+    def mark(
+        self, row: Row, written: Written, encoding: tokenizers.Encoding
+    ) -> tuple[list[int], Sequence[int], tuple[str, ...]]:
+        """Return a row's tokens, the places of those to learn, and its own control tokens."""
+        tokens: list[int] = encoding.ids
+        if not written.templated:
+            # One response that ends the text: from the token of its first letter on. Where that
+            # letter or the last one makes no token, or control tokens are in it, all are looked at.
+            end = encoding.token_to_chars(len(tokens) - 1) if tokens else None
+            begin = encoding.char_to_token(written.answers[0].begin)
+            plain = self._special.isdisjoint(tokens[1:])
+            if plain and begin is not None and end is not None and end[1] == len(written.text):
+                tokens.append(self._eos)
+                return tokens, range(begin, len(tokens)), ()
+        return self._mark_each(row, written, encoding)
+
+    def _mark_each(
+        self, row: Row, written: Written, encoding: tokenizers.Encoding
+    ) -> tuple[list[int], Sequence[int], tuple[str, ...]]:
+        """Return the same by looking at each token's characters."""
+        text, tokens, offsets = written.text, encoding.ids, encoding.offsets
+        controls = self._controls(tokens, offsets, written)
+        said = tuple(text[slice(*offsets[place])] for place in controls)
+        if controls and self._encoding.special_tokens == "text":
+            tokens, offsets = self._as_text(text, tokens, offsets, controls)
+            controls = []
+        learned: list[int] = []
+        for answer in written.answers:
+            places = [
+                place
+                for place, (start, end) in enumerate(offsets)
+                if start < answer.end and end > answer.begin and end > start
+            ]
+            if not places:
+                raise InputError(
+                    f"{row.where}: the tokenizer makes no tokens of its response, so there is "
+                    "nothing to learn"
+                )
+            last = self._ends(text, tokens, offsets, answer, places[-1], set(controls))
+            learned += range(places[0], last + 1)
+        return tokens, learned, said
+
+    def _controls(
+        self,
+        tokens: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        written: Written,
+    ) -> list[int]:
+        """Return the places of special tokens that a row's own words have made.
+
+        An end of text that ends an answer is none: some write it there themselves.
+        """
+        ends = {answer.end for answer in written.answers}
+        return [
+            place
+            for place, token in enumerate(tokens)
+            if token in self._special
+            and offsets[place][0] < offsets[place][1]
+            and any(a <= offsets[place][0] and offsets[place][1] <= b for a, b in written.own)
+            and not (token == self._eos and offsets[place][1] in ends)
+        ]
+
+    def _as_text(
+        self,
+        text: str,
+        tokens: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        controls: Sequence[int],
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return tokens in which control tokens are written out, and their characters."""
+        from tokenizers import Tokenizer
+
+        words = Tokenizer.from_str(self._backend.to_str())
+        words.encode_special_tokens = True
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for place, (token, span) in enumerate(zip(tokens, offsets, strict=True)):
+            if place not in controls:
+                ids.append(token)
+                spans.append(span)
+                continue
+            # Behind a letter, so that no tokenizer begins it as it would a text.
+            inner = words.encode(f"x{text[slice(*span)]}", add_special_tokens=False)
+            made = [t for t, (begin, _) in zip(inner.ids, inner.offsets, strict=True) if begin]
+            ids += made
+            spans += [span] * len(made)
+        return ids, spans
+
+    def _ends(
+        self,
+        text: str,
+        tokens: list[int],
+        offsets: list[tuple[int, int]],
+        answer: Answer,
+        last: int,
+        controls: set[int],
+    ) -> int:
+        """Return the place of what ends a turn; the end of text is put where nothing else does.
+
+        Args:
+            text: All of it.
+            tokens: Its tokens; what a template writes behind the last answer may be cut off.
+            offsets: Their characters.
+            answer: What the turn says.
+            last: The place of its last token.
+            controls: Places of tokens that end nothing: words of the row.
+        """
+        end, behind = answer.end, text[answer.end :]
+        if self._turn_end.text and behind.lstrip().startswith(self._turn_end.text):
+            end = len(text) - len(behind.lstrip()) + len(self._turn_end.text)
+            while last + 1 < len(tokens) and answer.end <= offsets[last + 1][0] < end:
+                last += 1
+        if tokens[last] == self._eos and last not in controls:
+            return last  # the answer brings it along
+        ends = self._special - {self._tokenizer.bos_token_id} | {self._eos}
+        for place in range(last + 1, len(tokens)):
+            if tokens[place] in ends and place not in controls:
+                if not answer.called or tokens[place] in (self._turn_end.token, self._eos):
+                    return place
+            elif not answer.called and not text[slice(*offsets[place])].isspace():
+                break
+        if answer.called or not text[end:].strip():
+            if not answer.called:
+                del tokens[last + 1 :], offsets[last + 1 :]
+            tokens.append(self._eos)
+            offsets.append((len(text), len(text)))
+            return len(tokens) - 1
+        return last
 
 
 def _cut(tokens: list[int], learned: Sequence[int], loss: str, cutoff: int) -> Labelled:
@@ -257,50 +408,3 @@ def _cut(tokens: list[int], learned: Sequence[int], loss: str, cutoff: int) -> L
     places = {place for place in kept if place}
     labels = [token if place in places else IGNORE for place, token in enumerate(tokens)]
     return Labelled(tokens, labels, fate, length, len(places))
-
-
-def _turns(row: Row) -> list[dict[str, str]]:
-    if row.messages:
-        return [{"role": role, "content": content} for role, content in row.messages]
-    question = f"{row.instruction}\n\n{row.context}" if row.context else row.instruction
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": row.output},
-    ]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], generate: bool, where: str
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-    except Exception as error:  # a template is a program: roles that must alternate, or a bug
-        first = first_line(error)
-        raise InputError(
-            f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {first}"
-        ) from None
-    return str(text)
-
-
-def _chat_text(tokenizer: PreTrainedTokenizerFast, row: Row) -> _Written:
-    """Return a conversation in the chat template, and the character spans of its responses."""
-    turns = _turns(row)
-    text = _render(tokenizer, turns, generate=False, where=row.where)
-    spans = []
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        if number == 0:
-            raise InputError(
-                f"{row.where}: begins with the assistant's message; a user's must come first"
-            )
-        before = _render(tokenizer, turns[:number], generate=True, where=row.where)
-        after = _render(tokenizer, turns[: number + 1], generate=False, where=row.where)
-        if not (text.startswith(before) and text.startswith(after)):
-            raise InputError(
-                f"{row.where}: the chat template of {tokenizer.name_or_path} rewrites earlier "
-                "turns, so the responses cannot be told apart; choose another data.prompt"
-            )
-        # The template's end-of-turn text is learned, the line break after it is not.
-        spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
-    return text, spans

@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice, tee
+from itertools import groupby, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from san_llm.data.encode import IGNORE, Encoding, check_tokenizer, encoding_of, label_rows
-from san_llm.data.rows import Row, read_task, stream_rows, test_file, training_files
-from san_llm.data.task_rows import read_own_rows
+from san_llm.data.rows import Row
+from san_llm.data.split import stream_training
+from san_llm.data.task_rows import read_own_rows, read_task, test_file
 from san_llm.errors import InputError
 from san_llm.models.load import load_tokenizer
 from san_llm.models.locate import find_base
@@ -152,7 +153,6 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     Raises:
         InputError: for a row that is wrong, or a tokenizer that cannot serve.
     """
-    files = training_files(recipe.data.train)
     tests = {}
     for name in recipe.evaluation.tasks:
         try:
@@ -166,14 +166,14 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             say(f"not compared with test rows: {error}")
     data = recipe.data
     about = {
-        "files": ", ".join(map(str, files)),
+        "files": ", ".join(source.label for source in data.sources),
         "tokenizer": recipe.base.model,
         "prompt": data.prompt,
         "loss": data.loss,
         "cutoff": data.cutoff,
         "test rows": recipe.evaluation.data,
     }
-    rows = islice(chain.from_iterable(map(stream_rows, files)), data.limit)
+    rows = stream_training(data, recipe.training.seed)
     found = find_base(recipe.base)
     tokenizer = load_tokenizer(found, date=data.date)
     encoding = encoding_of(data, tokenizer, found.vocabulary)
@@ -226,7 +226,7 @@ def inspect(
             supervised += seen.supervised
         # Of a conversation the last turn is the response.
         questions.append(hash((row.instruction, row.context, row.messages[:-1])))
-        whole.append(hash((row.instruction, row.context, row.output, row.messages)))
+        whole.append(hash(row))
         if row.answer:
             counter = answers.setdefault(_group(row), Counter())
             if row.answer in counter or len(counter) <= MOST_ANSWERS:
@@ -274,7 +274,7 @@ def _grams(row: Row) -> Iterator[int]:
     for lead in set(LEADS.values()):
         text = text.removeprefix(lead)
     text = text.rpartition("Answer format: ")[0] or text
-    text = " ".join([text, row.context, *(content for _, content in row.messages)])
+    text = " ".join([text, row.context, *(turn.content for turn in row.messages), row.text])
     words = re.findall(r"\w+", text.lower())
     return map(hash, zip(*(words[start:] for start in range(GRAM)), strict=False))
 

@@ -7,14 +7,13 @@ comes in several formats, the first of ``FORMATS`` is taken.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from san_llm.data.rows import stream_values
+from san_llm.data.values import stream_values
 from san_llm.errors import InputError, first_line
 from san_llm.protocol.tasks import TASKS, Task
 
@@ -164,47 +163,9 @@ def _one_set(files: list[Path]) -> list[Path]:
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_values(path)
-    elif suffix in (".tsv", ".csv"):
-        yield from _table_values(path)
-    else:
-        yield from stream_values(path)
-
-
-def _parquet_values(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for value in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", value
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file: {first_line(error)}") from None
-
-
-class _Tabs(csv.excel_tab):
-    quoting = csv.QUOTE_NONE
-
-
-def _table_values(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, dialect=_Tabs if path.suffix == ".tsv" else "excel")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{path}: line {reader.line_num}: not {len(reader.fieldnames or ())} "
-                        "columns, as the first line has"
-                    )
-                yield f"line {reader.line_num}", _from_openbookqa(row)
-    except (csv.Error, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
+    table = path.suffix.lower() in (".tsv", ".csv")
+    for where, value in stream_values(path):
+        yield where, _from_openbookqa(value) if table else value
 
 
 def _from_openbookqa(row: dict[str, str]) -> dict[str, Any]:

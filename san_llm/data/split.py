@@ -3,26 +3,81 @@
 from __future__ import annotations
 
 import random
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from san_llm.data.rows import Row, read_rows, stream_rows, training_files
+from san_llm.data.rows import Row
+from san_llm.data.sources import file_of, source_sha256, stream_source
 from san_llm.errors import InputError
 from san_llm.files import sha256_of
-from san_llm.recipe.schema import Data, Recipe
+from san_llm.recipe.schema import Data, Recipe, Source
+
+HELD_OUT, OF = 120, 10  # held out where a recipe does not say how many; of fewer rows, one in OF
 
 
-def check_held_out(held_out: int, rows: int) -> None:
-    """Refuse to take more of the training rows out than leave one.
+@dataclass(frozen=True)
+class Taken:
+    """What a source gives.
+
+    Attributes:
+        source: What messages call it.
+        there: Rows that it has, up to its limit.
+        taken: Rows of it in the mix.
+        shapes: How many of its rows were read as what.
+    """
+
+    source: str
+    there: int
+    taken: int
+    shapes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a recipe.
+
+    Attributes:
+        train: Those that are learned from.
+        held_out: Those that judge.
+        parts: How many of these are of each file, by name, in order; empty where they were taken
+            out of the training rows.
+        sha256: The sha256 of each file that rows came from.
+        taken: What each source gives.
+        duplicates: Training rows that say the same as one before.
+        twins: Held-out rows that a training row says, too.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    sha256: dict[str, str]
+    parts: dict[str, int] = field(default_factory=dict)
+    taken: tuple[Taken, ...] = ()
+    duplicates: int = 0
+    twins: int = 0
+
+
+def held_out_count(data: Data, rows: int) -> int:
+    """Return how many of the training rows are held out.
 
     Raises:
-        InputError: naming how many there may be.
+        InputError: when none would be left to train on.
     """
-    if held_out >= rows:
+    if data.held_out_files:
+        return 0
+    wanted = data.held_out
+    if wanted is None:
+        wanted = min(HELD_OUT, rows // OF)
+    elif isinstance(wanted, float):
+        wanted = max(1, round(wanted * rows))
+    assert isinstance(wanted, int)
+    if wanted >= rows:
         raise InputError(
-            f"data.held_out: {held_out} of {rows} rows leave none to train on; "
-            f"expected 0 to {rows - 1}, or a file"
+            f"data.held_out: {wanted} of {rows} rows leave none to train on; "
+            f"expected 0 to {rows - 1}, a share, or a file"
         )
+    return wanted
 
 
 def refuse_no_rows(data: Data) -> None:
@@ -31,63 +86,129 @@ def refuse_no_rows(data: Data) -> None:
     Raises:
         InputError: naming the file and what is wrong with it.
     """
-    for file in training_files(data.train):
-        next(stream_rows(file))
+    for source in data.sources:
+        next(stream_source(source))
     _refuse_no_held_out(data)
 
 
-def count_rows(data: Data) -> tuple[int | None, str | None]:
+def count_rows(data: Data, seed: int = 0) -> tuple[int | None, str | None]:
     """Return the rows that are trained on, or the file of them that is not here to be counted.
 
     Raises:
         InputError: when a row is wrong, or the rows that are here cannot be held out as asked.
     """
-    files = training_files(data.train)
-    for file in files:
-        if not file.exists():
+    for source in data.sources:
+        file = file_of(source)
+        if file is not None and not file.exists():
             return None, str(file)
-    rows = sum(1 for _ in chain.from_iterable(map(stream_rows, files)))
-    rows = min(rows, data.limit or rows)
-    if isinstance(data.held_out, int):
-        check_held_out(data.held_out, rows)
-        rows -= data.held_out
+    rows = sum(1 for _ in stream_training(data, seed))
     _refuse_no_held_out(data)
-    return rows, None
+    return rows - held_out_count(data, rows), None
+
+
+def stream_training(data: Data, seed: int, taken: list[Taken] | None = None) -> Iterator[Row]:
+    """Give the training rows, source after source, the mix as ``weight`` says.
+
+    Args:
+        data: The recipe's.
+        seed: Draws the rows of a source that is not taken whole.
+        taken: Gets what each source gives, as it ends.
+
+    Raises:
+        InputError: for a row that is wrong.
+    """
+    counts = _counts(data)
+    given, seen = 0, set[int]()
+    for number, source in enumerate(data.sources):
+        chosen = None
+        if counts is not None:
+            there, wanted = counts[number]
+            chosen = set(random.Random(f"{seed} {number}").sample(range(there), wanted))
+        rows = took = 0
+        shapes: Counter[str] = Counter()
+        for place, row in enumerate(stream_source(source)):
+            rows += 1
+            if chosen is not None and place not in chosen:
+                continue
+            if data.drop_duplicates:
+                if hash(row) in seen:
+                    continue
+                seen.add(hash(row))
+            if given == data.limit:
+                break
+            given += 1
+            took += 1
+            shapes[row.shape] += 1
+            yield row
+        if taken is not None:
+            taken.append(Taken(source.label, rows, took, dict(shapes)))
+
+
+def _counts(data: Data) -> list[tuple[int, int]] | None:
+    """Return for each source how many rows it has and how many are drawn; None: all of them.
+
+    The source that has the fewest rows for its weight is taken whole, the others in proportion.
+    """
+    weights = [source.weight for source in data.sources]
+    if None in weights:
+        return None
+    there = [sum(1 for _ in stream_source(source)) for source in data.sources]
+    scale = min(rows / weight for rows, weight in zip(there, weights, strict=True) if weight)
+    return [
+        (rows, min(rows, round(scale * (weight or 0))))
+        for rows, weight in zip(there, weights, strict=True)
+    ]
 
 
 def _refuse_no_held_out(data: Data) -> None:
-    if isinstance(data.held_out, str):
+    for source in _held_out_sources(data):
         try:
-            for _ in stream_rows(Path(data.held_out)):
+            for _ in stream_source(source):
                 pass
         except InputError as error:
             raise InputError(f"data.held_out: {error}") from None
 
 
-def split_held_out(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, str]]:
-    """Return training rows, held-out rows, and the sha256 of each file they came from.
+def _held_out_sources(data: Data) -> list[Source]:
+    return [Source(path=file, columns=data.columns) for file in data.held_out_files]
+
+
+def split_held_out(recipe: Recipe) -> Split:
+    """Return a recipe's training rows and its held-out rows, and where they came from.
 
     Raises:
         InputError: when a file is wrong, or has no rows left to train on.
     """
-    data = recipe.data
-    rows = [row for file in training_files(data.train) for row in read_rows(file)][: data.limit]
-    if isinstance(data.held_out, str):
-        held_out = read_rows(Path(data.held_out))
+    data, seed = recipe.data, recipe.training.seed
+    taken: list[Taken] = []
+    rows = list(stream_training(data, seed, taken))
+    parts = {}
+    if data.held_out_files:
+        held_out = []
+        for source in _held_out_sources(data):
+            part = list(stream_source(source))
+            parts[source.label] = len(part)
+            held_out += part
     else:
-        check_held_out(data.held_out, len(rows))
-        chosen = set(random.Random(recipe.training.seed).sample(range(len(rows)), data.held_out))
+        count = held_out_count(data, len(rows))
+        chosen = set(random.Random(seed).sample(range(len(rows)), count))
         held_out = [row for number, row in enumerate(rows) if number in chosen]
         rows = [row for number, row in enumerate(rows) if number not in chosen]
-    return rows, held_out, rows_sha256(data)
+    different = set(rows)
+    twins = sum(row in different for row in held_out)
+    duplicates = len(rows) - len(different)
+    return Split(rows, held_out, rows_sha256(data), parts, tuple(taken), duplicates, twins)
 
 
 def row_files(data: Data) -> list[Path]:
-    """Return the files of a recipe's rows: those that are learned from, then the held-out ones."""
-    held_out = [Path(data.held_out)] if isinstance(data.held_out, str) else []
-    return training_files(data.train) + held_out
+    """Return the files of a recipe's rows that are here: those learned from, then the held-out."""
+    files = [file for source in data.sources if (file := file_of(source)) is not None]
+    return files + [Path(file) for file in data.held_out_files]
 
 
 def rows_sha256(data: Data) -> dict[str, str]:
-    """Return the sha256 of each of ``row_files``, by its name."""
-    return {str(file): sha256_of(file) for file in row_files(data)}
+    """Return the sha256 of each file that rows come from, by its name."""
+    made: dict[str, str] = {}
+    for source in data.sources:
+        made |= source_sha256(source)
+    return made | {file: sha256_of(Path(file)) for file in data.held_out_files}

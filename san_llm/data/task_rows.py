@@ -1,16 +1,61 @@
-"""The rows of a task of one's own: columns by name, or the shapes that training reads."""
+"""Test rows: of the eight tasks, and of tasks of one's own, by columns or in training's shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from san_llm.data.rows import Row, read_row, stream_values
+from san_llm.data.rows import Row
+from san_llm.data.shapes import read_row
+from san_llm.data.sources import POCKET, read_rows
+from san_llm.data.values import stream_values
 from san_llm.errors import InputError, did_you_mean, first_line, nearest_file
 from san_llm.protocol.neutral import chunks
+from san_llm.protocol.tasks import Task
 from san_llm.recipe.task_file import TEXT, OwnTask, places
+
+
+def test_file(data: str, task: Task) -> Path:
+    """Return the file with a task's test rows in ``data``: ``pocket`` or a directory.
+
+    Raises:
+        InputError: when the directory or the task's file is not there.
+    """
+    folder = POCKET if data == "pocket" else Path(data)
+    if not folder.is_dir():
+        raise InputError(
+            f"{data}: no such directory; expected 'pocket' or one with <task>/test.json"
+        )
+    for name in (task.name, *task.aliases):
+        path = folder / name / "test.json"
+        if path.is_file():
+            return path
+    have = sorted(path.parent.name for path in folder.glob("*/test.json"))
+    raise InputError(
+        f"{folder / task.name / 'test.json'}: no such file; "
+        f"{data} has {', '.join(have) if have else 'no <task>/test.json at all'}"
+    )
+
+
+def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
+    """Return a task's test rows: every answer must be one that the task can have.
+
+    Raises:
+        InputError: as :func:`read_rows`, and for a missing or impossible answer.
+    """
+    rows = read_rows(path, limit)
+    for number, row in enumerate(rows, start=1):
+        if row.messages:
+            raise InputError(f"{path}: row {number}: a conversation; {task.name} has instructions")
+        if row.answer not in task.answers:
+            answer = repr(row.answer) if row.answer else "no 'answer'"
+            raise InputError(
+                f"{path}: row {number}: found {answer}, expected one of {', '.join(task.answers)}"
+            )
+    return rows
 
 
 def read_own_rows(task: OwnTask) -> list[Row]:
@@ -30,7 +75,7 @@ def read_own_rows(task: OwnTask) -> list[Row]:
     for where, value in stream_values(task.rows):
         at = f"{task.rows}: {where}"
         if columns == (None, None, None):
-            row = read_row(task.rows, where, value)
+            row = read_row(task.rows, where, value, None)
         else:
             row = _by_columns(task, at, value)
         rows.append(_with_choices(task, at, _with_answer(task, row), value))

@@ -7,9 +7,9 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-FORMAT = 3  # part of the cache key: raise it when the same rows give other tokens or other files
+FORMAT = 4  # part of the cache key: raise it when the same rows give other tokens or other files
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,18 @@ class Encoded:
         dropped: Rows whose response was cut away whole.
         cut: Rows that lost a part of their response, its end token with it.
         supervised: Labels that are learned, in all.
+        controls: Rows that have a control token in their own words.
+        control: The first of these tokens, as it is written.
+        thoughts: Turns whose thinking the chat template leaves out.
     """
 
     rows: Dataset
     dropped: int
     cut: int
     supervised: int
+    controls: int = 0
+    control: str = ""
+    thoughts: int = 0
 
 
 def encode_rows(rows: Sequence[Row], encoding: Encoding) -> Encoded:
@@ -118,6 +124,7 @@ def _key(rows: Sequence[Row], encoding: Encoding) -> str:
     # Tokens that were kept for a larger embedding are looked at again for a smaller one.
     digest.update(json.dumps(encoding.unheld).encode())
     settings = {"style": style, "loss": encoding.loss, "cutoff": encoding.cutoff}
+    settings |= {"learn": encoding.learn, "special_tokens": encoding.special_tokens}
     for value in (
         {"format": FORMAT, "special": special, **settings},
         tokenizer.backend_tokenizer.to_str(),
@@ -126,25 +133,36 @@ def _key(rows: Sequence[Row], encoding: Encoding) -> str:
         digest.update(json.dumps(value, sort_keys=True).encode())
     for start in range(0, len(rows), CHUNK):
         content = [
-            (row.instruction, row.context, row.output, row.messages)
+            (
+                row.instruction,
+                row.context,
+                row.output,
+                row.text,
+                row.tools,
+                *map(astuple, row.messages),
+            )
             for row in rows[start : start + CHUNK]
         ]
         digest.update(json.dumps(content).encode())
     return digest.hexdigest()[:32]
 
 
-def _write_encoded(folder: Path, labelled: Iterator[Labelled], key: str) -> dict[str, int]:
+def _write_encoded(folder: Path, labelled: Iterator[Labelled], key: str) -> dict[str, Any]:
     """Write the rows that are not dropped; return and write what became of all."""
     import datasets
     import numpy as np
     import pyarrow as pa
 
     fates: Counter[str] = Counter()
-    supervised = 0
+    supervised = controls = thoughts = 0
+    control = ""
     # Flat, in 4 bytes a token: 170,000 rows are 110 MB, where lists of Python numbers are 1 GB.
     tokens, labels, ends = array("i"), array("i"), array("i", [0])
     for row in labelled:
         fates[row.fate] += 1
+        controls += bool(row.controls)
+        control = control or next(iter(row.controls), "")
+        thoughts += row.thoughts
         if row.fate != "dropped":
             tokens.extend(row.tokens)
             labels.extend(row.labels)
@@ -155,7 +173,14 @@ def _write_encoded(folder: Path, labelled: Iterator[Labelled], key: str) -> dict
         for name, values in (("input_ids", tokens), ("labels", labels))
     }
     datasets.Dataset(pa.table(columns), fingerprint=key).save_to_disk(folder)
-    counts = {"dropped": fates["dropped"], "cut": fates["cut"], "supervised": supervised}
+    counts = {
+        "dropped": fates["dropped"],
+        "cut": fates["cut"],
+        "supervised": supervised,
+        "controls": controls,
+        "control": control,
+        "thoughts": thoughts,
+    }
     write_json(folder / "fates.json", counts)
     return counts
 

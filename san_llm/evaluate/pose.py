@@ -133,8 +133,7 @@ def _posed(
             answers = offered(task, row.instruction, row.answer) if way != "generate" else ()
             yield Item(task, way, number, row, text, tokens, answers)
         return
-    usual: Frame = "none" if task.rows.suffix.lower() == TEXT else settings.prompt
-    frame, way = task.says.prompt or usual, SCORED.get(task.says.judge, "generate")
+    frame, way = _frame(task, settings), SCORED.get(task.says.judge, "generate")
     if way == "loss":
         yield from _with_labels(task, rows, frame, tokenizer)
         return
@@ -143,6 +142,14 @@ def _posed(
         if way == "choice" and frame == "none":
             text = training_prompt(frame, row.instruction, row.context)  # a space, then the choice
         yield Item(task, way, number, row, text, tokens, row.choices)
+
+
+def _frame(task: AnyTask, settings: Settings) -> Frame:
+    """Return what stands around a task's questions."""
+    if not isinstance(task, OwnTask):
+        return settings.prompt
+    usual: Frame = "none" if task.rows.suffix.lower() == TEXT else settings.prompt
+    return task.says.prompt or usual
 
 
 def _with_labels(
@@ -273,7 +280,8 @@ def _generated(
     # More text may change what the judge of a task of one's own reads.
     certain = settings.answers_only and not isinstance(first.task, OwnTask)
     read = first_match if certain else None
-    for texts in answers(model, tokenizer, prompts, size, read, first.new_tokens):
+    chat = any(_frame(items[number].task, settings) == "chat" for number in numbers)
+    for texts in answers(model, tokenizer, prompts, size, read, first.new_tokens, chat):
         judged = {}
         for place, text in texts:
             item = items[numbers[place]]

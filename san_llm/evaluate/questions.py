@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from san_llm.data.rows import Row, read_task, test_file
-from san_llm.data.task_rows import read_own_rows
+from san_llm.data.rows import Row
+from san_llm.data.task_rows import read_own_rows, read_task, test_file
 from san_llm.errors import InputError, not_one_of
 from san_llm.evaluate.judges import refuse_no_rouge, refuse_unreadable
 from san_llm.files import sha256_of

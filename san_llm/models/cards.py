@@ -184,8 +184,7 @@ def hub_id(base: str) -> str | None:
 
 def trained_on(recipe: Recipe) -> str:
     """Return the names of a recipe's training data."""
-    train = recipe.data.train
-    return train if isinstance(train, str) else ", ".join(train)
+    return ", ".join(source.label for source in recipe.data.sources)
 
 
 def asking_section(style: PromptStyle, load: list[str], date: str | None = None) -> list[str]:

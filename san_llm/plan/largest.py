@@ -27,7 +27,7 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     Raises:
         InputError: when the rows or the tokenizer cannot serve.
     """
-    rows, _, _ = split_held_out(recipe)
+    rows = split_held_out(recipe).train
     found = find_base(recipe.base)
     tokenizer = load_tokenizer(found, date=recipe.data.date)
     encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)

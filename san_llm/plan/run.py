@@ -135,7 +135,7 @@ def make_plan(
     if sharded:
         _check_sharded(recipe, devices, bits)
     at_once, looked = micro_batch(training, devices), seen is not None
-    rows, missing = count_rows(recipe.data) if seen is None else (seen.rows, None)
+    rows, missing = count_rows(recipe.data, training.seed) if seen is None else (seen.rows, None)
     if seen is None:
         full = full_batch(at_once, recipe.data.cutoff, training.packing and known)
         seen = Seen(rows, full, full)

@@ -53,7 +53,8 @@ Targets = Annotated[
 _WORDS = "a list of the projections that are adapted, or all (seven), published "
 # No run has more of them: what is larger is a slip, and would be counted up to.
 MOST, MOST_RANKS = 10**9, 2**16
-ROW_FILES = (".json", ".jsonl")  # what rows are read from
+# What rows are read from.
+ROW_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 # Of the steps: enough for AdamW to know its gradients, at any length of a run.
 USUAL_WARMUP = 0.1
 
@@ -357,15 +358,122 @@ AdapterMethod = SanMethod | LoraMethod | DoraMethod | Ia3Method | PeftMethod
 Method = Annotated[AdapterMethod | FullMethod, Field(discriminator="name")]
 
 
+class Columns(Section):
+    """Which column of a row is which key, where the file names them otherwise."""
+
+    instruction: _Name | None = Field(default=None, description="what is asked")
+    input: _Name | None = Field(default=None, description="its context")
+    output: _Name | None = Field(default=None, description="the answer to an instruction")
+    answer: _Name | None = Field(default=None, description="the label of it")
+    prompt: _Name | None = Field(default=None, description="what is asked, beside a completion")
+    completion: _Name | None = Field(default=None, description="the answer to a prompt")
+    messages: _Name | None = Field(default=None, description="the turns of a conversation")
+    conversations: _Name | None = Field(default=None, description="ShareGPT's turns")
+    text: _Name | None = Field(default=None, description="what is learned whole")
+    system: _Name | None = Field(default=None, description="the system prompt")
+    history: _Name | None = Field(default=None, description="the turns before an instruction")
+    tools: _Name | None = Field(default=None, description="what may be called")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The column of each key that has one."""
+        return {key: column for key, column in self.model_dump().items() if column is not None}
+
+    @model_validator(mode="after")
+    def _some(self) -> Columns:
+        if not self.named:
+            raise ValueError(
+                "names no column; expected such as {prompt: question, completion: reply}"
+            )
+        return self
+
+
+class Source(Section):
+    """Rows from one place."""
+
+    path: _Path | None = Field(default=None, description="'pocket' or a file")
+    hub: _Name | None = Field(default=None, description="the id of a data set on the hub")
+    name: _Name | None = Field(default=None, description="its configuration, where it has several")
+    split: _Name = Field(default="train", description="its split")
+    revision: _Name | None = Field(default=None, description="its branch, tag or commit")
+    columns: Columns | None = Field(default=None, description="as data.columns, of this one alone")
+    limit: int | None = Field(default=None, ge=1, le=MOST, description="its first rows only")
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="its share of the mix, beside the others' weights: the seed draws so many rows "
+        "of each that the shares are right and none is there twice",
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("expected a path or a hub id, one of them")
+        if self.path is not None:
+            given = self.model_fields_set & {"name", "split", "revision"}
+            if given:
+                raise ValueError(
+                    f"{min(given)!r} is of a data set on the hub; {self.path} is a file"
+                )
+        return self
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        if self.path is not None:
+            return self.path
+        inside = ", ".join(filter(None, (self.name, self.split)))
+        return f"{self.hub} [{inside}]"
+
+
+def source_of(place: str | Source) -> Source:
+    """Return a source as a section: of a file's name, ``#500`` at its end takes its first rows."""
+    if isinstance(place, Source):
+        return place
+    path, mark, limit = place.rpartition("#")
+    if mark and limit.isdecimal() and int(limit) and not Path(place).exists():
+        return Source(path=path, limit=int(limit))
+    return Source(path=place)
+
+
+# A file's name, or a section.
+_Place = Annotated[
+    Annotated[_Path, Tag("path")] | Annotated[Source, Tag("source")],
+    Discriminator(lambda value: "path" if isinstance(value, str) else "source"),
+]
+
+
 class Data(Section):
     """What is learned from."""
 
-    train: _Path | Annotated[tuple[_Path, ...], Field(min_length=1)] = Field(
-        description="'pocket', or one or more JSON / JSONL files"
+    train: Annotated[
+        Annotated[_Place, Tag("one")]
+        | Annotated[Annotated[tuple[_Place, ...], Field(min_length=1)], Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, (list, tuple)) else "one"),
+    ] = Field(
+        description="'pocket', a file (JSON, JSONL, CSV, TSV, parquet, arrow; `file#500`: its "
+        "first rows), {hub: ID}, or a list of these"
     )
-    held_out: _Path | int = Field(
-        default=120,
-        description="rows taken out of the training rows, or a file, to choose the best checkpoint",
+    held_out: _Path | int | float | Annotated[tuple[_Path, ...], Field(min_length=1)] | None = (
+        Field(
+            default=None,
+            description="to choose the best checkpoint: a number of rows taken out of the training "
+            "rows, a share of them below 1, a file or several; default: 120, or a tenth of fewer "
+            "than 1,200",
+        )
+    )
+    columns: Columns | None = Field(
+        default=None, description="which column is which key, as {prompt: Question, completion: A}"
+    )
+    drop_duplicates: bool = Field(
+        default=False, description="leave out rows that say the same as one before"
+    )
+    learn: Literal["all turns", "last turn"] = Field(
+        default="all turns", description="of a conversation: every answer, or the last"
+    )
+    special_tokens: Literal["tokens", "text"] = Field(
+        default="tokens",
+        description="what a control token in a row's own words becomes: that token, or its letters",
     )
     prompt: PromptStyle = Field(
         default="llm-adapters",
@@ -396,16 +504,50 @@ class Data(Section):
 
     @field_validator("held_out")
     @classmethod
-    def _held_out_rows(cls, value: str | int) -> str | int:
+    def _held_out_rows(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError(f"a share is more than 0 and less than 1, found {value}")
         if isinstance(value, int) and value < 0:
-            raise ValueError("expected 0 rows or more, or a file")
-        if isinstance(value, str) and Path(value).suffix.lower() not in ROW_FILES:
-            share = "; a share is not read" if value.endswith("%") else ""
-            raise ValueError(
-                f"expected a number of rows or a {' or '.join(ROW_FILES)} file, found "
-                f"{value!r}{share}"
-            )
+            raise ValueError("expected 0 rows or more, a share, or a file")
+        for file in value if isinstance(value, tuple) else [value]:
+            if isinstance(file, str) and Path(file).suffix.lower() not in ROW_FILES:
+                share = "; a share is written as 0.1" if file.endswith("%") else ""
+                raise ValueError(
+                    f"expected a number of rows, a share or a file ({', '.join(ROW_FILES)}), found "
+                    f"{file!r}{share}"
+                )
         return value
+
+    @model_validator(mode="after")
+    def _weights(self) -> Data:
+        weights = [source.weight for source in self.sources]
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(weights):
+            raise ValueError(
+                f"train: {len(given)} of {len(weights)} sources have a weight; expected all"
+            )
+        if given and not sum(given):
+            raise ValueError(
+                "train: the weights of all sources are 0, so that none is learned from"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where the training rows come from, in order, each with its columns."""
+        places = self.train if isinstance(self.train, tuple) else (self.train,)
+        made = (source_of(place) for place in places)
+        return tuple(
+            source if source.columns else source.model_copy(update={"columns": self.columns})
+            for source in made
+        )
+
+    @property
+    def held_out_files(self) -> tuple[str, ...]:
+        """The files that held-out rows are in; none where they are taken of the training rows."""
+        if isinstance(self.held_out, tuple):
+            return self.held_out
+        return (self.held_out,) if isinstance(self.held_out, str) else ()
 
 
 class Training(Section):

@@ -38,7 +38,7 @@ def _check_variant(study: Study, variant: str, source: Source) -> None:
         raise InputError(
             "\n".join(f"{where}: variants.{variant}: {line}" for line in lines)
         ) from None
-    if not isinstance(recipe.data.held_out, str):
+    if not recipe.data.held_out_files:
         raise InputError(
             f"{where}: variants.{variant}: data.held_out: a seed would take other rows out "
             f"({recipe.data.held_out}), and rates are chosen by them; expected a file"

@@ -15,7 +15,7 @@ from transformers.trainer_utils import set_seed
 from san_llm.data.batches import Pack, Pad, pad_id
 from san_llm.data.encode import encoding_of
 from san_llm.data.rows import Row
-from san_llm.data.split import split_held_out
+from san_llm.data.split import Split, split_held_out
 from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import SanError
 from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
@@ -27,7 +27,7 @@ from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.rotary import alike_to
 from san_llm.progress import say
 from san_llm.recipe.doubts import doubts
-from san_llm.recipe.schema import Recipe, micro_batch
+from san_llm.recipe.schema import Data, Recipe, micro_batch
 from san_llm.recipe.steps import steps_of, warmup_of
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.train.samples import Samples
@@ -127,22 +127,26 @@ def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundB
     Raises:
         InputError: when a file, a row or the tokenizer cannot serve, or a row is too long.
     """
-    rows, held_out_rows, sha256 = split_held_out(recipe)
+    split = split_held_out(recipe)
     encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
-    train = encode_rows(rows, encoding)
-    held_out = encode_rows(held_out_rows, encoding) if held_out_rows else None
+    train = encode_rows(split.train, encoding)
+    held_out = encode_rows(split.held_out, encoding) if split.held_out else None
 
-    refuse_longer(train, rows, encoding, found.context)
+    refuse_longer(train, split.train, encoding, found.context)
     if held_out:
-        refuse_longer(held_out, held_out_rows, encoding, found.context)
+        refuse_longer(held_out, split.held_out, encoding, found.context)
     if is_first():
-        _tell_rows(train, held_out)
+        _tell_rows(train, held_out, split, recipe.data)
         for doubt in doubts(recipe, len(train.rows)):
             say(f"warning: {doubt}")
-    return TokenRows(train, held_out, sha256, partial(kept_rows, train, rows, encoding))
+    names = partial(kept_rows, train, split.train, encoding)
+    return TokenRows(train, held_out, split.sha256, names)
 
 
-def _tell_rows(train: Encoded, held_out: Encoded | None) -> None:
+def _tell_rows(train: Encoded, held_out: Encoded | None, split: Split, data: Data) -> None:
+    if len(split.taken) > 1:
+        for taken in split.taken:
+            say(f"  {taken.source}: {taken.taken:,} of {taken.there:,} rows")
     lost = [
         f"{count:,} {what}"
         for count, what in (
@@ -156,6 +160,22 @@ def _tell_rows(train: Encoded, held_out: Encoded | None) -> None:
         + (f"; {len(held_out.rows):,} held out" if held_out else "")
         + ("; " + ", ".join(lost) if lost else "")
     )
+    if split.duplicates:
+        say(
+            f"  {split.duplicates:,} rows say the same as one before; data.drop_duplicates=true "
+            "leaves them out"
+        )
+    if split.twins:
+        say(f"  {split.twins:,} held-out rows are training rows, too: their loss says nothing new")
+    if train.thoughts:
+        say(f"  {train.thoughts:,} turns lose their thinking: the chat template leaves it out")
+    if train.controls:
+        what = "its letters" if data.special_tokens == "text" else "that token"
+        other = "tokens" if data.special_tokens == "text" else "text"
+        say(
+            f"  {train.controls:,} rows have a control token in their words ({train.control}, "
+            f"say), which is learned as {what}: data.special_tokens={other} changes that"
+        )
 
 
 def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArguments:

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from san_llm.data.rows import training_files
 from san_llm.data.split import count_rows, refuse_no_rows, row_files, rows_sha256
 from san_llm.errors import STOPPED, InputError, debugging
 from san_llm.evaluate.questions import refuse_wrong_tasks
@@ -52,7 +51,7 @@ HARMLESS = (
 def _places(recipe: Recipe) -> dict[str, Any]:
     """Return where base and rows lie, by key; the manifest's sha256 tell if they are the same."""
     data = recipe.data
-    held_out = {"data.held_out": data.held_out} if isinstance(data.held_out, str) else {}
+    held_out = {"data.held_out": data.held_out} if data.held_out_files else {}
     return {"base.model": recipe.base.model, "data.train": data.train, **held_out}
 
 
@@ -192,7 +191,7 @@ def _look_ahead(recipe: Recipe, run: Path | None) -> FoundBase:
     if run is not None:
         _refuse_lost(recipe)
     refuse_no_rows(recipe.data)
-    count_rows(recipe.data)
+    count_rows(recipe.data, recipe.training.seed)
     if run is None:
         refuse_wrong_tasks(recipe.evaluation)
     say(to_yaml(recipe))
@@ -225,7 +224,7 @@ def _refuse_lost(recipe: Recipe) -> None:
     way = "; if it has moved, `--resume {}=PATH` goes on with it"
     for file in row_files(recipe.data):
         if not file.exists():
-            key = "train" if file in training_files(recipe.data.train) else "held_out"
+            key = "held_out" if str(file) in recipe.data.held_out_files else "train"
             raise InputError(f"{file}: no such file{way.format(f'data.{key}')}")
     try:
         find_base(recipe.base)

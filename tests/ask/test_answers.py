@@ -21,7 +21,8 @@ from transformers import (
 from san_llm.ask.answers import answers as answered
 from san_llm.ask.answers import fitting_batch_size
 from san_llm.data.encode import evaluation_text
-from san_llm.data.rows import POCKET, read_task
+from san_llm.data.sources import POCKET
+from san_llm.data.task_rows import read_task
 from san_llm.models.load import load_base
 from san_llm.models.locate import find_base
 from san_llm.protocol.tasks import TASKS

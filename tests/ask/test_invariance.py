@@ -17,7 +17,8 @@ from san.adapted import adapt
 from tiny import rows, tiny_config, tiny_model, tiny_phi3, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from san_llm.data.rows import POCKET, read_task
+from san_llm.data.sources import POCKET
+from san_llm.data.task_rows import read_task
 from san_llm.evaluate.pose import judged_answers, pose, units
 from san_llm.evaluate.questions import Questions, Settings, read_questions
 from san_llm.evaluate.store import read_evaluation

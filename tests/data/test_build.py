@@ -11,7 +11,7 @@ from unrender import REAL, raw_of, write_jsonl
 
 from san_llm.data.build import HUB, PARQUET, build_commonsense
 from san_llm.data.raw import find_raw, read_raw
-from san_llm.data.rows import POCKET
+from san_llm.data.sources import POCKET
 from san_llm.errors import InputError, SanError
 from san_llm.protocol.row_text import LEADS, render
 from san_llm.protocol.tasks import TASKS

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from san_llm.data.batches import Pad, pad_id
 from san_llm.data.encode import IGNORE, Encoding, evaluation_text, label_rows
-from san_llm.data.rows import Row, read_rows
+from san_llm.data.rows import Row, Turn
+from san_llm.data.sources import read_rows
 from san_llm.data.tokenized import Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import InputError, SanError
 from san_llm.protocol.prompts import evaluation_prompt, training_prompt
@@ -36,11 +37,11 @@ STYLES = ("llm-adapters", "llm-adapters-aligned", "alpaca")
 ROW = Row("Is it?", "", "the correct answer is true", "true")
 CHAT = Row(
     messages=(
-        ("system", "Be kind."),
-        ("user", "Hi"),
-        ("assistant", "Hello"),
-        ("user", "Bye"),
-        ("assistant", "See you"),
+        Turn("system", "Be kind."),
+        Turn("user", "Hi"),
+        Turn("assistant", "Hello"),
+        Turn("user", "Bye"),
+        Turn("assistant", "See you"),
     )
 )
 
@@ -207,7 +208,7 @@ def test_a_loss_on_all_of_a_conversation_leaves_out_the_first_token_alone(tokeni
 
 
 def test_what_follows_the_last_response_is_not_learned(tokenizer):
-    row = Row(messages=(*CHAT.messages, ("user", "Still there?")))
+    row = Row(messages=(*CHAT.messages, Turn("user", "Still there?")))
     assert runs(tokenizer, one(row, tokenizer, "chat")[1]) == ["Hello</s>", "See you</s>"]
 
 
@@ -226,8 +227,8 @@ def test_a_chat_template_without_an_end_token_gets_one_learned(tokenizer):
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokens, labels = one(CHAT, bare, "chat")
-    assert runs(bare, labels) == ["Hello", "See you", "</s>"]
-    assert bare.decode(tokens).endswith("assistant: See you\n</s>")
+    assert runs(bare, labels) == ["Hello", "See you</s>"]
+    assert bare.decode(tokens).endswith("assistant: See you</s>")
 
 
 def test_a_last_turn_without_the_end_token_that_earlier_ones_have_gets_one_learned(tokenizer):
@@ -251,20 +252,15 @@ def test_a_conversation_cut_after_its_first_response_is_kept_and_counted(tokeniz
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (None, (("assistant", "Hello"), ("user", "Hi")), "begins with the assistant's message"),
+        (None, CHAT.messages[2:], "begins with the assistant's message"),
         ("{{ raise_exception('roles must alternate') }}", CHAT.messages, "roles must alternate"),
         ("{{ nothing.here }}", CHAT.messages, "refuses it: 'nothing' is undefined"),
         ("{{ 1 // 0 }}", CHAT.messages, "refuses it: "),
         ("{% for m in messages %}", CHAT.messages, "refuses it: "),
         (
-            "{% if messages | length == 3 %}{{ raise_exception('three') }}{% endif %}",
+            "{% for m in messages %}{% if not loop.first %}{{ m.content }}{% endif %}{% endfor %}",
             CHAT.messages,
-            "refuses it: three",
-        ),
-        (
-            "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
-            CHAT.messages,
-            "rewrites earlier turns",
+            "leaves out message 1 (system), which would be lost",
         ),
     ],
 )
@@ -274,7 +270,7 @@ def test_a_conversation_that_the_template_cannot_write_is_refused_with_file_and_
     strict = tiny_tokenizer()
     strict.chat_template = template or strict.chat_template
     path = tmp_path / "chat.jsonl"
-    turns = [{"role": role, "content": content} for role, content in messages]
+    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
     path.write_text(json.dumps({"messages": turns}))
     with pytest.raises(InputError) as error:
         encode_rows(read_rows(path), Encoding(strict, "chat", "response", 1000))
@@ -284,7 +280,7 @@ def test_a_conversation_that_the_template_cannot_write_is_refused_with_file_and_
 
 def test_a_conversation_in_a_text_style_is_refused_with_file_and_row(tokenizer, tmp_path):
     path = tmp_path / "chat.json"
-    turns = [{"role": role, "content": content} for role, content in CHAT.messages]
+    turns = [{"role": turn.role, "content": turn.content} for turn in CHAT.messages]
     path.write_text(json.dumps([boolq_rows(1)[0], {"messages": turns}]))
     with pytest.raises(InputError, match=r"chat\.json: row 2: a conversation cannot be written"):
         encode_rows(read_rows(path), Encoding(tokenizer, "alpaca", "response", 1000))
@@ -293,7 +289,7 @@ def test_a_conversation_in_a_text_style_is_refused_with_file_and_row(tokenizer, 
 @pytest.mark.slow
 def test_a_mistake_is_named_also_when_several_threads_tokenize(tokenizer, tmp_path):
     path = tmp_path / "many.json"
-    turns = [{"role": role, "content": content} for role, content in CHAT.messages]
+    turns = [{"role": turn.role, "content": turn.content} for turn in CHAT.messages]
     path.write_text(json.dumps([*boolq_rows(4200), {"messages": turns}]))
     with pytest.raises(InputError, match=r"many\.json: row 4201: a conversation cannot be"):
         encode_rows(read_rows(path), Encoding(tokenizer, "alpaca", "response", 1000, workers=2))
@@ -656,9 +652,9 @@ def test_other_turns_of_a_conversation_are_tokenized_anew(tokenizer):
         CHAT.messages,
         (user, answer, more, last),
         (system, user, answer),
-        (("system", "Be short."), user, answer, more, last),
-        (("user", "Be kind."), user, answer, more, last),
-        (system, user, ("assistant", "No"), more, last),
+        (Turn("system", "Be short."), user, answer, more, last),
+        (Turn("user", "Be kind."), user, answer, more, last),
+        (system, user, Turn("assistant", "No"), more, last),
     )
     for number, messages in enumerate(conversations, start=1):
         encode_rows([Row(messages=messages)], Encoding(tokenizer, "chat", "response", 200))

@@ -16,7 +16,8 @@ from tiny import tiny_tokenizer, write_recipe, write_rows
 
 from san_llm.data.encode import IGNORE, Encoding, label_rows
 from san_llm.data.inspect import GRAM, Inspection, Overlap, inspect, report
-from san_llm.data.rows import POCKET, Row, read_rows
+from san_llm.data.rows import Row, Turn
+from san_llm.data.sources import POCKET, read_rows
 from san_llm.errors import InputError
 from san_llm.protocol.row_text import LEADS
 
@@ -98,8 +99,8 @@ def test_the_cutoff_is_counted_as_training_counts_it():
 def test_doubles_and_other_responses_to_one_question_are_counted():
     one, other = ROWS[0], ROWS[1]
     again = Row(one.instruction, "", "something else")
-    chat = Row(messages=(("user", "Hi"), ("assistant", "Hello")))
-    reply = Row(messages=(("user", "Hi"), ("assistant", "Good day")))
+    chat = Row(messages=(Turn("user", "Hi"), Turn("assistant", "Hello")))
+    reply = Row(messages=(Turn("user", "Hi"), Turn("assistant", "Good day")))
     found = look([one, other, one, one, again, Row(one.instruction, "Look.", one.output)])
     assert (found.duplicates, found.disputed) == (2, 1)
     encoding = Encoding(tiny_tokenizer(), "chat", "response", 1000)
@@ -272,7 +273,9 @@ def test_rows_are_looked_at_one_by_one_and_never_all_held(monkeypatch):
 
 def test_a_wrong_row_is_refused_with_its_place():
     with pytest.raises(InputError, match="row 41: a conversation cannot be written"):
-        look([*ROWS, Row(messages=(("user", "Hi"), ("assistant", "Hello")), where="row 41")])
+        look(
+            [*ROWS, Row(messages=(Turn("user", "Hi"), Turn("assistant", "Hello")), where="row 41")]
+        )
 
 
 # --- the command ---

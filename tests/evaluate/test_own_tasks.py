@@ -22,7 +22,7 @@ from tiny import (
 )
 
 from san_llm.ask.losses import score_losses
-from san_llm.data.rows import POCKET
+from san_llm.data.sources import POCKET
 from san_llm.data.task_rows import read_own_rows
 from san_llm.errors import InputError
 from san_llm.evaluate.compare import compare

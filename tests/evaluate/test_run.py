@@ -15,7 +15,7 @@ from san.adapted import adapt
 from tiny import rows, save_tiny, tiny_config, tiny_model, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from san_llm.data.rows import POCKET
+from san_llm.data.sources import POCKET
 from san_llm.errors import InputError
 from san_llm.evaluate.harness import check_installed
 from san_llm.evaluate.pose import SCORED_AT_ONCE, WAYS, _strictly, judged_answers, pose, units

@@ -91,7 +91,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_the_global_batch(
     start(path, here / "run", "training.max_steps=1", "training.micro_batch_size=1")
 
     from san_llm.data.encode import Encoding
-    from san_llm.data.rows import read_rows
+    from san_llm.data.sources import read_rows
     from san_llm.data.tokenized import encode_rows
     from san_llm.models.load import load_base, load_tokenizer
 
@@ -254,7 +254,8 @@ def test_a_held_out_file_takes_no_row_from_training(here: Path, recipe: Path) ->
 
 def test_the_limit_comes_before_the_held_out_rows(here: Path, recipe: Path) -> None:
     chosen = load_recipe(recipe, ["data.limit=10", "data.held_out=3"])
-    learned, held_out, _ = split_held_out(chosen)
+    parted = split_held_out(chosen)
+    learned, held_out = parted.train, parted.held_out
     everything = {row["instruction"] for row in rows(10)}
     assert (len(learned), len(held_out)) == (7, 3)
     assert {row.instruction for row in (*learned, *held_out)} == everything
@@ -300,7 +301,7 @@ def test_the_kept_adapter_is_the_one_with_the_least_held_out_loss(
     from san_llm.models.load import load_base, load_tokenizer
 
     chosen = load_recipe(recipe, list(how))
-    _, held_out, _ = split_held_out(chosen)
+    held_out = split_held_out(chosen).held_out
     model = load_adapter(load_base(find_base(chosen.base)), here / "run" / "adapter")
     encoded = encode_rows(
         held_out, Encoding(load_tokenizer(find_base(chosen.base)), "alpaca", "response", 256)
