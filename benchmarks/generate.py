@@ -27,8 +27,9 @@ from san_llm.ask.answers import BEAMS, NEW_TOKENS, answers
 from san_llm.data.encode import evaluation_text
 from san_llm.evaluate.score import parse_answer
 from san_llm.models.adapter import load_adapter
-from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.load import load_base
 from san_llm.models.locate import find_base
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.protocol.tasks import TASKS
 from san_llm.recipe.schema import Base
 

@@ -24,8 +24,9 @@ from ruled import arguments, test_rows, tuned_adapter, write_answered
 
 from san_llm.ask.likelihood import ChoiceQuestion, score_choices
 from san_llm.models.adapter import load_adapter
-from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.load import load_base
 from san_llm.models.locate import find_base
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.protocol.prompts import evaluation_prompt
 from san_llm.protocol.tasks import TASKS
 from san_llm.recipe.schema import Base

@@ -99,6 +99,9 @@ def recipe_page() -> str:
     ]
     for section in ("base", "data", "training", "evaluation"):
         blocks += _section(f"## {section}", section, kinds[section.capitalize()])
+        if section == "data":
+            for part, kind in (("data.train", "Source"), ("data.columns", "Columns")):
+                blocks += _section(f"### {part}: {kind.lower()}", part, kinds[kind])
     blocks += [
         "## method",
         "`method.name` chooses one of six; each has keys of its own.",
@@ -126,6 +129,8 @@ def _kind(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if "$ref" in field:
+        return "section"
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
     if field["type"] == "object":

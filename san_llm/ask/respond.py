@@ -23,9 +23,10 @@ from san_llm.data.rows import Row
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
 from san_llm.models.agree import refuse_past_embedding
-from san_llm.models.load import load_config, load_tokenizer
+from san_llm.models.load import load_config
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject, checked_date
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 from san_llm.protocol.template_date import ASKS
 

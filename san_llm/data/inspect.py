@@ -10,7 +10,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,11 @@ from rich.text import Text
 
 from san_llm.data.encode import IGNORE, Encoding, check_tokenizer, encoding_of, label_rows
 from san_llm.data.rows import Row
-from san_llm.data.split import stream_training
+from san_llm.data.split import Taken, held_out_rows, stream_training
 from san_llm.data.task_rows import read_own_rows, read_task, test_file
 from san_llm.errors import InputError
-from san_llm.models.load import load_tokenizer
 from san_llm.models.locate import find_base
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.progress import say
 from san_llm.protocol.row_text import LEADS
 from san_llm.protocol.tasks import TASKS
@@ -80,7 +80,15 @@ class Inspection:
         disputed: Rows with the question of one before and another response.
         answers: Each task's answers and how often they are right.
         overlap: For each task with test rows.
-        example: The first row's text, in pieces, and whether each is learned.
+        shapes: Rows that were read as what.
+        sources: What each source has and gives, where there are several.
+        turns: Turns of a conversation, and how many have so many.
+        controls: Have a control token in their own words.
+        controls_at: Where the first of these stand, and what they say.
+        thoughts: Turns whose thinking the chat template leaves out.
+        held_out: Held-out rows of each file.
+        twins: Held-out rows that are training rows, too.
+        examples: Of each shape the first row's text, in pieces, and whether each is learned.
     """
 
     about: dict[str, Any]
@@ -100,7 +108,15 @@ class Inspection:
     disputed: int
     answers: dict[str, dict[str, int]]
     overlap: dict[str, Overlap]
-    example: list[tuple[str, bool]]
+    shapes: dict[str, int]
+    sources: list[dict[str, Any]]
+    turns: dict[int, int]
+    controls: int
+    controls_at: list[str]
+    thoughts: int
+    held_out: dict[str, int]
+    twins: int
+    examples: dict[str, list[tuple[str, bool]]]
 
 
 @dataclass
@@ -173,11 +189,14 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         "cutoff": data.cutoff,
         "test rows": recipe.evaluation.data,
     }
-    rows = stream_training(data, recipe.training.seed)
+    taken: list[Taken] = []
+    rows = stream_training(data, recipe.training.seed, taken)
     found = find_base(recipe.base)
     tokenizer = load_tokenizer(found, date=data.date)
     encoding = encoding_of(data, tokenizer, found.vocabulary)
-    return inspect(rows, tests, encoding, about, found.context)
+    inspection = inspect(rows, tests, encoding, about, found.context, held_out_rows(data))
+    sources = [asdict(source) for source in taken] if len(taken) > 1 else []
+    return replace(inspection, sources=sources)
 
 
 def inspect(
@@ -186,6 +205,7 @@ def inspect(
     encoding: Encoding,
     about: dict[str, Any],
     context: int | None = None,
+    held_out: Mapping[str, Iterable[Row]] | None = None,
 ) -> Inspection:
     """Return what there is in rows, encoded as ``data.tokenized`` would encode them.
 
@@ -195,6 +215,7 @@ def inspect(
         encoding: How they become tokens.
         about: What the result says of itself.
         context: Tokens that the model can hold; None: any number.
+        held_out: The held-out rows of each file.
 
     Raises:
         InputError: as from ``data.tokenized``, for the first row that is wrong.
@@ -209,11 +230,22 @@ def inspect(
     tokens = supervised = 0
     answers: dict[str, Counter[str]] = {}
     whole, questions = array("q"), array("q")
-    example: list[tuple[str, bool]] = []
+    shapes, turns = Counter[str](), Counter[int]()
+    controls_at: list[str] = []
+    controls = thoughts = 0
+    examples: dict[str, list[tuple[str, bool]]] = {}
     for_labels, for_hashes = tee(rows)
     labelled = label_rows(for_labels, encoding)
     for row, seen in zip(for_hashes, labelled, strict=True):
-        example = example or _pieces(encoding.tokenizer, seen.tokens, seen.labels)
+        if row.shape not in examples:
+            examples[row.shape] = _pieces(encoding.tokenizer, seen.tokens, seen.labels)
+        shapes[row.shape] += 1
+        if row.messages:
+            turns[len(row.messages)] += 1
+        thoughts += seen.thoughts
+        if seen.controls:
+            controls += 1
+            controls_at += [f"{row.where}: {seen.controls[0]}"] if controls <= FEW else []
         lengths[seen.length] += 1
         fates[seen.fate] += 1
         if seen.fate != "whole" and len(places[seen.fate]) < FEW:
@@ -235,6 +267,11 @@ def inspect(
             looked_up.look_up(row)
     if not whole:
         raise InputError("no rows to look at")
+    kept = np.asarray(whole)
+    parts, twins = {}, 0
+    for name, part in (held_out or {}).items():
+        hashes = np.fromiter(map(hash, part), dtype=np.int64)
+        parts[name], twins = len(hashes), twins + int(np.isin(hashes, kept).sum())
     different = _different(whole)
     return Inspection(
         about=about,
@@ -258,7 +295,15 @@ def inspect(
             if len(counter) <= MOST_ANSWERS
         },
         overlap=looked_up.result() if tests else {},
-        example=example,
+        shapes=dict(shapes),
+        sources=[],
+        turns=dict(sorted(turns.items())),
+        controls=controls,
+        controls_at=controls_at,
+        thoughts=thoughts,
+        held_out=parts,
+        twins=twins,
+        examples=examples,
     )
 
 
@@ -341,6 +386,16 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
     for name, value in inspection.about.items():
         facts.add_row(name, Text(str(value)))
     facts.add_row("rows", f"{inspection.rows:,}")
+    for source in inspection.sources:
+        given = f"{source['taken']:,} of {source['there']:,} rows"
+        facts.add_row("", Text(f"{source['source']}: {given}"))
+    if any(inspection.shapes):
+        kinds = [f"{shape} {count:,}" for shape, count in inspection.shapes.items()]
+        facts.add_row("read as", ", ".join(kinds))
+    if inspection.turns:
+        many = [f"{turns} in {count:,}" for turns, count in list(inspection.turns.items())[:FEW]]
+        more = ", ..." if len(inspection.turns) > FEW else ""
+        facts.add_row("turns", f"{', '.join(many)}{more}")
     facts.add_row("tokens a row", lengths)
     facts.add_row(
         "learned", f"{inspection.supervised:,} of {inspection.tokens:,} tokens ({per_cent:.1f} %)"
@@ -353,6 +408,18 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
     if inspection.longer:
         why = f"more tokens than the model's context of {inspection.context:,}; train refuses them"
         facts.add_row("too long", _counted(inspection.longer, why, inspection.longer_at, files))
+    if inspection.controls:
+        why = "their own words have a control token; data.special_tokens says what becomes of it"
+        places = inspection.controls_at
+        facts.add_row("control tokens", _counted(inspection.controls, why, places, files))
+    if inspection.thoughts:
+        facts.add_row(
+            "thinking", f"{inspection.thoughts:,} turns lose it: the chat template leaves it out"
+        )
+    for name, count in inspection.held_out.items():
+        facts.add_row("held out", Text(f"{count:,} rows of {name}"))
+    if inspection.twins:
+        facts.add_row("twins", f"{inspection.twins:,} held-out rows are training rows, too")
     facts.add_row("duplicates", f"{inspection.duplicates:,}")
     facts.add_row(
         "disputed", f"{inspection.disputed:,} with the question of another, answered otherwise"
@@ -389,11 +456,13 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
             overlap.add_row(task, f"{shared.test_rows:,}", f"{shared.exact:,}", f"{shared.grams:,}")
         yield overlap
 
-    text = Text(f"The first row; what is learned is {'green' if colour else 'between » and «'}:\n")
-    for piece, learned in inspection.example:
-        marked = piece if colour or not learned else f"»{piece}«"
-        text.append(marked, style="bold green" if learned else "dim")
-    yield text
+    for shape, example in inspection.examples.items():
+        which = f"The first row of {shape}" if len(inspection.examples) > 1 else "The first row"
+        text = Text(f"{which}; what is learned is {'green' if colour else 'between » and «'}:\n")
+        for piece, learned in example:
+            marked = piece if colour or not learned else f"»{piece}«"
+            text.append(marked, style="bold green" if learned else "dim")
+        yield text
 
 
 def _counted(count: int, why: str, places: list[str], files: str) -> Text:

@@ -173,6 +173,11 @@ def _held_out_sources(data: Data) -> list[Source]:
     return [Source(path=file, columns=data.columns) for file in data.held_out_files]
 
 
+def held_out_rows(data: Data) -> dict[str, Iterator[Row]]:
+    """Return the held-out rows of each file; none where they are taken of the training rows."""
+    return {source.label: stream_source(source) for source in _held_out_sources(data)}
+
+
 def split_held_out(recipe: Recipe) -> Split:
     """Return a recipe's training rows and its held-out rows, and where they came from.
 
@@ -185,10 +190,10 @@ def split_held_out(recipe: Recipe) -> Split:
     parts = {}
     if data.held_out_files:
         held_out = []
-        for source in _held_out_sources(data):
-            part = list(stream_source(source))
-            parts[source.label] = len(part)
-            held_out += part
+        for name, part in held_out_rows(data).items():
+            here = list(part)
+            parts[name] = len(here)
+            held_out += here
     else:
         count = held_out_count(data, len(rows))
         chosen = set(random.Random(seed).sample(range(len(rows)), count))

@@ -23,8 +23,9 @@ from san_llm.evaluate.store import Part, Progress, progress_of, write_evaluation
 from san_llm.evaluate.table import EvalResult
 from san_llm.files import whole_folder
 from san_llm.launch.processes import agree, gather, is_first, rank, told_once, world_size
-from san_llm.models.load import load_config, load_model, load_tokenizer
+from san_llm.models.load import load_config, load_model
 from san_llm.models.locate import find_base
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.progress import bar, say
 from san_llm.recipe.task_file import FORGETTING
 from san_llm.runs.record import manifest

@@ -47,7 +47,7 @@ def readable_tokenizer(folder: Path, config: Mapping[str, Any]) -> PreTrainedTok
     Raises:
         InputError: naming the file, what stands in the way and the way out.
     """
-    from san_llm.models.load import load_tokenizer
+    from san_llm.models.tokenizer import load_tokenizer
 
     base = Base(model=str(folder))
     tokenizer = load_tokenizer(FoundBase(base, folder, config, None))

@@ -15,7 +15,7 @@ from san_llm.models.agree import check_base
 from san_llm.models.hub import check_push
 from san_llm.models.locate import Bits, FoundBase, config_here, find_base, stored_bits
 from san_llm.models.subject import Subject, find_subject, told_last_run
-from san_llm.models.tokenizer_files import tokenizer_folder
+from san_llm.models.tokenizer import tokenizer_folder
 from san_llm.models.weights import DTYPES
 from san_llm.recipe.schema import Base
 
@@ -202,7 +202,7 @@ def check_request(request: MergeRequest) -> MergeTask:
         check_biases(adapter, found)
     check_base(found)
     if tokenizer_folder(found.folder, adapter.folder) == adapter.folder:
-        from san_llm.models.load import load_tokenizer
+        from san_llm.models.tokenizer import load_tokenizer
 
         load_tokenizer(found, adapter.folder)  # refuses one that knows more than the embedding
     if "auto_map" in found.config:

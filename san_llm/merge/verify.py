@@ -27,9 +27,10 @@ from san_llm.merge.quantized import keep
 from san_llm.merge.request import MergeTask, as_trained
 from san_llm.merge.stock_logits import blocks, in_fp32, in_fp32_by_block, logits, place_in_fp32
 from san_llm.models.adapter import base_parameters, load_adapter
-from san_llm.models.load import load_base, load_tokenizer, numbers_in
+from san_llm.models.load import load_base, numbers_in
 from san_llm.models.locate import find_base
 from san_llm.models.quantize import dequantize
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 from san_llm.recipe.schema import Base

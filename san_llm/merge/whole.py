@@ -12,7 +12,7 @@ from san_llm.files import read_json, refuse_link, sha256_of, write_json
 from san_llm.merge.in_range import in_range
 from san_llm.merge.write import Output, write_weights
 from san_llm.models.locate import FoundBase
-from san_llm.models.tokenizer_files import tokenizer_files
+from san_llm.models.tokenizer import tokenizer_files
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 

@@ -14,19 +14,18 @@ from san_llm.architectures.lookup import is_known
 from san_llm.errors import InputError
 from san_llm.launch.processes import world_size
 from san_llm.measure.behaviour import look_at
-from san_llm.models.adapter import check_askable, embedding_rows, load_adapter, open_adapter
-from san_llm.models.agree import check_base, refuse_past_embedding
+from san_llm.models.adapter import check_askable, load_adapter, open_adapter
+from san_llm.models.agree import check_base
 from san_llm.models.locate import FoundBase, refuse_other_tasks
 from san_llm.models.quantize import quantization_config
 from san_llm.models.reading import is_finite, load_or_refuse
 from san_llm.models.rotary import rotate_by_row
-from san_llm.models.tokenizer_files import TOKENIZERS, template_files, tokenizer_folder
+from san_llm.models.tokenizer import embedded
 from san_llm.models.weights import read_weights
-from san_llm.protocol.template_date import with_date
 from san_llm.san.model import keep_4bit_layout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 
 def load_config(found: FoundBase, adapter: Path | None = None) -> Any:
@@ -52,7 +51,7 @@ def load_config(found: FoundBase, adapter: Path | None = None) -> Any:
         _check_writes(found, type(config))
     if found.bits and base.quantization:
         raise InputError(f"base.quantization: {base.model} is stored in {found.bits}: leave it out")
-    config.vocab_size = _rows(found, adapter)
+    config.vocab_size = embedded(found, adapter)
     return config
 
 
@@ -66,71 +65,6 @@ def _check_writes(found: FoundBase, kind: type[Any]) -> None:
             "text: transformers has no causal LM of it"
         )
     refuse_other_tasks(found.config)
-
-
-def load_tokenizer(
-    found: FoundBase, adapter: Path | None = None, date: str | None = None
-) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a base, or of an adapter that brings its own; likewise its template.
-
-    Args:
-        found: The base.
-        adapter: The adapter's folder.
-        date: What a chat template writes as today's; None: one that does so refuses.
-
-    Raises:
-        InputError: when there is none that can be used, or an adapter's has tokens that the
-            embedding has no rows for.
-    """
-    from transformers import AutoTokenizer
-
-    folder = tokenizer_folder(found.folder, adapter)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise InputError(f"{folder}: no tokenizer in it: none of {', '.join(TOKENIZERS)}")
-    tokenizer: PreTrainedTokenizerFast = load_or_refuse(
-        "tokenizer",
-        str(folder),
-        AutoTokenizer.from_pretrained,
-        trust_remote_code=found.base.trust_remote_code,
-    )
-    for file in template_files(found.folder, adapter):
-        if file.parent != folder and file.suffix == ".jinja":
-            tokenizer.chat_template = file.read_text(encoding="utf-8")
-    template: Any = tokenizer.chat_template
-    if isinstance(template, dict):
-        tokenizer.chat_template = {name: with_date(text, date) for name, text in template.items()}
-    elif template:
-        tokenizer.chat_template = with_date(template, date)
-    if found.vocabulary is not None:
-        _check_words(tokenizer, found, folder, adapter)
-    return tokenizer
-
-
-def _rows(found: FoundBase, adapter: Path | None) -> int:
-    """Return how many tokens the embedding has rows for, counting those that an adapter brings."""
-    rows: int = found.config["vocab_size"]
-    return rows if adapter is None else embedding_rows(open_adapter(adapter), rows)
-
-
-def _check_words(
-    tokenizer: PreTrainedTokenizerFast, found: FoundBase, folder: Path, adapter: Path | None
-) -> None:
-    """Refuse tokens of a tokenizer in ``folder`` that will be met and have no row."""
-    rows = _rows(found, adapter)
-    for role in ("eos_token", "pad_token"):  # what every row ends with, or is filled up with
-        number = getattr(tokenizer, f"{role}_id")
-        if number is not None:
-            where = f"{folder / 'tokenizer_config.json'}: {role}"
-            refuse_past_embedding([number], rows, where, tokenizer)
-    if folder != adapter:
-        return
-    word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if number >= rows and word not in load_tokenizer(found).get_vocab():
-        raise InputError(
-            f"{adapter}: its tokenizer has the token {word!r} ({number:,}), the embedding "
-            f"{rows:,} rows: it was added, and the adapter brings no row for it; save the adapter "
-            "with its embedding, or take its tokenizer's files out of the folder"
-        )
 
 
 def device() -> torch.device:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch.distributed.tensor import DTensor
+from typing import TYPE_CHECKING, Any
 
 from san_llm.errors import InputError, SanError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load_or_refuse(what: str, name: str, load: Any, **keywords: Any) -> Any:
@@ -32,6 +32,9 @@ def load_or_refuse(what: str, name: str, load: Any, **keywords: Any) -> Any:
 
 def is_finite(numbers: torch.Tensor) -> bool:
     """Whether all of a tensor is finite; of a sharded one, all that is here."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
     if isinstance(numbers, DTensor):
         numbers = numbers.to_local()
     # Smallest and largest: a NaN is both, and no mask of the weight's size is made.

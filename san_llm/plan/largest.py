@@ -10,8 +10,8 @@ from san_llm.data.batches import Pack, Pad, pad_id
 from san_llm.data.encode import encoding_of
 from san_llm.data.split import split_held_out
 from san_llm.data.tokenized import encode_rows
-from san_llm.models.load import load_tokenizer
 from san_llm.models.locate import find_base
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.plan.memory import Batch
 from san_llm.plan.planned import Seen
 from san_llm.recipe.schema import Recipe

@@ -22,9 +22,10 @@ from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_
 from san_llm.launch.malloc import spares_memory, without_holes
 from san_llm.launch.processes import is_first, world_size
 from san_llm.models.adapter import add_adapter, trainable_parameters
-from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.load import load_base
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.rotary import alike_to
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.progress import say
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.schema import Data, Recipe, micro_batch

@@ -175,8 +175,8 @@ def test_the_same_question_is_an_exact_overlap_and_the_tasks_own_words_are_none(
 
 def test_the_example_is_the_first_rows_text_with_its_response_marked():
     found = look(ROWS)
-    assert "".join(text for text, _ in found.example).endswith("### Response:\nyes</s>")
-    assert [text for text, learned in found.example if learned] == ["yes</s>"]
+    assert "".join(text for text, _ in found.examples[""]).endswith("### Response:\nyes</s>")
+    assert [text for text, learned in found.examples[""] if learned] == ["yes</s>"]
     *_, plain = report(found, colour=False)
     assert plain.plain.endswith("### Response:\n»yes</s>«")
     *_, coloured = report(found, colour=True)
@@ -186,16 +186,25 @@ def test_the_example_is_the_first_rows_text_with_its_response_marked():
 
 
 REPORT = """\
-files         rows.json
-loss          response
-rows          43
-tokens a row  min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.65
-learned       129 of 1,234 tokens (10.5 %)
-cut           1: the cutoff takes their response's end: row 3
-dropped       7: their prompt fills the cutoff, nothing of the response is left: row 1, row 2, ...
-too long      1: more tokens than the model's context of 1,024; train refuses them: row 9
-duplicates    1,002
-disputed      5 with the question of another, answered otherwise
+files           rows.json
+loss            response
+rows            43
+                a.json: 30 of 90 rows
+                b.csv: 13 of 13 rows
+read as         messages 30, text 13
+turns           2 in 28, 5 in 2
+tokens a row    min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.65
+learned         129 of 1,234 tokens (10.5 %)
+cut             1: the cutoff takes their response's end: row 3
+dropped         7: their prompt fills the cutoff, nothing of the response is left: row 1, row 2, ...
+too long        1: more tokens than the model's context of 1,024; train refuses them: row 9
+control tokens  2: their own words have a control token; data.special_tokens says what becomes of \
+it: row 7: </s>, ...
+thinking        3 turns lose it: the chat template leaves it out
+held out        40 rows of other.json
+twins           4 held-out rows are training rows, too
+duplicates      1,002
+disputed        5 with the question of another, answered otherwise
   tokens   rows
  10 - 19      1  ▏
  20 - 29      0
@@ -206,8 +215,10 @@ piqa        1        100.0 %  solution1 100.0
 test rows in training  test rows  exact  13 words alike
 boolq                      3,270      1           1,002
 ARC-Easy                       9      0               0
-The first row; what is learned is between » and «:
-Ask: [it]»yes«"""
+The first row of messages; what is learned is between » and «:
+Ask: [it]»yes«
+The first row of text; what is learned is between » and «:
+a»ll«"""
 
 
 def test_every_line_of_the_report_is_as_it_is_meant():
@@ -234,7 +245,21 @@ def test_every_line_of_the_report_is_as_it_is_meant():
         disputed=5,
         answers={"boolq": {"false": 1, "true": 3}, "piqa": {"solution1": 1}},
         overlap={"ARC-Easy": Overlap(9, 0, 0), "boolq": Overlap(3270, 1, 1002)},
-        example=[("Ask: [it]", False), ("yes", True)],
+        shapes={"messages": 30, "text": 13},
+        sources=[
+            {"source": "a.json", "there": 90, "taken": 30},
+            {"source": "b.csv", "there": 13, "taken": 13},
+        ],
+        turns={2: 28, 5: 2},
+        controls=2,
+        controls_at=["rows.json: row 7: </s>"],
+        thoughts=3,
+        held_out={"other.json": 40},
+        twins=4,
+        examples={
+            "messages": [("Ask: [it]", False), ("yes", True)],
+            "text": [("a", False), ("ll", True)],
+        },
     )
     console = Console(width=200, file=io.StringIO(), color_system=None)
     for part in report(found, colour=False):

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from san_llm.errors import InputError
 from san_llm.merge.request import MergeRequest, check_request
 from san_llm.merge.run import merge
-from san_llm.models.load import load_base, load_config, load_tokenizer
+from san_llm.models.load import load_base, load_config
 from san_llm.models.locate import find_base
 from san_llm.models.subject import Subject, find_subject
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.plan.bases import config_of
 from san_llm.recipe.schema import Base
 

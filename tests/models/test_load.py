@@ -23,10 +23,11 @@ from san_llm.models.adapter import (
     open_adapter,
     trainable_parameters,
 )
-from san_llm.models.load import load_base, load_config, load_model, load_tokenizer
+from san_llm.models.load import load_base, load_config, load_model
 from san_llm.models.locate import find_base
 from san_llm.models.quantize import dequantize, quantization_config
 from san_llm.models.subject import find_subject
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.recipe.schema import Base, DoraMethod, Ia3Method, LoraMethod, SanMethod
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

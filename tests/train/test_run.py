@@ -93,7 +93,8 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_the_global_batch(
     from san_llm.data.encode import Encoding
     from san_llm.data.sources import read_rows
     from san_llm.data.tokenized import encode_rows
-    from san_llm.models.load import load_base, load_tokenizer
+    from san_llm.models.load import load_base
+    from san_llm.models.tokenizer import load_tokenizer
 
     chosen = load_recipe(path)
     tokenizer, model = load_tokenizer(find_base(chosen.base)), load_base(find_base(chosen.base))
@@ -298,7 +299,8 @@ def test_the_kept_adapter_is_the_one_with_the_least_held_out_loss(
     from san_llm.data.encode import Encoding
     from san_llm.data.tokenized import encode_rows
     from san_llm.models.adapter import load_adapter
-    from san_llm.models.load import load_base, load_tokenizer
+    from san_llm.models.load import load_base
+    from san_llm.models.tokenizer import load_tokenizer
 
     chosen = load_recipe(recipe, list(how))
     held_out = split_held_out(chosen).held_out
@@ -505,7 +507,8 @@ def test_the_end_token_is_learned_so_that_generation_stops_by_itself(
     start(path, here / "run", "training.micro_batch_size=2")
 
     from san_llm.models.adapter import load_adapter
-    from san_llm.models.load import load_base, load_tokenizer
+    from san_llm.models.load import load_base
+    from san_llm.models.tokenizer import load_tokenizer
     from san_llm.protocol.prompts import training_prompt
 
     base = load_recipe(path).base

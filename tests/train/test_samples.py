@@ -17,9 +17,10 @@ from transformers import TrainerCallback
 
 from san_llm.ask.respond import Sampling, question, respond
 from san_llm.errors import InputError
-from san_llm.models.load import load_model, load_tokenizer
+from san_llm.models.load import load_model
 from san_llm.models.locate import find_base
 from san_llm.models.subject import find_subject
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run, recipe_of
 from san_llm.runs.record import TrainResult

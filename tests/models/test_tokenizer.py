@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from san_llm import SanConfig
 from san_llm.errors import InputError
 from san_llm.merge.run import copy_companions
-from san_llm.models.load import load_base, load_tokenizer
+from san_llm.models.load import load_base
 from san_llm.models.locate import find_base
+from san_llm.models.tokenizer import load_tokenizer
 from san_llm.recipe.schema import Base
 
 OWN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
