@@ -7,6 +7,7 @@ is ever in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING
@@ -57,7 +58,7 @@ class Merged:
             elif node is not None and kind == "bias":
                 outputs.append(self._bias(module, node.d_out, tensor, dtype))
             else:
-                outputs.append(Output(name, dtype, tensor.shape, tensor))
+                outputs.append(Output(name, dtype, tensor.shape, tensor, self._norm(name)))
             if (
                 kind == "weight"
                 and module.rpartition(".")[0].rpartition(".")[2] in parents
@@ -80,6 +81,11 @@ class Merged:
             return merged_weight(wide, rows, delta, s, in_place=True)
 
         return Output(tensor.name, dtype, tensor.shape, tensor, merge)
+
+    def _norm(self, name: str) -> Callable[[Numbers, int, int], Numbers] | None:
+        """Return how a norm's weight or bias comes about, None of what is copied as it is."""
+        change = self._scales.norm_change(name)
+        return None if change is None else lambda wide, first, last: wide + change[first:last]
 
     def _bias(self, module: str, d_out: int, tensor: Stored | None, dtype: str) -> Output:
         node = self._scales.nodes.get(module)

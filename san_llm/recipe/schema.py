@@ -162,6 +162,10 @@ class SanMethod(_Targets):
         default=False,
         description="train a scale of the embedding's channels, too; block 0's q, k and v carry it",
     )
+    train_norms: bool = Field(
+        default=False,
+        description="train the norms' weights and biases, too: of the blocks and behind them",
+    )
     rank: int | None = Field(
         default=None,
         ge=1,
@@ -217,6 +221,7 @@ class SanMethod(_Targets):
             shift=self.shift,
             links=self.links,
             adapt_embedding=self.adapt_embedding,
+            train_norms=self.train_norms,
             form=self.form,
             **given,  # type: ignore[arg-type]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -64,6 +64,8 @@ class SanConfig(PeftConfig):
             word ``free``, which switches all off and lets every target train an s of its own.
         adapt_embedding: Also train a scale on the token embedding's features; it feeds q, k and v
             of the first block.
+        train_norms: Also train the norms of the adapted blocks and those outside of all blocks, the
+            last one among them: what is added to their weights and biases, saved as vectors.
         modules_to_save: Names of modules to train and save whole beside the adapter, as in PEFT.
         r: Rank of the ``lora`` and ``dora`` carriers.
         lora_alpha: Their numerator: the low-rank product counts ``lora_alpha / r``.
@@ -84,6 +86,7 @@ class SanConfig(PeftConfig):
     shift: bool = field(default=Options.shift)
     links: tuple[str, ...] | list[str] | str = field(default=Options.links)
     adapt_embedding: bool = field(default=Options.adapt_embedding)
+    train_norms: bool = field(default=Options.train_norms)
     modules_to_save: list[str] | None = field(default=None)
     r: int = field(default=Options.rank)
     lora_alpha: float = field(default=Options.alpha)
@@ -91,6 +94,9 @@ class SanConfig(PeftConfig):
     form: str = field(default=Options.form)
     graph: dict[str, Any] | None = field(default=None)
     how_to_load: str = field(default=HOW_TO_LOAD)
+
+    # The names of those that ``train_norms`` trains, of the model that is adapted; never saved.
+    norms: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """Check every option and set PEFT's type."""

@@ -72,7 +72,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
     a column scale of its own, is (d_in,).
     """
 
-    adapter_layer_names = (
+    adapter_layer_names: tuple[str, ...] = (
         *("san_gamma", "san_sigma", "san_beta"),
         *("san_lora_A", "san_lora_B", "san_magnitude"),
     )

@@ -14,7 +14,7 @@ from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
 from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
-from san_llm.san.node import Node, matches, trains_gamma, unmatched
+from san_llm.san.node import Node, Norm, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
 from san_llm.san.renamed import renamed
 
@@ -43,6 +43,31 @@ def measured_graph(model: Any, options: Options) -> MeasuredGraph:
     if not isinstance(model, Mapping):
         return measure(model)
     return measure(stock_config(model))
+
+
+def measured_norms(model: Any, adapted: Iterable[Node], options: Options) -> tuple[Norm, ...]:
+    """Return the norms that are trained beside some modules of a model, or of a config's.
+
+    Args:
+        model: As :func:`measured_graph` takes it.
+        adapted: The adapted modules.
+        options: Of the adapter.
+
+    Raises:
+        InputError: when they are asked for, and there is none.
+    """
+    if not options.train_norms:
+        return ()
+    from san_llm.measure.copies import without_numbers
+    from san_llm.measure.run import class_of
+    from san_llm.san.norms import norms_of
+
+    if setting(model, "config", None) is not None:
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    else:
+        config = stock_config(model) if isinstance(model, Mapping) else model
+        whole = without_numbers(config, class_of(config))
+    return norms_of(whole, [node.name for node in adapted])
 
 
 def stock_config(values: Mapping[str, Any]) -> Any:

@@ -34,6 +34,7 @@ from san_llm.san.lean import fold, unfold
 from san_llm.san.measured import measured_graph, nodes, pattern
 from san_llm.san.merging import hold_biases
 from san_llm.san.node import Node, trains_gamma
+from san_llm.san.norms import SanNorm, norms_of
 from san_llm.san.options import options_of
 
 # By the name of a target that something feeds: its anterior, the table's row, which channels.
@@ -85,6 +86,10 @@ class SanModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: SanConfig, key: str) -> bool:
+        return key in peft_config.norms or SanModel._is_target(peft_config, key)
+
+    @staticmethod
+    def _is_target(peft_config: SanConfig, key: str) -> bool:
         if (
             peft_config.graph is None
             and peft_config.adapt_embedding
@@ -114,9 +119,12 @@ class SanModel(BaseTuner):
         sizes = self.get_model_config(model)
         model_type = sizes.get("model_type")
         if config.graph is None and is_known(model_type):
-            links = self._by_table(model, config, model_type)
+            names, links = self._by_table(model, config, model_type)
         else:
-            links = self._by_measurement(model, config)
+            names, links = self._by_measurement(model, config)
+        if config.train_norms:
+            config.norms = frozenset(norm.name for norm in norms_of(model, names))
+            _check_norms(config)
         kinds = options_of(config).kinds
         anteriors = {anterior for anterior, _, _ in links.values()}
         if config.mode == "synapse" and not anteriors and not config.shift:
@@ -139,8 +147,10 @@ class SanModel(BaseTuner):
             if is_known(blocks):
                 fold(model, FAMILIES[blocks])
 
-    def _by_table(self, model: nn.Module, config: SanConfig, model_type: str) -> _Links:
-        """Return what feeds the targets, in a family that the table knows."""
+    def _by_table(
+        self, model: nn.Module, config: SanConfig, model_type: str
+    ) -> tuple[list[str], _Links]:
+        """Return the targets and what feeds them, in a family that the table knows."""
         config.target_modules = family_targets(config.target_modules, model_type)
         inside = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, SanLayer)
@@ -148,24 +158,22 @@ class SanModel(BaseTuner):
         names = [
             name
             for name, _ in model.named_modules()
-            if name
-            and not name.startswith(inside)
-            and self._check_target_module_exists(config, name)
+            if name and not name.startswith(inside) and self._is_target(config, name)
         ]
         self._check_every_target_matched(config, names, FAMILIES[model_type].targets)
         links, _ = wire(names, options_of(config).kinds, config.mode, model_type)
         sizes = self.get_model_config(model)
-        return {name: (*link, carry(link[1], sizes)) for name, link in links.items()}
+        return names, {name: (*link, carry(link[1], sizes)) for name, link in links.items()}
 
-    def _by_measurement(self, model: nn.Module, config: SanConfig) -> _Links:
-        """Return what feeds the targets, in any model; the config takes its graph along."""
+    def _by_measurement(self, model: nn.Module, config: SanConfig) -> tuple[list[str], _Links]:
+        """Return the targets and what feeds them, in any model; the config gets the graph."""
         options = options_of(config)
         graph = measured_graph(model, options)
         self._nodes = {node.name: node for node in nodes(graph, options)}
         _check_modules(model, self._nodes.values())
         config.graph = graph.as_json()
         config.target_modules = pattern(self._nodes, graph)
-        return {
+        return list(self._nodes), {
             node.name: (node.anterior, node.link, node.carry)
             for node in self._nodes.values()
             if node.anterior and node.link and node.carry
@@ -193,7 +201,12 @@ class SanModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SanLayer) else self._wrap(target, current_key)
+        if isinstance(target, SanLayer):
+            layer = target
+        elif current_key in peft_config.norms:
+            layer = SanNorm(target)
+        else:
+            layer = self._wrap(target, current_key)
         linear = isinstance(layer, SanLinear)
         options = options_of(peft_config)
         node = self._nodes.get(current_key) if peft_config.graph is not None else None
@@ -252,6 +265,17 @@ class SanModel(BaseTuner):
         if shifted and flagged:
             hold_biases(model)
         return model
+
+
+def _check_norms(config: SanConfig) -> None:
+    """Refuse to save a norm whole whose change is saved."""
+    for norm in sorted(config.norms):
+        for name in config.modules_to_save or ():
+            if norm.endswith(name):  # as PEFT reads it
+                raise InputError(
+                    f"modules_to_save: {name!r} names {norm}, which train_norms trains, too: "
+                    "leave one of them out"
+                )
 
 
 def _all_have_biases(model: nn.Module, adapters: Iterable[str]) -> bool:

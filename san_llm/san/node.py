@@ -55,6 +55,24 @@ class Node:
         )
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm that is trained beside the scales.
+
+    Attributes:
+        name: The module's name in the base model.
+        trained: How many numbers it trains: a weight, and perhaps a bias, for each channel.
+    """
+
+    name: str
+    trained: int
+
+
+def trained_by(nodes: Iterable[Node], norms: Iterable[Norm]) -> int:
+    """Return how many numbers adapted modules and norms train in all."""
+    return sum(node.trained for node in nodes) + sum(norm.trained for norm in norms)
+
+
 def trains_gamma(name: str, mode: str, anteriors: set[str]) -> bool:
     """Whether a target trains a neuron scale: always, but in ``synapse`` mode only if it is read.
 

@@ -37,6 +37,8 @@ class Options:
         links: The kinds of propagation that are switched on; or the word ``free``: none is, and
             every target trains a column scale of its own.
         adapt_embedding: Whether the embedding's features get a scale, too.
+        train_norms: Whether the norms of the adapted blocks, and those outside of all blocks, are
+            trained, too.
         modules_to_save: Names of modules that are trained and saved whole.
         rank: The rank of the low-rank carriers.
         alpha: The numerator of their factor: ``c = alpha / rank``.
@@ -56,6 +58,7 @@ class Options:
     shift: bool = False
     links: tuple[str, ...] | str = KINDS
     adapt_embedding: bool = False
+    train_norms: bool = False
     modules_to_save: tuple[str, ...] | None = None
     rank: int = 8
     alpha: float = 16.0
@@ -78,7 +81,7 @@ class Options:
             )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise InputError(f"lora_dropout: expected 0 <= p < 1, found {self.dropout!r}")
-        for name in ("shift", "adapt_embedding"):
+        for name in ("shift", "adapt_embedding", "train_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         try:
