@@ -107,11 +107,17 @@ class Merged:
 
     def _biased(self) -> set[str]:
         """Return the parents, such as ``mlp``, whose Linears all get a bias from a shift."""
-        parents = {node.name.split(".")[-2] for node in self._scales.graph if node.beta}
+        shifted = [node.name for node in self._scales.graph if node.beta]
         family = self._found.config["model_type"]
-        if parents and family not in BIAS_FLAGS:
-            raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
-        return parents
+        if family in BIAS_FLAGS:
+            return {name.split(".")[-2] for name in shifted}
+        for name in shifted:
+            if f"{name}.bias" not in self._scales.stored:
+                raise InputError(
+                    f"a stock {family} cannot hold the biases that a shift merges into: {name} has "
+                    "none"
+                )
+        return set()
 
     def merged_config(self, dtype: str) -> dict[str, Any]:
         """Return the base's config with what the merge changes; dtype as torch spells it."""

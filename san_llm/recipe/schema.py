@@ -150,7 +150,9 @@ class SanMethod(_Targets):
         "or on both, as in the paper",
     )
     shift: bool = Field(
-        default=False, description="train a shift of each channel, too; only a Llama can merge it"
+        default=False,
+        description="train a shift of each channel, too; only a Llama, or targets that "
+        "have a bias, can merge it",
     )
     links: _Links = Field(
         default=KINDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,14 +72,6 @@ class SanModel(BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: SanConfig, model_config: dict[str, Any]
     ) -> SanConfig:
-        if peft_config.shift and model_config["model_type"] not in BIAS_FLAGS:
-            import warnings
-
-            warnings.warn(
-                f"shift=True: a stock {model_config['model_type']} cannot hold the merged biases, "
-                f"so this adapter will never merge (only {', '.join(BIAS_FLAGS)} can)",
-                stacklevel=2,
-            )
         return peft_config
 
     def _prepare_model(self, peft_config: SanConfig, model: nn.Module) -> None:
@@ -137,6 +130,13 @@ class SanModel(BaseTuner):
         unfold(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if model_type not in BIAS_FLAGS and (name := _without_bias(model, [adapter_name])):
+                warnings.warn(
+                    f"shift=True: {name} has no bias, and a stock {model_type} cannot hold the one "
+                    "that its shift merges into, so this adapter will never merge; leave what has "
+                    "none out of target_modules",
+                    stacklevel=2,
+                )
             for name, (anterior_name, _, carried) in links.items():
                 posterior: Any = model.get_submodule(name)
                 anterior: Any = model.get_submodule(anterior_name)
@@ -256,8 +256,10 @@ class SanModel(BaseTuner):
         shifted = merge and any(self.peft_config[name].shift for name in names)
         family = self.get_model_config(self.model).get("model_type")
         flagged = family in BIAS_FLAGS
-        if shifted and not flagged and not _all_have_biases(self.model, names):
-            raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
+        if shifted and not flagged and (bare := _without_bias(self.model, names)):
+            raise InputError(
+                f"a stock {family} cannot hold the biases that a shift merges into: {bare} has none"
+            )
         model: nn.Module = super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )
@@ -278,14 +280,16 @@ def _check_norms(config: SanConfig) -> None:
                 )
 
 
-def _all_have_biases(model: nn.Module, adapters: Iterable[str]) -> bool:
-    """Whether every module that an adapter shifts has a bias of its own to merge that into."""
-    layers = [module for module in model.modules() if isinstance(module, SanLayer)]
-    return all(
-        getattr(layer.get_base_layer(), "bias", None) is not None
-        for layer in layers
-        if any(name in layer.san_beta for name in adapters)
+def _without_bias(model: nn.Module, adapters: Iterable[str]) -> str | None:
+    """Return the first module that an adapter shifts and that has no bias to merge that into."""
+    bare = (
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, SanLayer)
+        and any(adapter in layer.san_beta for adapter in adapters)
+        and getattr(layer.get_base_layer(), "bias", None) is None
     )
+    return next(bare, None)
 
 
 def _check_modules(model: nn.Module, graph: Iterable[Node]) -> None:

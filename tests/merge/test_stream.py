@@ -232,6 +232,15 @@ def test_a_family_that_cannot_hold_a_shift_is_refused(tmp_path):
         streamed(tmp_path, "float32")
 
 
+def test_a_shift_of_modules_that_have_biases_is_merged_in_any_family(tmp_path):
+    model = trained(tmp_path, "qwen2", shift=True, target_modules=["q_proj", "k_proj", "v_proj"])
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    expected = load_file(tmp_path / "peft" / "model.safetensors")
+    found = load_file(streamed(tmp_path, "float32") / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_merge_loads_no_torch(tmp_path):
     trained(tmp_path)
     code = (

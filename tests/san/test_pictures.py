@@ -1,5 +1,6 @@
 """SAN on pictures and on GPT-2, against dense references wired by hand from their source."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -178,13 +179,28 @@ def test_a_depthwise_convolution_has_a_gamma_and_no_columns():
 
 def test_a_shift_and_the_head_trained_whole():
     base, given = small("vit"), inputs("vit")
-    with pytest.warns(UserWarning, match="will never merge"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # every target has a bias: nothing is told
         adapted = get_peft_model(base, SanConfig(shift=True, modules_to_save=["classifier"]))
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert any("classifier.modules_to_save" in name for name in trained)
     assert any("san_beta" in name for name in trained)
-    adapted(**given).logits.sum().backward()
+    logits = adapted(**given).logits
+    logits.sum().backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    for name, parameter in adapted.named_parameters():
+        if "san_beta" in name:
+            parameter.data += 0.2
+    logits = adapted(**given).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**given).logits, logits, rtol=1e-8, atol=1e-8)
+
+
+def test_a_shift_of_a_module_without_a_bias_is_told_by_its_name():
+    with pytest.warns(UserWarning, match=r"downsample\.reduction has no bias.*will never merge"):
+        adapted = get_peft_model(small("swin"), SanConfig(shift=True))
+    with pytest.raises(InputError, match=r"a stock swin cannot hold .*reduction has none"):
+        adapted.merge_and_unload()
 
 
 @pytest.mark.parametrize("carrier", ["lora", "dora"])
