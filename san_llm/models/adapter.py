@@ -214,6 +214,7 @@ def adapter_config(method: Method, model_type: str = "llama") -> PeftConfig:
                 shift=options.shift,
                 links=options.links,
                 adapt_embedding=options.adapt_embedding,
+                wiring=options.wiring,
                 train_norms=options.train_norms,
                 r=options.rank,
                 lora_alpha=options.alpha,

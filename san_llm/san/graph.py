@@ -23,7 +23,7 @@ from san_llm.architectures.sizes import check_sizes, linear_shapes, norm_sizes, 
 from san_llm.errors import InputError, did_you_mean
 from san_llm.measure.units import path_of
 from san_llm.san.node import Node, Norm, matches, trained_by, trains_gamma, unmatched
-from san_llm.san.options import Options, options_of, saved_options
+from san_llm.san.options import Options, check_wiring, options_of, saved_options
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -123,6 +123,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             san_config = adapters.get((active() if callable(active) else active)[0])
     model_type = setting(config, "model_type")
     options = _options(san_config)
+    check_wiring(options, model_type)
     if options.graph is not None or not is_known(model_type):
         from san_llm.san.measured import measured_graph, measured_norms, nodes
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
 from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
+from san_llm.measure.units import path_of
 from san_llm.san.node import Node, Norm, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
 from san_llm.san.renamed import renamed
@@ -39,10 +41,30 @@ def measured_graph(model: Any, options: Options) -> MeasuredGraph:
     config = setting(model, "config", None)
     if config is not None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return measure(config, type(base))
-    if not isinstance(model, Mapping):
-        return measure(model)
-    return measure(stock_config(model))
+        graph = measure(config, type(base))
+    else:
+        graph = measure(stock_config(model) if isinstance(model, Mapping) else model)
+    return as_authors(graph) if options.wiring == "authors" else graph
+
+
+def as_authors(graph: MeasuredGraph) -> MeasuredGraph:
+    """Return the graph of a plain ViT as the authors' public code wires it.
+
+    What a block reads first, q, k and v, gets the patch embedding's scale in every block, not that
+    of the block before; nothing feeds the attention's output. The rest stays.
+
+    Args:
+        graph: Of a model of ``options.AUTHORS``.
+    """
+    (patches,) = (module.name for module in graph.modules if module.place == "embedding")
+    links = [
+        link
+        if path_of(link.anterior) == path_of(link.posterior)
+        else replace(link, anterior=patches)
+        for link in graph.links
+        if link.kind != "attention"
+    ]
+    return replace(graph, links=tuple(links))
 
 
 def measured_norms(model: Any, adapted: Iterable[Node], options: Options) -> tuple[Norm, ...]:

@@ -36,7 +36,7 @@ from san_llm.san.measured import measured_graph, nodes, pattern
 from san_llm.san.merging import hold_biases
 from san_llm.san.node import Node, trains_gamma
 from san_llm.san.norms import SanNorm, norms_of
-from san_llm.san.options import options_of
+from san_llm.san.options import check_wiring, options_of
 
 # By the name of a target that something feeds: its anterior, the table's row, which channels.
 _Links = dict[str, tuple[str, Link, Carry]]
@@ -111,6 +111,7 @@ class SanModel(BaseTuner):
         config = self.peft_config[adapter_name]
         sizes = self.get_model_config(model)
         model_type = sizes.get("model_type")
+        check_wiring(options_of(config), model_type)
         if config.graph is None and is_known(model_type):
             names, links = self._by_table(model, config, model_type)
         else:

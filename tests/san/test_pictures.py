@@ -1,6 +1,8 @@
 """SAN on pictures and on GPT-2, against dense references wired by hand from their source."""
 
+import json
 import warnings
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -22,6 +24,7 @@ CONFIGS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "bos_token_id": 1,
              "eos_token_id": 1},
     "vit": BLOCKS,
+    "deit": BLOCKS | {"architectures": ["DeiTForImageClassification"]},  # of two
     "dinov2": BLOCKS | {"mlp_ratio": 2},
     "swin": STAGES | {"embed_dim": 48, "num_heads": [4, 8], "window_size": 4},
     "convnext": STAGES | {"hidden_sizes": [32, 48], "num_stages": 2},
@@ -87,6 +90,25 @@ def convnext():
     return wired
 
 
+def authors(block, attention, fc1, fc2, embedding):
+    """Return the map of the authors' ``SAN_base``: nothing feeds the attention's output."""
+    wired = {}
+    for number in range(2):
+        here = block.format(number)
+        wired |= {f"{here}{attention}.{x}_proj": (embedding, None) for x in "qkv"}
+        wired[here + fc1] = (f"{here}{attention}.o_proj", None)
+        wired[here + fc2] = (here + fc1, None)
+    return wired
+
+
+AUTHORS = {
+    "vit": authors(VIT, "attention", "mlp.fc1", "mlp.fc2",
+                   "vit.embeddings.patch_embeddings.projection"),
+    "deit": authors("deit.layers.{}.", "attention", "mlp.fc1", "mlp.fc2",
+                    "deit.embeddings.patch_embeddings.projection"),
+    "dinov2": authors(DINO, "attention", "mlp.fc1", "mlp.fc2",
+                      "dinov2.embeddings.patch_embeddings.projection"),
+}  # fmt: skip
 WIRED = {
     "gpt2": gpt2(),
     "vit": vit_like(VIT, "attention", "mlp.fc1", "mlp.fc2", 2,
@@ -124,13 +146,14 @@ def along(vector, axis, weight):
     return vector.reshape([-1 if place == axis else 1 for place in range(weight.dim())])
 
 
-def dense(model, gammas, family):
+def dense(model, gammas, family, wired=None):
+    wired = wired or WIRED[family]
     weights = {}
     for name, gamma in gammas.items():
         module = model.get_submodule(name)
         rows, columns = (1, 0) if isinstance(module, (Conv1D, nn.Embedding)) else (0, 1)
         weight = module.weight * along(gamma, rows, module.weight)
-        anterior, lay = WIRED[family].get(name, (None, None))
+        anterior, lay = wired.get(name, (None, None))
         if anterior in gammas:
             s = gammas[anterior] if lay is None else lay(gammas[anterior])
             weight = weight * along(s, columns, weight)
@@ -161,6 +184,46 @@ def test_it_is_the_dense_model_in_logits_and_every_gradient(family, first, tmp_p
     )
     if first:
         assert {a for a, _ in WIRED[family].values()} <= gammas.keys()
+
+
+@pytest.mark.parametrize("family", AUTHORS)
+def test_the_authors_wiring_is_its_own_dense_model(family, tmp_path):
+    base, given = small(family), inputs(family)
+    names, wired = {name for name, _ in base.named_modules()}, AUTHORS[family]
+    if not wired.keys() <= names:
+        pytest.skip("this version of transformers names its modules otherwise")
+    merged, theirs, gammas = held_against_dense(
+        deepcopy(base),
+        given,
+        SanConfig(wiring="authors"),
+        partial(dense, family=family, wired=wired),
+        tmp_path,
+        gradients={"rtol": 1e-6, "atol": 1e-8},
+        merges=1e-8,
+        moves=0.05,
+    )
+    assert {anterior for anterior, _ in wired.values()} <= gammas.keys()
+    merged.save_pretrained(tmp_path / "merged")
+    stock = type(base).from_pretrained(tmp_path / "merged").double()
+    torch.testing.assert_close(stock(**given).logits, theirs, rtol=1e-4, atol=1e-4)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    found = {link["posterior"]: link["anterior"] for link in saved["graph"]["links"]}
+    assert found == {posterior: anterior for posterior, (anterior, _) in wired.items()}
+
+
+def test_the_authors_wiring_is_of_a_plain_vit_alone():
+    said = r"wiring 'authors': is that of the authors' code for vit, deit, dinov2, and a {} has"
+    for family in ("swin", "gpt2"):
+        with pytest.raises(InputError, match=said.format(family)):
+            get_peft_model(small(family), SanConfig(wiring="authors"))
+    with pytest.raises(InputError, match=said.format("llama")):
+        propagation_graph(AutoConfig.for_model("llama"), SanConfig(wiring="authors"))
+    with pytest.raises(InputError, match="links: free propagates nothing"):
+        SanConfig(wiring="authors", links="free")
+    with pytest.raises(
+        InputError, match=r"wiring: 'author' is not one of .*did you mean 'authors'"
+    ):
+        SanConfig(wiring="author")
 
 
 def test_a_depthwise_convolution_has_a_gamma_and_no_columns():
