@@ -21,7 +21,8 @@ from san_llm.san.options import Options
 from san_llm.san.renamed import renamed
 
 # The kinds of modules that SAN has layers for.
-ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Experts")
+CONVOLUTIONS = ("Conv1d", "Conv2d")
+ADAPTED = ("Linear", "Conv1D", *CONVOLUTIONS, "Experts")
 
 
 def measured_graph(model: Any, options: Options) -> MeasuredGraph:
@@ -149,13 +150,21 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
             raise InputError(f"adapt_embedding: {table.name} cannot be adapted: {table.note}")
     if options.carrier != "scale":
         for module in usable:
-            if module.kind != "Linear":
+            if not _takes_matrices(module):
+                what = module.kind
+                if what in CONVOLUTIONS:
+                    what += " in groups, whose channels do not read all that a matrix would mix"
                 raise InputError(
-                    f"carrier {options.carrier!r}: has matrices for Linear layers alone, and "
-                    f"{module.name} is a {module.kind}: take carrier 'scale', or leave it out of "
-                    "target_modules"
+                    f"carrier {options.carrier!r}: has matrices for Linear layers and dense "
+                    f"convolutions, and {module.name} is a {what}: take carrier 'scale', or leave "
+                    "it out of target_modules"
                 )
     return [*(tables if options.adapt_embedding else []), *usable]
+
+
+def _takes_matrices(module: MeasuredModule) -> bool:
+    """Whether the low-rank carriers have matrices for a module."""
+    return module.kind == "Linear" or (module.kind in CONVOLUTIONS and not module.grouped)
 
 
 def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> None:
@@ -233,6 +242,7 @@ def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
     for module in modules:
         anterior, link, carry = links.get(module.name, (None, None, None))
         reads = module.place != "embedding"
+        low_rank = options.carrier != "scale" and _takes_matrices(module)
         made.append(
             Node(
                 module.name,
@@ -243,10 +253,11 @@ def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
                 anterior=anterior,
                 link=link,
                 carry=carry,
-                carrier=options.carrier if reads else "scale",
-                rank=options.rank if reads and options.carrier != "scale" else 0,
+                carrier=options.carrier if low_rank else "scale",
+                rank=options.rank if low_rank else 0,
                 sigma=options.free and reads and not module.grouped,
                 experts=module.experts,
+                kernel=module.kernel,
             )
         )
     return tuple(made)

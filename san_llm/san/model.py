@@ -208,17 +208,19 @@ class SanModel(BaseTuner):
             layer = SanNorm(target)
         else:
             layer = self._wrap(target, current_key)
-        linear = isinstance(layer, SanLinear)
+        reads = isinstance(layer, SanLinear)
         options = options_of(peft_config)
         node = self._nodes.get(current_key) if peft_config.graph is not None else None
-        if not linear:  # no product to adapt, or none with matrices: a vector in any carrier
+        if (
+            not layer.takes_matrices
+        ):  # no product to adapt, or none with matrices: a vector in any carrier
             options = replace(options, carrier="scale")
         layer.update_layer(
             adapter_name,
             options,
             gamma=trains_gamma(current_key, peft_config.mode, self._anteriors),
-            beta=node.beta if node else options.shift and linear,
-            sigma=node.sigma if node else options.free and linear,
+            beta=node.beta if node else options.shift and reads,
+            sigma=node.sigma if node else options.free and reads,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
