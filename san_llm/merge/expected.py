@@ -51,7 +51,9 @@ class Expected:
     def __init__(self, base: BaseRows, config: Mapping[str, Any], adapter: Adapter) -> None:
         """Open a SAN adapter; the arguments are those of :func:`weight_errors`."""
         self._base, self._options = base, adapter.options
-        self._nodes = {node.name: node for node in propagation_graph(config, adapter.options)}
+        graph = propagation_graph(config, adapter.options)
+        self._nodes = {node.name: node for node in graph}
+        self._norms = {norm.name for norm in graph.norms}
         self._vectors = adapter.tensors
         self._wide: dict[str, Numbers | None] = {}
         self._known: dict[str, tuple[Numbers | float, Numbers | float]] = {}
@@ -120,7 +122,7 @@ class Expected:
 
     def changes(self, name: str) -> bool:
         """Whether the adapter makes another tensor of the base's."""
-        return name.rpartition(".")[0] in self._nodes
+        return name.rpartition(".")[0] in self._nodes.keys() | self._norms
 
     def rows(self, name: str, first: int, last: int) -> Numbers:
         """Return rows of a merged tensor."""
@@ -134,6 +136,9 @@ class Expected:
             if source is None and name == "lm_head.weight":
                 source = self._base(f"model.{EMBEDDING}.weight", first, last)
             plain = np.zeros(last - first) if source is None else source.astype(np.float64)
+            change = self._vector(f"{module}.san_{kind}") if module in self._norms else None
+            if change is not None:
+                return plain + change[first:last]
             return plain if node is None else plain * self._scales(node)[0]
         if kind == "weight":
             scale = self._scales(node)[0]

@@ -7,6 +7,7 @@ is ever in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING
@@ -57,7 +58,7 @@ class Merged:
             elif node is not None and kind == "bias":
                 outputs.append(self._bias(module, node.d_out, tensor, dtype))
             else:
-                outputs.append(Output(name, dtype, tensor.shape, tensor))
+                outputs.append(Output(name, dtype, tensor.shape, tensor, self._norm(name)))
             if (
                 kind == "weight"
                 and module.rpartition(".")[0].rpartition(".")[2] in parents
@@ -81,6 +82,11 @@ class Merged:
 
         return Output(tensor.name, dtype, tensor.shape, tensor, merge)
 
+    def _norm(self, name: str) -> Callable[[Numbers, int, int], Numbers] | None:
+        """Return how a norm's weight or bias comes about, None of what is copied as it is."""
+        change = self._scales.norm_change(name)
+        return None if change is None else lambda wide, first, last: wide + change[first:last]
+
     def _bias(self, module: str, d_out: int, tensor: Stored | None, dtype: str) -> Output:
         node = self._scales.nodes.get(module)
 
@@ -101,11 +107,17 @@ class Merged:
 
     def _biased(self) -> set[str]:
         """Return the parents, such as ``mlp``, whose Linears all get a bias from a shift."""
-        parents = {node.name.split(".")[-2] for node in self._scales.graph if node.beta}
+        shifted = [node.name for node in self._scales.graph if node.beta]
         family = self._found.config["model_type"]
-        if parents and family not in BIAS_FLAGS:
-            raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
-        return parents
+        if family in BIAS_FLAGS:
+            return {name.split(".")[-2] for name in shifted}
+        for name in shifted:
+            if f"{name}.bias" not in self._scales.stored:
+                raise InputError(
+                    f"a stock {family} cannot hold the biases that a shift merges into: {name} has "
+                    "none"
+                )
+        return set()
 
     def merged_config(self, dtype: str) -> dict[str, Any]:
         """Return the base's config with what the merge changes; dtype as torch spells it."""

@@ -55,6 +55,7 @@ class Scales:
         """
         self.graph: PropagationGraph = propagation_graph(config, adapter.options)
         self.nodes = {node.name: node for node in self.graph}
+        self._trained_norms = {norm.name for norm in self.graph.norms}
         self.stored = {
             tensor.name: tensor
             for tensor in read_weights(base)
@@ -82,17 +83,11 @@ class Scales:
         for name in sorted(tensors, key=lambda name: place.get(name.rpartition(".san_")[0], -1)):
             tensor = tensors[name]
             module, _, kind = name.rpartition(".san_")
-            node = self.nodes.get(module)
-            if node is None and name in self.stored:
+            if module not in self.nodes and name in self.stored:
                 continue  # a whole module that was trained and saved beside the scales
-            if node is None or (kind == "sigma" and not node.sigma):
+            shape = self._shape(module, kind)
+            if shape is None:
                 raise InputError(f"{folder}: {name} belongs to nothing in {base_name}")
-            shape: tuple[int, ...] = (node.d_out,)
-            if kind == "sigma":
-                shape = (node.d_in,)
-            if kind.startswith("lora_"):
-                rank = self._adapter.options["r"]
-                shape = (rank, node.d_in) if kind == "lora_A" else (node.d_out, rank)
             if tensor.shape != shape:
                 raise InputError(
                     f"{folder}: {name} has the shape {tensor.shape}, {base_name} asks for {shape}: "
@@ -100,6 +95,21 @@ class Scales:
                 )
             if not np.isfinite(read_rows(tensor)).all():
                 raise SanError(f"{folder}: {name} has numbers that are not finite")
+
+    def _shape(self, module: str, kind: str) -> tuple[int, ...] | None:
+        """Return the shape of one of the adapter's tensors, or None where there is no such."""
+        if module in self._trained_norms:
+            stored = self.stored.get(f"{module}.{kind}")
+            return None if stored is None else stored.shape
+        node = self.nodes.get(module)
+        if node is None or (kind == "sigma" and not node.sigma):
+            return None
+        if kind == "sigma":
+            return (node.d_in,)
+        if kind.startswith("lora_"):
+            rank = self._adapter.options["r"]
+            return (rank, node.d_in) if kind == "lora_A" else (node.d_out, rank)
+        return (node.d_out,)
 
     def _rows(self, tensor: Stored, first: int, last: int | None) -> Numbers:
         return read_rows(tensor, first, last).astype(self._dtype, copy=False)
@@ -111,6 +121,25 @@ class Scales:
             tensor = self._adapter.tensors.get(name)
             self._read[name] = None if tensor is None else self._rows(tensor, 0, None)
         return self._read[name]
+
+    def norm_change(self, name: str) -> Numbers | None:
+        """Return what the adapter adds to a norm's weight or bias (d,), None to another tensor.
+
+        Args:
+            name: A tensor's of the base: ``model.norm.weight``.
+
+        Raises:
+            InputError: when the adapter trains that norm, and has no vector for it.
+        """
+        module, _, kind = name.rpartition(".")
+        if module not in self._trained_norms:
+            return None
+        tensor = self._adapter.tensors.get(f"{module}.san_{kind}")
+        if tensor is None:
+            raise InputError(
+                f"{self._adapter.folder}: has no {module}.san_{kind}, which train_norms asks for"
+            )
+        return self._rows(tensor, 0, None)
 
     def _needed(self, node: Node, kind: str) -> Numbers:
         vector = self.vector(node, kind)

@@ -150,7 +150,9 @@ class SanMethod(_Targets):
         "or on both, as in the paper",
     )
     shift: bool = Field(
-        default=False, description="train a shift of each channel, too; only a Llama can merge it"
+        default=False,
+        description="train a shift of each channel, too; only a Llama, or targets that "
+        "have a bias, can merge it",
     )
     links: _Links = Field(
         default=KINDS,
@@ -161,6 +163,15 @@ class SanMethod(_Targets):
     adapt_embedding: bool = Field(
         default=False,
         description="train a scale of the embedding's channels, too; block 0's q, k and v carry it",
+    )
+    wiring: Literal["carried", "authors"] = Field(
+        default="carried",
+        description="who feeds whom: as carried over from one block to the next, or as in the "
+        "authors' code for ViT, whose patches feed q, k and v of every block",
+    )
+    train_norms: bool = Field(
+        default=False,
+        description="train the norms' weights and biases, too: of the blocks and behind them",
     )
     rank: int | None = Field(
         default=None,
@@ -217,6 +228,8 @@ class SanMethod(_Targets):
             shift=self.shift,
             links=self.links,
             adapt_embedding=self.adapt_embedding,
+            wiring=self.wiring,
+            train_norms=self.train_norms,
             form=self.form,
             **given,  # type: ignore[arg-type]
         )
