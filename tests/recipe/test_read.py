@@ -93,8 +93,8 @@ def test_the_published_settings_are_the_defaults():
          "ia3, peft, full (did you mean 'san'?)"]),
         (4, "  mode: both", ["mine.yaml:3: method.name: missing"]),
         (4, "  name: san\n  zzzzzz: 8", ["mine.yaml:5: method.zzzzzz: unknown key: known here are "
-         "name, target_modules, carrier, mode, shift, links, adapt_embedding, rank, alpha, "
-         "dropout, form"]),
+         "name, target_modules, carrier, mode, shift, links, adapt_embedding, "
+         "wiring, train_norms, rank, alpha, dropout, form"]),
         (4, "  name: san\n  rank: 8", ["mine.yaml:3: method: rank: the scale carrier has none; "
          "lora and dora do"]),
         (4, "  name: san\n  carrier: lora\n  shift: true", ["mine.yaml:3: method: shift: the lora "
