@@ -6,21 +6,44 @@ some rows at a time, so that no whole weight is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from san_llm.architectures.decoders import DOWN, GATE_UP
 from san_llm.architectures.lookup import in_model_order
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
-from san_llm.models.weights import Numbers, Stored, read_rows, read_weights, row_blocks
-from san_llm.san.formulas import carried, row_norms, scales, squared_row_norms
+from san_llm.models.weights import (
+    Numbers,
+    Stored,
+    read_rows,
+    read_weights,
+    row_blocks,
+    stored_weights,
+)
+from san_llm.san.formulas import (
+    along,
+    carried,
+    expert_factors,
+    inner_scale,
+    row_norms,
+    scales,
+    squared_row_norms,
+)
 from san_llm.san.graph import PropagationGraph, propagation_graph
+from san_llm.san.measured import stock_config
 from san_llm.san.node import Node
+from san_llm.san.options import saved_options
+
+if TYPE_CHECKING:
+    from san_llm.measure.in_files import Changes, InFiles
+
+TRANSPOSED = ("Conv1D", "Embedding")  # modules whose weight's rows are not its features
 
 
 class Scales:
@@ -29,7 +52,9 @@ class Scales:
     Attributes:
         graph: Who feeds whom.
         nodes: The graph's nodes, by name.
-        stored: The base's tensors, by name.
+        stored: The base's tensors, by name; of a measured model by their names in memory, those
+            that are one parameter as a whole.
+        files: Of a measured model what its files' tensors are of its parameters.
     """
 
     def __init__(
@@ -55,24 +80,59 @@ class Scales:
         """
         self.graph: PropagationGraph = propagation_graph(config, adapter.options)
         self.nodes = {node.name: node for node in self.graph}
-        self.stored = {
-            tensor.name: tensor
-            for tensor in read_weights(base)
-            # Buffers that old models' files hold and no model loads.
-            if not tensor.name.endswith("rotary_emb.inv_freq")
-        }
+        self.files: InFiles | None = None
+        if adapter.measured:
+            tensors = {tensor.name: tensor for tensor in stored_weights(base)}
+            self.files = files_of(adapter, config, tensors.values())
+            self.stored = {own: tensors[name] for own, name in self.files.names.items()}
+        else:
+            self.stored = {
+                tensor.name: tensor
+                for tensor in read_weights(base)
+                # Buffers that old models' files hold and no model loads.
+                if not tensor.name.endswith("rotary_emb.inv_freq")
+            }
         self._adapter, self._base_name, self._dtype = adapter, base_name, dtype
+        self._options, self._kinds = saved_options(adapter.options), {}
         self._lock = Lock()
         self._read: dict[str, Numbers | None] = {}
         self._scales: dict[str, tuple[Numbers | None, Numbers | None]] = {}
-        for node in self.graph:
+        if self.files is not None:
+            self._kinds = module_kinds(adapter)
+            self._check_measured(self.files)
+        for node in self.graph if self.files is None else ():
             weight = self.stored.get(f"{node.name}.weight")
             if weight is None or (node.d_in and weight.shape != (node.d_out, node.d_in)):
-                other = "; a model's files may have other names than it" if adapter.measured else ""
-                raise InputError(
-                    f"{base}: has no {node.name}.weight of the shape in its config{other}"
-                )
+                raise InputError(f"{base}: has no {node.name}.weight of the shape in its config")
         self._check_tensors()
+
+    def _check_measured(self, files: InFiles) -> None:
+        """Refuse an adapter whose graph is another model's."""
+        for node in self.graph:
+            experts = {
+                GATE_UP: (node.experts, node.d_out - node.d_in, node.d_in),
+                DOWN: (node.experts, node.d_in, (node.d_out - node.d_in) // 2),
+            }
+            for kind in experts if node.experts else ("weight",):
+                shape = files.shapes.get(f"{node.name}.{kind}", ())
+                if node.experts:
+                    fits = shape == experts[kind]
+                else:
+                    features = 1 if self._kinds[node.name] in TRANSPOSED else 0
+                    fits = len(shape) > 1 and shape[features] == node.d_out
+                    fits &= node.anterior is None or shape[1 - features] == node.d_in
+                if not fits:
+                    raise InputError(
+                        f"{self._adapter.folder}: was made for another model: {self._base_name} "
+                        f"has no {node.name}.{kind} of the shape in its graph"
+                    )
+            if node.rank and f"{node.name}.weight" not in self.stored:
+                from san_llm.measure.in_files import UntranslatedError
+
+                raise UntranslatedError(
+                    f"the files have {node.name}.weight in parts or with others, and the "
+                    f"{node.carrier} carrier adds to all of it"
+                )
 
     def _check_tensors(self) -> None:
         folder, base_name = self._adapter.folder, self._base_name
@@ -83,11 +143,11 @@ class Scales:
             tensor = tensors[name]
             module, _, kind = name.rpartition(".san_")
             node = self.nodes.get(module)
-            if node is None and name in self.stored:
+            if node is None and name in (self.files.shapes if self.files else self.stored):
                 continue  # a whole module that was trained and saved beside the scales
             if node is None or (kind == "sigma" and not node.sigma):
                 raise InputError(f"{folder}: {name} belongs to nothing in {base_name}")
-            shape: tuple[int, ...] = (node.d_out,)
+            shape: tuple[int, ...] = (node.experts, node.d_out) if node.experts else (node.d_out,)
             if kind == "sigma":
                 shape = (node.d_in,)
             if kind.startswith("lora_"):
@@ -160,6 +220,25 @@ class Scales:
     def _c(self) -> float:
         return float(self._adapter.options["lora_alpha"]) / int(self._adapter.options["r"])
 
+    def changes(self, parameter: str) -> Changes:
+        """Return what a parameter of a measured model is multiplied by, and what is added."""
+        module, _, kind = parameter.rpartition(".")
+        node = self.nodes.get(module)
+        if node is None or self.files is None:
+            return None, None, None
+        gamma = self._needed(node, "gamma") if node.experts and node.gamma else None
+        inner = inner_scale(gamma, node.d_in, self._options.mode, self._options.kinds)
+        return changes(
+            node,
+            kind,
+            len(self.files.shapes[parameter]),
+            self._kinds[module],
+            self.scales(node)[0],
+            self.synapse_scale(node),
+            inner,
+            self.vector(node, "beta"),
+        )
+
     def delta(self, node: Node, first: int, last: int) -> Numbers | None:
         """Return rows of ``c B A``, or None where the carrier has no low-rank product."""
         if not node.rank:
@@ -181,6 +260,60 @@ class Scales:
         return scale
 
 
+def files_of(adapter: Adapter, config: Mapping[str, Any], stored: Iterable[Stored]) -> InFiles:
+    """Return what a measured model's tensors are of the parameters that its adapter changes.
+
+    Args:
+        adapter: The adapter, which says of which class its model is.
+        config: The model's ``config.json``.
+        stored: The tensors.
+
+    Raises:
+        UntranslatedError: when that is not known, see ``measure.in_files``.
+        InputError: when they do not fit together.
+    """
+    from san_llm.measure.in_files import in_files
+
+    model_class = str(adapter.options["graph"].get("model_class"))
+    shapes = {tensor.name: tensor.shape for tensor in stored}
+    return in_files(stock_config(config), model_class, shapes)
+
+
+def module_kinds(adapter: Adapter) -> dict[str, str]:
+    """Return of which kind each module of a measured model is: ``Linear``, ``Conv2d``."""
+    return {module["name"]: str(module["kind"]) for module in adapter.options["graph"]["modules"]}
+
+
+def changes(
+    node: Node,
+    parameter: str,
+    axes: int,
+    kind: str,
+    rows: Numbers | None,
+    s: Numbers | None,
+    inner: Numbers | None,
+    beta: Numbers | None,
+) -> Changes:
+    """Return what a parameter of a node is multiplied by, two times, and what is added to it.
+
+    Args:
+        node: The node.
+        parameter: Its own name: ``weight``, ``bias``, that of one of two weights of experts.
+        axes: How many it has.
+        kind: Of which kind the module is.
+        rows: What the features are multiplied by, or None for 1.
+        s: What the columns are, or None for 1.
+        inner: What the columns of each expert's down are, or None for 1.
+        beta: The shift, or None for 0.
+    """
+    if node.experts:
+        return *expert_factors(rows, s, inner, node.d_in).get(parameter, (None, None)), None
+    if parameter == "bias":
+        return None if node.rank else rows, None, beta
+    features, columns = (1, 0) if kind in TRANSPOSED else (0, 1)
+    return along(rows, features, axes), along(s, columns, axes), None
+
+
 def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
     """Return every neuron scale of a SAN adapter (d_out,), by module, in the model's order.
 
@@ -198,7 +331,7 @@ def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
             f"{adapter.folder}: a {adapter.method} adapter: only SAN's have neuron scales"
         )
     scaled = (adapter.options.get("carrier") or "scale") == "scale"
-    # Of a measured model the files may have other names than its modules.
+    # Of a measured model's those of the adapter say all: transformers' tables take seconds to ask.
     held = base is None or (scaled and adapter.measured)
     gammas = _held(adapter, "gamma") if base is None or held else _on_base(adapter, base)
     _check_finite(adapter, gammas)
