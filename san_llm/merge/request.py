@@ -211,6 +211,8 @@ def check_request(request: MergeRequest) -> MergeTask:
         load_tokenizer(found, adapter.folder)  # refuses one that knows more than the embedding
     if "auto_map" in found.config:
         raise InputError(f"{found.base.model}: its config needs code of its own: not a stock model")
+    if request.verified and adapter.measured:
+        _check_answers(found)
     trained = subject.recipe.base if subject.recipe else subject.base
     trained_over = found.bits or _trained_bits(trained)
     if quantized is not None:
@@ -232,6 +234,16 @@ def check_request(request: MergeRequest) -> MergeTask:
     streamed = quantized is None and adapter.method == "SAN" and adapter.measured
     dtype = _dtype(request, found, _stored(found) if streamed else None)
     return MergeTask(request, adapter, found, dtype, elsewhere, trained_over)
+
+
+def _check_answers(found: FoundBase) -> None:
+    """Refuse to compare answers of a model that goes on from no text."""
+    from san_llm.models.load import load_config
+
+    try:
+        load_config(found)
+    except InputError as error:
+        raise InputError(f"--verify: compares what models answer to texts: {error}") from error
 
 
 def as_trained(found: FoundBase, trained: Base) -> FoundBase:

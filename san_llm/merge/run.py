@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from san_llm.errors import SanError, first_line
+from san_llm.errors import InputError, SanError, first_line
 from san_llm.files import sha256_of, whole_folder, write_json, write_text
 from san_llm.merge.checked import check_rows
 from san_llm.merge.gguf import export_gguf
@@ -87,7 +87,8 @@ def merge(request: MergeRequest) -> MergeResult:
             file = export_gguf(folder, request.gguf)
             result = replace(result, gguf=str(output / file.name))
             sums[file.name] = sha256_of(file)
-        write_text(folder / "README.md", model_card(result, recipe, method))
+        text = task.found.vocabulary is not None  # others have theirs in a section, or none
+        write_text(folder / "README.md", model_card(result, recipe, method, text))
         facts = MergeManifest(
             **manifest(),
             base=base,
@@ -160,6 +161,15 @@ def _streamed(task: MergeTask) -> tuple[list[Output], dict[str, Any]] | None:
         measured = MergedMeasured(adapter, task.found)
         return measured.outputs(kind), measured.merged_config(kind)
     except UntranslatedError as error:
+        from san_llm.models.load import load_config
+
+        try:
+            load_config(task.found)
+        except InputError:  # no model for text, which recipes and commands do not load
+            raise InputError(
+                f"{adapter.folder}: cannot be merged from file to file: {error}; in Python, "
+                "merge_and_unload() merges it in memory"
+            ) from error
         say(f"merged in memory, not from file to file: {error}")
         return None
 

@@ -146,7 +146,7 @@ def test_files_have_their_base_s_names_and_the_numbers_of_the_model_in_memory(he
         ("mixtral", BF16, {}),
         ("mixtral", FP32, {"mode": "neuron"}),
         ("mixtral", BF16, {"mode": "synapse"}),
-        ("dinov2 giant", FP32, {"target_modules": r".*(gate_proj|o_proj)"}),  # half of a tensor
+        ("dinov2 giant", FP32, {"target_modules": r".*(gate_proj|weights_in)"}),  # half of one
         ("phi", BF16, {"carrier": "lora", "r": 3, "target_modules": ["v_proj", "dense"]}),
         ("phi", FP32, {"carrier": "dora", "r": 3, "target_modules": ["v_proj", "dense", "fc2"]}),
     ],
@@ -209,6 +209,7 @@ def test_a_classifier_that_a_base_does_not_have_comes_with_the_adapter(here):
     adapted.save_pretrained("adapter")
     merged()
     assert Path("out", "preprocessor_config.json").is_file()
+    assert "text-generation" not in Path("out", "README.md").read_text()
     stock, said = kind.from_pretrained("out", output_loading_info=True)
     assert not any(said[key] for key in ("missing_keys", "mismatched_keys"))
     picture = torch.randn(2, 3, 32, 32)
@@ -280,6 +281,26 @@ def test_what_cannot_be_translated_is_merged_in_memory_and_said(here, capsys, mo
     stock = AutoModelForCausalLM.from_pretrained("out").state_dict()
     wanted = adapted.merge_and_unload().state_dict()
     assert all(torch.equal(stock[key], tensor) for key, tensor in wanted.items())
+
+
+def test_a_model_for_no_text_is_refused_where_it_cannot_be_translated_or_asked(
+    here, capsys, monkeypatch
+):
+    trained("convnext")
+    with pytest.raises(InputError, match=r"^--verify: compares .* goes on from no text"):
+        merged(verified=True)
+    get_checkpoint_conversion_mapping("convnext")
+    known = "_checkpoint_conversion_mapping_cache"
+    table = getattr(conversion_mapping, known)
+    name = r"pwconv1.weight"
+    monkeypatch.setitem(table, "convnext", [WeightConverter(name, name, [Turned()])])
+    capsys.readouterr()
+    with pytest.raises(
+        InputError, match=r"from file to file: .* by Turned, .*; in Python, merge_a"
+    ):
+        merged()
+    assert "in memory" not in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
