@@ -186,11 +186,11 @@ def _moved(task: MergeTask, got: list[torch.Tensor], tokens: list[list[int]]) ->
     return _largest(got, _logits(model, tokens))
 
 
-def _rounded(model: Any, dtype: torch.dtype, kept: Mapping[str, torch.dtype]) -> Any:
+def _rounded(model: Any, dtype: torch.dtype, kept: Mapping[str, torch.dtype] | None = None) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if getattr(parameter, "quant_state", None) is None:
-                parameter.copy_(parameter.to(kept.get(name, dtype)))
+                parameter.copy_(parameter.to((kept or {}).get(name, dtype)))
     return model
 
 
