@@ -50,7 +50,7 @@ MAY_TORCH = {
     "launch.heartbeat",
     *("merge.in_memory", "merge.peft", "merge.quantized", "merge.stock_logits", "merge.verify"),
     *("measure.behaviour", "measure.copies", "measure.experts", "measure.probe"),
-    *("measure.rooted", "measure.run"),
+    *("measure.in_files", "measure.rooted", "measure.run"),
     *("models.from_gguf", "models.load", "models.quantize", "models.reading"),
     "models.rotary",
     *("ops.attention", "ops.causal", "ops.experts", "ops.head_loss", "ops.scale"),
