@@ -246,8 +246,9 @@ class MergedMeasured:
 
     def _merged(self, piece: Piece, name: str, wide: Numbers, first: int, last: int) -> Numbers:
         module, _, kind = piece.parameters[0].rpartition(".")
-        if kind == "weight" and not piece.steps:
-            delta = self._scales.delta(self._scales.nodes[module], first, last)
+        node = self._scales.nodes.get(module)
+        if node is not None and kind == "weight" and not piece.steps:
+            delta = self._scales.delta(node, first, last)
             if delta is not None:
                 wide += delta
         *factors, shift = (
