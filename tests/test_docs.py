@@ -29,6 +29,7 @@ import yaml
 from tiny import rows, save_tiny, write_rows
 from tiny_gguf import gguf_model, write_gguf
 
+from san_llm.architectures.entry import Carry
 from san_llm.cli import app
 from san_llm.data.sources import POCKET
 from san_llm.models.from_gguf import convert_gguf
@@ -36,7 +37,7 @@ from san_llm.recipe.aliases import ALIASES, NONE
 from san_llm.recipe.read import parse_recipe
 from san_llm.recipe.schema import LoraMethod, Recipe, section_keys
 from san_llm.recipe.steps import warmup_of
-from san_llm.san.formulas import merged_weight
+from san_llm.san.formulas import carried, merged_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = {"commands.md", "recipe.md"}
@@ -300,6 +301,9 @@ def test_the_numbers_in_the_pictures_are_those_of_the_method():
     # The merge's own arithmetic, on the numbers of the picture.
     merged = merged_weight(v, merge["gamma"][:, 0], None, merge["s"][0])
     assert np.array_equal(merge["merged"], merged)
+
+    four_times = Carry(0, 3, groups=1, head_dim=0, tile=4)
+    assert np.array_equal(drawn("swin")["tile"][0], carried(gamma[:, 0], four_times))
 
 
 # --- recipes translated from other programs ---

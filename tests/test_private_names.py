@@ -691,6 +691,18 @@ LACKS = "a checkpoint that lacks weights is refused"
 models("missing_keys unexpected_keys mismatched_keys", LACKS, does(loading_is_reported))
 STAND = takes("save_directory", keywords="max_shard_size save_original_format")
 models("save_pretrained", "4-bit weights are saved as they stand", STAND)
+TABLES = "a merge finds the tensors of a model's files by what transformers does as it loads them"
+SOURCE = takes("source_key weight_renamings weight_converters base_model_prefix meta_state_dict")
+add("transformers", "core_model_loading", "rename_source_key", TABLES, SOURCE)
+add("transformers", "core_model_loading", "dot_natural_key", TABLES, takes("s"))
+MAPPING = "conversion_mapping"
+add("transformers", MAPPING, "get_model_conversion_mapping", TABLES, takes("model"))
+TRANSPOSES = "transformers.core_model_loading.Transpose"
+TAKEN = takes("source_patterns target_patterns operations")
+add("transformers", "core_model_loading", "WeightConverter", TABLES, TAKEN)
+OPERATIONS = "MergeModulelist Concatenate Chunk Transpose"
+add("transformers", "core_model_loading", OPERATIONS, TABLES)
+add("transformers", "core_model_loading.Transpose", "check_dims", TABLES, is_in(TRANSPOSES))
 SHARE = "each process loads its share of the base"
 add("transformers", "distributed", "DistributedConfig", SHARE, takes(keywords="fsdp_size"))
 COMES = takes("text stream_end", for_itself="transformers.generation.streamers")

@@ -44,16 +44,22 @@ _GEMMA2_NORMS = {
     "pre_feedforward_layernorm": NORMS["post_attention_layernorm"],
 }
 
+_GEMMA2_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
+_PER_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
+
 _LLAMA = Family(projections=TARGETS, links=LINKS, norms=NORMS)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,  # Llama 1, 2 and 3, SmolLM
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,  # q and k pass a norm per head, but feed nothing
+    # q and k pass a norm per head, but feed nothing.
+    "qwen3": replace(_LLAMA, other_norms=_PER_HEAD),
     "gemma": replace(_LLAMA, norm_offset=1),
-    "gemma2": replace(_LLAMA, norms=_GEMMA2_NORMS, norm_offset=1),
-    "gemma3_text": replace(_LLAMA, norms=_GEMMA2_NORMS, norm_offset=1),
+    "gemma2": replace(_LLAMA, norms=_GEMMA2_NORMS, other_norms=_GEMMA2_BEHIND, norm_offset=1),
+    "gemma3_text": replace(
+        _LLAMA, norms=_GEMMA2_NORMS, other_norms=_GEMMA2_BEHIND + _PER_HEAD, norm_offset=1
+    ),
     "phi3": replace(
         _LLAMA,
         links=(

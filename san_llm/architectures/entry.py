@@ -53,6 +53,8 @@ class Family:
         projections: What a block computes, in the order of the model: LLaMA's seven.
         links: The propagation table.
         norms: Which Linears read the output of which RMSNorm of a block.
+        other_norms: A block's norms whose output no Linear reads; a part's own, such as
+            ``self_attn.q_norm``, are as wide as a head.
         norm_offset: A norm multiplies by ``norm_offset + weight``.
         fused: Linears that compute several of the seven projections, in the order of their rows.
     """
@@ -60,6 +62,7 @@ class Family:
     projections: tuple[str, ...]
     links: tuple[Link, ...]
     norms: Mapping[str, tuple[str, ...]]
+    other_norms: tuple[str, ...] = ()
     norm_offset: int = 0
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

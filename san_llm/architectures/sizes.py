@@ -156,3 +156,18 @@ def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
         above = shapes[name][0] if name in shapes else 0
         shapes[name] = (above + d_out, d_in)
     return shapes
+
+
+def norm_sizes(config: Any) -> dict[str, int]:
+    """Return how wide each norm of a block is, by its name there, from a model config.
+
+    Args:
+        config: A ``PretrainedConfig`` or the dictionary of a ``config.json``.
+    """
+    family = FAMILIES[setting(config, "model_type")]
+    heads = setting(config, "num_attention_heads")
+    head_dim = projection_shapes(config)["q_proj"][0] // heads
+    return {
+        name: head_dim if "." in name else setting(config, "hidden_size")
+        for name in (*family.norms, *family.other_norms)
+    }

@@ -54,8 +54,13 @@ def merge(
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: the base's.")
     ] = None,
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="What one file may hold: 500MB, 2GB.")
-    ] = "5GB",
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What one file may hold: 500MB, 2GB. Default: 5GB, or of a measured model what "
+            "one of its base's does.",
+        ),
+    ] = None,
     gguf: Annotated[
         str | None,
         typer.Option(metavar="f16|bf16|q8_0", help="Also write model.gguf, for llama.cpp."),
@@ -96,7 +101,7 @@ def merge(
             dtype=dtype,
             overwrite=overwrite,
             verified=verify,
-            shard_size=parse_size(shard_size),
+            shard_size=None if shard_size is None else parse_size(shard_size),
             quantized=quantized,
             gguf=gguf,
             push_to=push,

@@ -125,8 +125,8 @@ def label_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Labelled]:
                 tokens, learned, controls = frame.mark(row, written, ids)
                 if unheld is not None:
                     refuse_past_embedding(tokens, unheld, row.where, tokenizer)
-                labelled = _cut(tokens, learned, encoding.loss, encoding.cutoff)
-                yield labelled._replace(controls=controls, thoughts=written.thoughts_left_out)
+                about = (controls, written.thoughts_left_out)
+                yield _cut(tokens, learned, encoding.loss, encoding.cutoff, *about)
             chunk = following
 
 
@@ -390,7 +390,14 @@ class _Frame:
         return last
 
 
-def _cut(tokens: list[int], learned: Sequence[int], loss: str, cutoff: int) -> Labelled:
+def _cut(
+    tokens: list[int],
+    learned: Sequence[int],
+    loss: str,
+    cutoff: int,
+    controls: tuple[str, ...],
+    thoughts: int,
+) -> Labelled:
     """Return what the cutoff leaves of a row; nothing comes before its first token to learn it."""
     length = len(tokens)
     kept = [place for place in learned if place < cutoff] if length > cutoff else learned
@@ -399,12 +406,12 @@ def _cut(tokens: list[int], learned: Sequence[int], loss: str, cutoff: int) -> L
     )
     del tokens[cutoff:]
     if loss == "all":
-        labels = [IGNORE, *tokens[1:]]
-        return Labelled(tokens, labels, fate, length, len(tokens) - 1)
-    if isinstance(learned, range):
+        labels, count = [IGNORE, *tokens[1:]], len(tokens) - 1
+    elif isinstance(learned, range):
         begin = max(1, min(learned.start, len(tokens)))
-        labels = [IGNORE] * begin + tokens[begin:]
-        return Labelled(tokens, labels, fate, length, len(tokens) - begin)
-    places = {place for place in kept if place}
-    labels = [token if place in places else IGNORE for place, token in enumerate(tokens)]
-    return Labelled(tokens, labels, fate, length, len(places))
+        labels, count = [IGNORE] * begin + tokens[begin:], len(tokens) - begin
+    else:
+        places = {place for place in kept if place}
+        labels = [token if place in places else IGNORE for place, token in enumerate(tokens)]
+        count = len(places)
+    return Labelled(tokens, labels, fate, length, count, controls, thoughts)

@@ -44,7 +44,10 @@ def stream_values(path: Path) -> Iterator[tuple[str, Any]]:
         if suffix in _TABLES:
             yield from _TABLES[suffix](path)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}{nearest_file(path)}") from None
+        hint = nearest_file(path)
+        if not hint and not suffix and str(path).count("/") == 1:
+            hint = f"; a data set of the hub is named {{hub: {path}}}"
+        raise InputError(f"{path}: cannot be read: {error.strerror}{hint}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -52,6 +52,7 @@ class MeasuredModule:
         usable: Whether it can be adapted.
         grouped: Whether its channels read some of what it reads alone: a convolution's, experts'.
         experts: How many experts it is, each of which writes ``d_out`` channels; 0: it is none.
+        kernel: Weights for each pair of channels: a convolution's places, else 1.
     """
 
     name: str
@@ -63,6 +64,7 @@ class MeasuredModule:
     usable: bool = True
     grouped: bool = False
     experts: int = 0
+    kernel: int = 1
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -299,12 +300,20 @@ def _routers(copy: Copy) -> dict[str, str]:
     }
 
 
-def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int, int]]:
-    """Return by name what the real model's modules write and read, and how many experts do so."""
+def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int, int, int]]:
+    """Return by name what the real model's modules write and read.
+
+    And how many experts do so, and by how many weights for each pair of channels.
+    """
     return {
-        name: expert_sizes(module)
+        name: (*expert_sizes(module), 1)
         if is_experts(module)
-        else (channels_out(module), channels_in(module), 0)
+        else (
+            channels_out(module),
+            channels_in(module),
+            0,
+            prod(getattr(module, "kernel_size", ())),
+        )
         for name, module in without_numbers(config, model_class).named_modules()
         if isinstance(module, (*KINDS, nn.Embedding)) or is_experts(module)
     }
@@ -313,7 +322,7 @@ def _sizes(config: Any, model_class: Any) -> dict[str, tuple[int, int, int]]:
 def _module(
     name: str,
     copy: Copy,
-    size: tuple[int, int, int],
+    size: tuple[int, int, int, int],
     links: Mapping[str, MeasuredLink],
     notes: Mapping[str, str],
 ) -> MeasuredModule:
@@ -322,7 +331,7 @@ def _module(
     if module is _embedding(copy.model) or (place == "outside" and _feeds(name, links)):
         place = "embedding"  # of tokens, or of patches
     note = OUTSIDE if place == "outside" else notes.get(name)
-    d_out, d_in, experts = size
+    d_out, d_in, experts, kernel = size
     if is_experts(module):
         kind, grouped = "Experts", True
     else:
@@ -331,7 +340,7 @@ def _module(
         made = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
         kind, grouped = made.__name__, _is_depthwise(module)
     usable = place != "outside" and not (note or "").startswith(BARRED)
-    return MeasuredModule(name, kind, d_out, d_in, place, note, usable, grouped, experts)
+    return MeasuredModule(name, kind, d_out, d_in, place, note, usable, grouped, experts, kernel)
 
 
 def _feeds(name: str, links: Mapping[str, MeasuredLink]) -> bool:

@@ -9,22 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from san_llm.architectures.decoders import EMBEDDING
 from san_llm.errors import InputError, SanError
+from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
+from san_llm.models.scales import changes, files_of, module_kinds
 from san_llm.models.weights import (
+    SIZES,
+    SPELLED,
     Numbers,
     Stored,
     read_rows,
     read_weights,
     row_blocks,
 )
+from san_llm.san.formulas import inner_scale
 from san_llm.san.graph import propagation_graph
 from san_llm.san.node import Node
+from san_llm.san.options import saved_options
+
+if TYPE_CHECKING:
+    from san_llm.measure.in_files import Changes
 
 # Half a step of the last place, relative; and the smallest number with all its places.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -51,7 +60,9 @@ class Expected:
     def __init__(self, base: BaseRows, config: Mapping[str, Any], adapter: Adapter) -> None:
         """Open a SAN adapter; the arguments are those of :func:`weight_errors`."""
         self._base, self._options = base, adapter.options
-        self._nodes = {node.name: node for node in propagation_graph(config, adapter.options)}
+        graph = propagation_graph(config, adapter.options)
+        self._nodes = {node.name: node for node in graph}
+        self._norms = {norm.name for norm in graph.norms}
         self._vectors = adapter.tensors
         self._wide: dict[str, Numbers | None] = {}
         self._known: dict[str, tuple[Numbers | float, Numbers | float]] = {}
@@ -74,7 +85,8 @@ class Expected:
         if a is None or b is None:
             raise InputError(f"the adapter has no low-rank matrices for {node.name}")
         factor = self._options["lora_alpha"] / self._options["r"]
-        return weight, weight + factor * (b[first:last] @ a)
+        product = b.reshape(len(b), -1)[first:last] @ a.reshape(len(a), -1)
+        return weight, weight + factor * product.reshape(weight.shape)
 
     def _scales(self, node: Node) -> tuple[Numbers | float, Numbers | float]:
         """Return ``(what rows are multiplied by, gamma)`` of a node, (d_out,) or 1."""
@@ -92,7 +104,9 @@ class Expected:
         shape = Stored("", "F32", (node.d_out, node.d_in), Path(), 0, 0)
         for first, last in row_blocks(shape):
             both = self._adapted(node, first, last)
-            norms.append(np.stack([np.linalg.norm(rows, axis=1) for rows in both]))
+            norms.append(
+                np.stack([np.linalg.norm(rows.reshape(len(rows), -1), axis=1) for rows in both])
+            )
         norm, adapted = np.concatenate(norms, axis=1)
         adapted[norm == 0] = norm[norm == 0] = 1  # a row of zeros has none to compare with
         if node.carrier == "lora":
@@ -120,7 +134,7 @@ class Expected:
 
     def changes(self, name: str) -> bool:
         """Whether the adapter makes another tensor of the base's."""
-        return name.rpartition(".")[0] in self._nodes
+        return name.rpartition(".")[0] in self._nodes.keys() | self._norms
 
     def rows(self, name: str, first: int, last: int) -> Numbers:
         """Return rows of a merged tensor."""
@@ -134,6 +148,9 @@ class Expected:
             if source is None and name == "lm_head.weight":
                 source = self._base(f"model.{EMBEDDING}.weight", first, last)
             plain = np.zeros(last - first) if source is None else source.astype(np.float64)
+            change = self._vector(f"{module}.san_{kind}") if module in self._norms else None
+            if change is not None:
+                return plain + change[first:last]
             return plain if node is None else plain * self._scales(node)[0]
         if kind == "weight":
             scale = self._scales(node)[0]
@@ -145,6 +162,75 @@ class Expected:
         row_scale = scale if isinstance(scale, float) else scale[first:last]
         whole = np.zeros(last - first) if bias is None else row_scale * bias.astype(np.float64)
         return whole if beta is None else whole + beta[first:last]
+
+
+class ExpectedMeasured(Expected):
+    """The same for a model that no table knows, by the names that its files have."""
+
+    def __init__(
+        self, base: BaseRows, config: Mapping[str, Any], adapter: Adapter, merged: Path
+    ) -> None:
+        """Open a SAN adapter; the arguments are those of :func:`weight_errors`."""
+        own = read_json(merged / "config.json")
+        self._files = files_of(adapter, own, read_weights(merged))
+        self._named, self._kinds = self._files.names, module_kinds(adapter)
+        super().__init__(self._by_parameter, config, adapter)
+        self._stored = base
+        self._san = saved_options(adapter.options)
+
+    def _by_parameter(self, name: str, first: int, last: int) -> Numbers | None:
+        rows = self._stored(self._named.get(name, name), first, last)
+        if rows is None and self._files.tied is None:
+            # A head that the base ties to its embedding keeps the embedding as it was.
+            table = next((n for n, kind in self._kinds.items() if kind == "Embedding"), None)
+            return self._stored(self._named[f"{table}.weight"], first, last)
+        return rows
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter makes another tensor of the base's."""
+        piece = self._files.pieces.get(name)
+        names = piece.parameters if piece is not None else ()
+        return any(super(ExpectedMeasured, self).changes(own) for own in names)
+
+    def _of(self, parameter: str) -> Changes:
+        module, _, kind = parameter.rpartition(".")
+        node = self._nodes.get(module)
+        if node is None:
+            trained = module in self._norms
+            return None, None, self._vector(f"{module}.san_{kind}") if trained else None
+        gamma = self._vector(f"{module}.san_gamma") if node.experts else None
+        rows, columns = self._scales(node)[0], self._columns(node)
+        return changes(
+            *(node, kind, len(self._files.shapes[parameter]), self._kinds[module]),
+            None if isinstance(rows, float) else rows,
+            None if isinstance(columns, float) else columns,
+            inner_scale(gamma, node.d_in, self._san.mode, self._san.kinds),
+            self._vector(f"{module}.san_beta"),
+        )
+
+    def rows(self, name: str, first: int, last: int) -> Numbers:
+        """Return rows of a merged tensor."""
+        piece = self._files.pieces.get(name)
+        plain = piece.parameters[0] if piece is not None and not piece.steps else name
+        if plain in self._vectors:  # a module that was trained whole
+            return read_rows(self._vectors[plain], first, last).astype(np.float64)
+        node = self._nodes.get(plain.rpartition(".")[0])
+        if node is not None and node.rank and plain.endswith(".weight"):
+            whole = self._adapted(node, first, last)[1]
+        else:
+            source = self._by_parameter(plain, first, last)
+            if source is None:
+                raise InputError(f"the base has no {name}")
+            whole = source.astype(np.float64)
+        if piece is None:
+            return whole
+        *factors, shift = (
+            change if change is None or len(change) == 1 else change[first:last]
+            for change in self._files.changes(piece, self._of)[name]
+        )
+        for factor in factors:
+            whole = whole if factor is None else whole * factor
+        return whole if shift is None else whole + shift
 
 
 def weight_errors(
@@ -164,12 +250,17 @@ def weight_errors(
         config: The base's ``config.json``.
         adapter: A SAN adapter.
         merged: The merged model's folder.
-        dtype: The dtype of its weights.
+        dtype: The dtype of its weights; those of a measured model may have their own.
         blocks: Gives the ``(first, last)`` rows that are looked at of a tensor; default: all.
         most: Of how many tensors that the adapter changes, spread over the model; default: of all.
     """
-    expected = Expected(base, config, adapter)
-    tensors = read_weights(merged)
+    expected = (
+        ExpectedMeasured(base, config, adapter, merged)
+        if adapter.measured
+        else Expected(base, config, adapter)
+    )
+    # What has no rows, or is no weight, is copied.
+    tensors = [t for t in read_weights(merged) if t.dtype in SIZES and t.shape]
     if most is not None:
         changed = [tensor for tensor in tensors if expected.changes(tensor.name)]
         passed = set(changed) - set(changed[:: max(1, len(changed) // most)])
@@ -180,7 +271,8 @@ def weight_errors(
         for first, last in blocks(tensor):
             wanted = expected.rows(tensor.name, first, last)
             off = np.abs(read_rows(tensor, first, last) - wanted)
-            size = np.maximum(np.abs(wanted).max(-1, keepdims=True), SMALLEST[dtype])
+            smallest = SMALLEST[SPELLED.get(tensor.dtype, dtype)]
+            size = np.maximum(np.abs(wanted).max(-1, keepdims=True), smallest)
             # Not max(): a NaN is to be kept, not passed over.
             largest = float(np.maximum(largest, (off / size).max()))
         errors[tensor.name] = largest
@@ -193,10 +285,13 @@ def check_errors(merged: Path, errors: Mapping[str, float], dtype: str) -> None:
     Raises:
         SanError: naming the worst weight.
     """
-    allowed = ROUNDING[dtype] + ARITHMETIC
-    wrong = [name for name, error in errors.items() if not error <= allowed]
+    own = {tensor.name: SPELLED.get(tensor.dtype, dtype) for tensor in read_weights(merged)}
+    wrong = [
+        name for name, error in errors.items() if not error <= ROUNDING[own[name]] + ARITHMETIC
+    ]
     if wrong:
         worst = max(wrong, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+        dtype, allowed = own[worst], ROUNDING[own[worst]] + ARITHMETIC
         raise SanError(
             f"{merged}: {worst} is {errors[worst]:.3g} of its row's largest number away from the "
             f"formula where {dtype} allows {allowed:.3g} ({len(wrong)} of {len(errors)} tensors)"

@@ -9,17 +9,16 @@ import numpy as np
 
 from san_llm.errors import SanError
 from san_llm.merge.write import Output
-from san_llm.models.weights import DTYPES, Numbers, read_rows, read_weights
+from san_llm.models.weights import SPELLED, Numbers, read_rows, read_weights
 
 LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 
 
 def check_files(folder: Path) -> None:
     """Refuse merged weights that were written with infinities."""
-    names = {stored: name for name, stored in DTYPES.items()}
     for tensor in read_weights(folder):
-        if tensor.dtype in names:  # codes of fewer bits are all in range
-            check_range(tensor.name, names[tensor.dtype], read_rows(tensor))
+        if tensor.dtype in SPELLED:  # codes of fewer bits are all in range
+            check_range(tensor.name, SPELLED[tensor.dtype], read_rows(tensor))
 
 
 def in_range(output: Output, dtype: str) -> Output:

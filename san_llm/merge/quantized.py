@@ -56,8 +56,14 @@ def keep(adapted: Any) -> Any:
     }
     gammas = {name: gamma.detach().cpu().numpy() for name, gamma in vectors.items()}
     rows, norms = merge_columns(graph, model_type, options.mode, gammas)
+    trained = {
+        norm.name: plain.get_submodule(norm.name).merged_tensors(["default"])[0]
+        for norm in graph.norms
+    }
     merged = adapted.unload()
     round_plain(merged, torch.float32)
+    for name, weight in trained.items():
+        merged.get_submodule(name).weight.data = weight
     for linear in linears.values():
         single_quantization(linear)
     for name, scale in rows.items():

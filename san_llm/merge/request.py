@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from san_llm.models.hub import check_push
 from san_llm.models.locate import Bits, FoundBase, config_here, find_base, stored_bits
 from san_llm.models.subject import Subject, find_subject, told_last_run
 from san_llm.models.tokenizer import tokenizer_folder
-from san_llm.models.weights import DTYPES
+from san_llm.models.weights import DTYPES, read_weights
 from san_llm.recipe.schema import Base
 
 SHARD_SIZE = 5 * 10**9  # bytes; as transformers' files had for years
@@ -35,7 +36,8 @@ class MergeRequest:
         overwrite: Replace what is in ``output``.
         verified: Compare with base + adapter before the folder gets its name: whole, or with None
             as much as costs next to nothing (``merge.checked``).
-        shard_size: Bytes that one file of weights may hold.
+        shard_size: Bytes that one file of weights may hold; None: ``SHARD_SIZE``, or of a measured
+            model what one file of its base does.
         quantized: None merges into the full-precision base. ``dequantize`` merges into the numbers
             that the base had when it was quantized in training, ``keep`` leaves those in 4 bits.
         gguf: Write ``model.gguf`` beside the weights, as ``f16``, ``bf16`` or ``q8_0``.
@@ -48,7 +50,7 @@ class MergeRequest:
     dtype: str | None = None
     overwrite: bool = False
     verified: bool | None = None
-    shard_size: int = SHARD_SIZE
+    shard_size: int | None = None
     quantized: str | None = None
     gguf: str | None = None
     push_to: str | None = None
@@ -85,7 +87,7 @@ def merge_request(
     dtype: str | None = None,
     overwrite: bool = False,
     verified: bool | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     quantized: str | None = None,
     gguf: str | None = None,
     push_to: str | None = None,
@@ -166,7 +168,9 @@ def check_whole(request: MergeRequest) -> WholeTask:
     check_base(found)
     if request.gguf is not None:
         check_exportable(found.folder, found.config)
-    return WholeTask(found, request.dtype or request.subject.base.dtype, request.shard_size)
+    return WholeTask(
+        found, request.dtype or request.subject.base.dtype, request.shard_size or SHARD_SIZE
+    )
 
 
 def check_request(request: MergeRequest) -> MergeTask:
@@ -207,6 +211,8 @@ def check_request(request: MergeRequest) -> MergeTask:
         load_tokenizer(found, adapter.folder)  # refuses one that knows more than the embedding
     if "auto_map" in found.config:
         raise InputError(f"{found.base.model}: its config needs code of its own: not a stock model")
+    if request.verified and adapter.measured:
+        _check_answers(found)
     trained = subject.recipe.base if subject.recipe else subject.base
     trained_over = found.bits or _trained_bits(trained)
     if quantized is not None:
@@ -225,7 +231,19 @@ def check_request(request: MergeRequest) -> MergeTask:
     if request.gguf is not None:
         _check_gguf(quantized, found, adapter)
     elsewhere = trained if quantized is None and trained_over else None
-    return MergeTask(request, adapter, found, _dtype(request, found), elsewhere, trained_over)
+    streamed = quantized is None and adapter.method == "SAN" and adapter.measured
+    dtype = _dtype(request, found, _stored(found) if streamed else None)
+    return MergeTask(request, adapter, found, dtype, elsewhere, trained_over)
+
+
+def _check_answers(found: FoundBase) -> None:
+    """Refuse to compare answers of a model that goes on from no text."""
+    from san_llm.models.load import load_config
+
+    try:
+        load_config(found)
+    except InputError as error:
+        raise InputError(f"--verify: compares what models answer to texts: {error}") from error
 
 
 def as_trained(found: FoundBase, trained: Base) -> FoundBase:
@@ -266,8 +284,17 @@ def _check_gguf(quantized: str | None, found: FoundBase, adapter: Adapter) -> No
         raise InputError("--gguf: a shift merges into biases, which readers pass over")
 
 
-def _dtype(request: MergeRequest, found: FoundBase) -> str:
-    own = found.config.get("dtype") or found.config.get("torch_dtype") or "float32"
+def _stored(found: FoundBase) -> str | None:
+    """Return the dtype of most of a base's numbers."""
+    sizes: Counter[str] = Counter()
+    for tensor in read_weights(found.folder):
+        sizes[tensor.dtype] += tensor.size
+    most = max(sizes, key=lambda kind: sizes[kind], default=None)
+    return next((name for name, kind in DTYPES.items() if kind == most), None)
+
+
+def _dtype(request: MergeRequest, found: FoundBase, stored: str | None) -> str:
+    own = stored or found.config.get("dtype") or found.config.get("torch_dtype") or "float32"
     if own == "float64":  # read, but not written: half of its places are no training's
         own = "float32"
     if request.quantized == "keep" and found.base.quantization is not None:

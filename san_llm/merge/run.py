@@ -13,20 +13,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from san_llm.errors import SanError, first_line
+from san_llm.errors import InputError, SanError, first_line
 from san_llm.files import sha256_of, whole_folder, write_json, write_text
 from san_llm.merge.checked import check_rows
 from san_llm.merge.gguf import export_gguf
 from san_llm.merge.in_range import check_files, in_range
-from san_llm.merge.request import MergeRequest, MergeTask, check_request, check_whole
-from san_llm.merge.stream import Merged
+from san_llm.merge.request import (
+    SHARD_SIZE,
+    MergeRequest,
+    MergeTask,
+    check_request,
+    check_whole,
+)
+from san_llm.merge.stream import Merged, MergedMeasured
 from san_llm.merge.whole import WholeTask, copy_companions, copy_whole
-from san_llm.merge.write import write_weights
+from san_llm.merge.write import Output, write_weights
 from san_llm.models.cards import model_card
 from san_llm.models.hub import push
-from san_llm.models.weights import DTYPES, read_weights
-from san_llm.progress import bar
+from san_llm.models.weights import DTYPES, SPELLED, read_weights
+from san_llm.progress import bar, say
 from san_llm.runs.record import (
     Checked,
     MergeManifest,
@@ -80,7 +87,8 @@ def merge(request: MergeRequest) -> MergeResult:
             file = export_gguf(folder, request.gguf)
             result = replace(result, gguf=str(output / file.name))
             sums[file.name] = sha256_of(file)
-        write_text(folder / "README.md", model_card(result, recipe, method))
+        text = task.found.vocabulary is not None  # others have theirs in a section, or none
+        write_text(folder / "README.md", model_card(result, recipe, method, text))
         facts = MergeManifest(
             **manifest(),
             base=base,
@@ -108,24 +116,62 @@ def merge_weights(task: MergeTask, folder: Path) -> tuple[dict[str, str], int, C
     """
     adapter, dtype, shard_size = task.adapter, task.dtype, task.request.shard_size
     quantized, check = task.request.quantized, task.request.verified is None
-    if quantized is None and adapter.method == "SAN" and not adapter.measured:
-        merged = Merged(adapter, task.found)
-        outputs = [in_range(output, dtype) for output in merged.outputs(DTYPES[dtype])]
+    streamed = _streamed(task)
+    if streamed is not None:
+        outputs, config = streamed
+        outputs = [in_range(output, SPELLED.get(output.dtype, dtype)) for output in outputs]
+        if not adapter.measured:
+            shard_size = shard_size or SHARD_SIZE
         with bar("Merging", sum(output.size for output in outputs), "bytes") as progress:
             sums = write_weights(folder, outputs, shard_size, progress.advance)
-        write_json(folder / "config.json", merged.merged_config(dtype))
+        write_json(folder / "config.json", config)
         checked = check_rows(task.found, adapter, folder, dtype) if check else None
         return sums, sum(math.prod(tensor.shape) for tensor in read_weights(folder)), checked
     from san_llm.merge.in_memory import merge_in_memory
 
     with _in_one_line(adapter.folder):
         written = merge_in_memory(
-            quantized, task.found, adapter.folder, folder, dtype, shard_size, check
+            *(quantized, task.found, adapter.folder, folder, dtype),
+            shard_size or SHARD_SIZE,
+            check,
         )
     check_files(folder)
     if check and written[2] is None:
         raise SanError(f"{adapter.folder}: merged, it answers with numbers that are not finite")
     return written
+
+
+def _streamed(task: MergeTask) -> tuple[list[Output], dict[str, Any]] | None:
+    """Return the tensors and the config of a merge from file to file, or None: it is none.
+
+    Raises:
+        InputError: when adapter and base do not fit together.
+        SanError: when a number of the adapter is not finite.
+    """
+    adapter, asked = task.adapter, task.request.dtype
+    if task.request.quantized is not None or adapter.method != "SAN":
+        return None
+    if not adapter.measured:
+        merged = Merged(adapter, task.found)
+        return merged.outputs(DTYPES[task.dtype]), merged.merged_config(task.dtype)
+    from san_llm.measure.in_files import UntranslatedError
+
+    kind = None if asked is None else DTYPES[asked]
+    try:
+        measured = MergedMeasured(adapter, task.found)
+        return measured.outputs(kind), measured.merged_config(kind)
+    except UntranslatedError as error:
+        from san_llm.models.load import load_config
+
+        try:
+            load_config(task.found)
+        except InputError:  # no model for text, which recipes and commands do not load
+            raise InputError(
+                f"{adapter.folder}: cannot be merged from file to file: {error}; in Python, "
+                "merge_and_unload() merges it in memory"
+            ) from error
+        say(f"merged in memory, not from file to file: {error}")
+        return None
 
 
 def _verified(task: MergeTask, folder: Path) -> VerifyResult:

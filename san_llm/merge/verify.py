@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 
 from san_llm.architectures.lookup import is_known
 from san_llm.errors import SanError
+from san_llm.files import read_json
+from san_llm.measure.in_files import UntranslatedError
 from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_errors
 from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep
@@ -30,8 +33,9 @@ from san_llm.models.adapter import base_parameters, load_adapter
 from san_llm.models.load import load_base, numbers_in
 from san_llm.models.locate import find_base
 from san_llm.models.quantize import dequantize
+from san_llm.models.scales import files_of
 from san_llm.models.tokenizer import load_tokenizer
-from san_llm.models.weights import DTYPES, read_weights
+from san_llm.models.weights import DTYPES, SPELLED, read_weights
 from san_llm.progress import bar
 from san_llm.recipe.schema import Base
 from san_llm.runs.record import VerifyResult
@@ -86,9 +90,7 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
             plain = _logits(adapted, tokens)
         same_greedy = sum(map(partial(_shared, adapted), tokens, new)) / sum(map(len, new))
         progress.advance(note="base + adapter computed")
-        errors = None
-        if quantized != "keep" and task.adapter.method == "SAN" and not task.adapter.measured:
-            errors = _weight_errors(adapted, task, merged)
+        errors = _weight_errors(adapted, task, merged)
         progress.advance(note="weights compared")
         # The same merge in memory, before and after its weights are rounded.
         if held != "float32":
@@ -102,7 +104,8 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
             else:
                 in_memory = fold(adapted, adapter)
             exact = _logits(in_memory, tokens)
-            rounded = _logits(_rounded(in_memory, getattr(torch, dtype)), tokens)
+            whole = _rounded(in_memory, getattr(torch, dtype), _kept(task, merged))
+            rounded = _logits(whole, tokens)
         difference = _largest(got, wanted)
         spread = torch.cat(wanted).std().item()
         explained = _largest(rounded, exact) / spread
@@ -135,10 +138,32 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
     return result
 
 
-def _weight_errors(adapted: Any, task: MergeTask, merged: Path) -> dict[str, float]:
-    quantized = task.request.quantized is not None
+def _weight_errors(adapted: Any, task: MergeTask, merged: Path) -> dict[str, float] | None:
+    quantized, adapter = task.request.quantized, task.adapter
+    if adapter.method != "SAN" or quantized == "keep" or (quantized and adapter.measured):
+        return None
     rows = _rows_in_memory(adapted) if quantized else stored_rows(task.found.folder)
-    return weight_errors(rows, task.found.config, task.adapter, merged, task.dtype)
+    try:
+        return weight_errors(rows, task.found.config, adapter, merged, task.dtype)
+    except UntranslatedError:  # merged in memory
+        return None
+
+
+def _kept(task: MergeTask, merged: Path) -> dict[str, torch.dtype]:
+    """Return the dtypes of parameters that a merge from file to file leaves in their own."""
+    if task.request.quantized is not None or not task.adapter.measured:
+        return {}
+    stored = {tensor.name: tensor for tensor in read_weights(merged)}
+    try:
+        files = files_of(task.adapter, read_json(merged / "config.json"), stored.values())
+    except UntranslatedError:  # merged in memory
+        return {}
+    return {
+        name: getattr(torch, SPELLED[stored[tensor].dtype])
+        for tensor, piece in files.pieces.items()
+        for name in piece.parameters
+        if stored[tensor].dtype in SPELLED
+    }
 
 
 def _rows_in_memory(adapted: Any) -> BaseRows:
@@ -162,11 +187,11 @@ def _moved(task: MergeTask, got: list[torch.Tensor], tokens: list[list[int]]) ->
     return _largest(got, _logits(model, tokens))
 
 
-def _rounded(model: Any, dtype: torch.dtype) -> Any:
+def _rounded(model: Any, dtype: torch.dtype, kept: Mapping[str, torch.dtype] | None = None) -> Any:
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if getattr(parameter, "quant_state", None) is None:
-                parameter.copy_(parameter.to(dtype))
+                parameter.copy_(parameter.to((kept or {}).get(name, dtype)))
     return model
 
 

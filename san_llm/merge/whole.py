@@ -16,7 +16,7 @@ from san_llm.models.tokenizer import tokenizer_files
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 
-COMPANIONS = ("generation_config.json", "LICENSE*", "NOTICE*")
+COMPANIONS = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
 DROPPED = ("_name_or_path", "torch_dtype", "transformers_version")  # of a config, when it is kept
 
 
@@ -81,7 +81,7 @@ def save_weights(model: Any, folder: Path, shard_size: int, **how: Any) -> None:
 
 
 def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
-    """Copy the tokenizer, its chat template, the generation config and the licence.
+    """Copy the tokenizer, its chat template, how pictures and answers are made, and the licence.
 
     Args:
         source: The base's folder.

@@ -46,6 +46,7 @@ class Output:
         source: The stored tensor that it comes from; None: it starts as zeros.
         merge: Makes fp32 rows ``(rows, first, last)`` those to write, in place or not, but keeps
             none of them; None leaves them as they are. Called from several threads.
+        beside: The base's file beside whose tensors it is written, where those are kept together.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Output:
     shape: tuple[int, ...]
     source: Stored | None
     merge: Callable[[Numbers, int, int], Numbers] | None = None
+    beside: Path | None = None
 
     @property
     def copied(self) -> bool:
@@ -68,14 +70,15 @@ class Output:
 
 
 def write_weights(
-    folder: Path, outputs: Sequence[Output], shard_size: int, done: Callable[[int], None]
+    folder: Path, outputs: Sequence[Output], shard_size: int | None, done: Callable[[int], None]
 ) -> dict[str, str]:
     """Write tensors as a model's weights, named and indexed as transformers does.
 
     Args:
         folder: The model folder, which is there already.
         outputs: The tensors, in order.
-        shard_size: Bytes that a file may hold, unless one tensor alone is larger.
+        shard_size: Bytes that a file may hold, unless one tensor alone is larger; None: each holds
+            what one of the base's does.
         done: Called with the number of bytes written since the last call.
 
     Returns:
@@ -83,7 +86,12 @@ def write_weights(
     """
     shards: list[list[Output]] = [[]]
     for output in outputs:
-        if shards[-1] and sum(o.size for o in shards[-1]) + output.size > shard_size:
+        full = (
+            output.beside != shards[-1][-1].beside
+            if shard_size is None and shards[-1]
+            else sum(o.size for o in shards[-1]) + output.size > (shard_size or math.inf)
+        )
+        if shards[-1] and full:
             shards.append([])
         shards[-1].append(output)
     count = len(shards)

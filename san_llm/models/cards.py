@@ -243,12 +243,20 @@ LOAD = [  # a merged model, in the words of its card
 ]
 
 
-def model_card(result: MergeResult, recipe: Recipe | None, method: str) -> str:
-    """Return the README of a merged model."""
+def model_card(result: MergeResult, recipe: Recipe | None, method: str, text: bool) -> str:
+    """Return the README of a merged model.
+
+    Args:
+        result: What was merged.
+        recipe: Of the adapter's run, where there was one.
+        method: The adapter's.
+        text: Whether the model goes on from a text.
+    """
     name = Path(result.base).name
     base_card = hub_id(result.base)
     base = f"[{base_card}](https://huggingface.co/{base_card})" if base_card else name
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    head = ["---", "library_name: transformers"]
+    head += ["pipeline_tag: text-generation"] if text else []
     head += [f"base_model: {base_card}"] if base_card else []
     head += ["tags:", "- san-llm", f"- {method.lower()}", "---"]
     made = f"with a {method} adapter merged into its weights"

@@ -6,21 +6,44 @@ some rows at a time, so that no whole weight is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from san_llm.architectures.decoders import DOWN, GATE_UP
 from san_llm.architectures.lookup import in_model_order
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
-from san_llm.models.weights import Numbers, Stored, read_rows, read_weights, row_blocks
-from san_llm.san.formulas import carried, row_norms, scales, squared_row_norms
+from san_llm.models.weights import (
+    Numbers,
+    Stored,
+    read_rows,
+    read_weights,
+    row_blocks,
+    stored_weights,
+)
+from san_llm.san.formulas import (
+    along,
+    carried,
+    expert_factors,
+    inner_scale,
+    row_norms,
+    scales,
+    squared_row_norms,
+)
 from san_llm.san.graph import PropagationGraph, propagation_graph
+from san_llm.san.measured import stock_config
 from san_llm.san.node import Node
+from san_llm.san.options import saved_options
+
+if TYPE_CHECKING:
+    from san_llm.measure.in_files import Changes, InFiles
+
+TRANSPOSED = ("Conv1D", "Embedding")  # modules whose weight's rows are not its features
 
 
 class Scales:
@@ -29,7 +52,9 @@ class Scales:
     Attributes:
         graph: Who feeds whom.
         nodes: The graph's nodes, by name.
-        stored: The base's tensors, by name.
+        stored: The base's tensors, by name; of a measured model by their names in memory, those
+            that are one parameter as a whole.
+        files: Of a measured model what its files' tensors are of its parameters.
     """
 
     def __init__(
@@ -55,24 +80,60 @@ class Scales:
         """
         self.graph: PropagationGraph = propagation_graph(config, adapter.options)
         self.nodes = {node.name: node for node in self.graph}
-        self.stored = {
-            tensor.name: tensor
-            for tensor in read_weights(base)
-            # Buffers that old models' files hold and no model loads.
-            if not tensor.name.endswith("rotary_emb.inv_freq")
-        }
+        self.norms = {norm.name for norm in self.graph.norms}
+        self.files: InFiles | None = None
+        if adapter.measured:
+            tensors = {tensor.name: tensor for tensor in stored_weights(base)}
+            self.files = files_of(adapter, config, tensors.values())
+            self.stored = {own: tensors[name] for own, name in self.files.names.items()}
+        else:
+            self.stored = {
+                tensor.name: tensor
+                for tensor in read_weights(base)
+                # Buffers that old models' files hold and no model loads.
+                if not tensor.name.endswith("rotary_emb.inv_freq")
+            }
         self._adapter, self._base_name, self._dtype = adapter, base_name, dtype
+        self._options, self._kinds = saved_options(adapter.options), {}
         self._lock = Lock()
         self._read: dict[str, Numbers | None] = {}
         self._scales: dict[str, tuple[Numbers | None, Numbers | None]] = {}
-        for node in self.graph:
+        if self.files is not None:
+            self._kinds = module_kinds(adapter)
+            self._check_measured(self.files)
+        for node in self.graph if self.files is None else ():
             weight = self.stored.get(f"{node.name}.weight")
             if weight is None or (node.d_in and weight.shape != (node.d_out, node.d_in)):
-                other = "; a model's files may have other names than it" if adapter.measured else ""
-                raise InputError(
-                    f"{base}: has no {node.name}.weight of the shape in its config{other}"
-                )
+                raise InputError(f"{base}: has no {node.name}.weight of the shape in its config")
         self._check_tensors()
+
+    def _check_measured(self, files: InFiles) -> None:
+        """Refuse an adapter whose graph is another model's."""
+        for node in self.graph:
+            experts = {
+                GATE_UP: (node.experts, node.d_out - node.d_in, node.d_in),
+                DOWN: (node.experts, node.d_in, (node.d_out - node.d_in) // 2),
+            }
+            for kind in experts if node.experts else ("weight",):
+                shape = files.shapes.get(f"{node.name}.{kind}", ())
+                if node.experts:
+                    fits = shape == experts[kind]
+                else:
+                    features = 1 if self._kinds[node.name] in TRANSPOSED else 0
+                    fits = len(shape) > 1 and shape[features] == node.d_out
+                    fits &= node.anterior is None or shape[1 - features] == node.d_in
+                if not fits:
+                    raise InputError(
+                        f"{self._adapter.folder}: was made for another model: {self._base_name} "
+                        f"has no {node.name}.{kind} of the shape in its graph"
+                    )
+            if node.rank and f"{node.name}.weight" not in self.stored:
+                from san_llm.measure.in_files import UntranslatedError
+
+                raise UntranslatedError(
+                    f"the files have {node.name}.weight in parts or with others, and the "
+                    f"{node.carrier} carrier adds to all of it"
+                )
 
     def _check_tensors(self) -> None:
         folder, base_name = self._adapter.folder, self._base_name
@@ -82,17 +143,12 @@ class Scales:
         for name in sorted(tensors, key=lambda name: place.get(name.rpartition(".san_")[0], -1)):
             tensor = tensors[name]
             module, _, kind = name.rpartition(".san_")
-            node = self.nodes.get(module)
-            if node is None and name in self.stored:
+            known = self.files.shapes if self.files else self.stored
+            if module not in self.nodes and name in known:
                 continue  # a whole module that was trained and saved beside the scales
-            if node is None or (kind == "sigma" and not node.sigma):
+            shape = self._shape(module, kind)
+            if shape is None:
                 raise InputError(f"{folder}: {name} belongs to nothing in {base_name}")
-            shape: tuple[int, ...] = (node.d_out,)
-            if kind == "sigma":
-                shape = (node.d_in,)
-            if kind.startswith("lora_"):
-                rank = self._adapter.options["r"]
-                shape = (rank, node.d_in) if kind == "lora_A" else (node.d_out, rank)
             if tensor.shape != shape:
                 raise InputError(
                     f"{folder}: {name} has the shape {tensor.shape}, {base_name} asks for {shape}: "
@@ -100,6 +156,24 @@ class Scales:
                 )
             if not np.isfinite(read_rows(tensor)).all():
                 raise SanError(f"{folder}: {name} has numbers that are not finite")
+
+    def _shape(self, module: str, kind: str) -> tuple[int, ...] | None:
+        """Return the shape of one of the adapter's tensors, or None where there is no such."""
+        if module in self.norms:
+            stored = self.stored.get(f"{module}.{kind}")
+            return None if stored is None else stored.shape
+        node = self.nodes.get(module)
+        if node is None or (kind == "sigma" and not node.sigma):
+            return None
+        if kind == "sigma":
+            return (node.d_in,)
+        if kind.startswith("lora_"):
+            rank = self._adapter.options["r"]
+            kernel = self.stored[f"{module}.weight"].shape[2:]
+            if kind == "lora_A":
+                return (rank, node.d_in, *kernel)
+            return (node.d_out, rank, *(1 for _ in kernel))
+        return (node.experts, node.d_out) if node.experts else (node.d_out,)
 
     def _rows(self, tensor: Stored, first: int, last: int | None) -> Numbers:
         return read_rows(tensor, first, last).astype(self._dtype, copy=False)
@@ -111,6 +185,25 @@ class Scales:
             tensor = self._adapter.tensors.get(name)
             self._read[name] = None if tensor is None else self._rows(tensor, 0, None)
         return self._read[name]
+
+    def norm_change(self, name: str) -> Numbers | None:
+        """Return what the adapter adds to a norm's weight or bias (d,), None to another tensor.
+
+        Args:
+            name: A tensor's of the base: ``model.norm.weight``.
+
+        Raises:
+            InputError: when the adapter trains that norm, and has no vector for it.
+        """
+        module, _, kind = name.rpartition(".")
+        if module not in self.norms:
+            return None
+        tensor = self._adapter.tensors.get(f"{module}.san_{kind}")
+        if tensor is None:
+            raise InputError(
+                f"{self._adapter.folder}: has no {module}.san_{kind}, which train_norms asks for"
+            )
+        return self._rows(tensor, 0, None)
 
     def _needed(self, node: Node, kind: str) -> Numbers:
         vector = self.vector(node, kind)
@@ -147,26 +240,50 @@ class Scales:
     def _norms(self, node: Node) -> tuple[Numbers, Numbers]:
         """Return the row norms of W and of W + c B A, each (d_out,)."""
         weight = self.stored[f"{node.name}.weight"]
-        a, b = self._needed(node, "lora_A"), self._needed(node, "lora_B")
+        a, b = self._matrices(node)
         squared, adapted = np.empty(node.d_out, self._dtype), np.empty(node.d_out, self._dtype)
         for first, last in row_blocks(weight):
-            rows = self._rows(weight, first, last)
+            rows = self._rows(weight, first, last).reshape(last - first, -1)
             squares = squared[first:last] = (rows * rows).sum(-1)
             adapted[first:last] = squared_row_norms(squares, rows @ a.T, a, b[first:last], self._c)
         norms: tuple[Numbers, Numbers] = row_norms(squared, adapted)
         return norms
 
+    def _matrices(self, node: Node) -> tuple[Numbers, Numbers]:
+        """Return A (rank, d_in times a kernel's places) and B (d_out, rank)."""
+        a, b = self._needed(node, "lora_A"), self._needed(node, "lora_B")
+        return a.reshape(len(a), -1), b.reshape(len(b), -1)
+
     @property
     def _c(self) -> float:
         return float(self._adapter.options["lora_alpha"]) / int(self._adapter.options["r"])
+
+    def changes(self, parameter: str) -> Changes:
+        """Return what a parameter of a measured model is multiplied by, and what is added."""
+        module, _, kind = parameter.rpartition(".")
+        node = self.nodes.get(module)
+        if node is None or self.files is None:
+            return None, None, self.norm_change(parameter)
+        gamma = self._needed(node, "gamma") if node.experts and node.gamma else None
+        inner = inner_scale(gamma, node.d_in, self._options.mode, self._options.kinds)
+        return changes(
+            node,
+            kind,
+            len(self.files.shapes[parameter]),
+            self._kinds[module],
+            self.scales(node)[0],
+            self.synapse_scale(node),
+            inner,
+            self.vector(node, "beta"),
+        )
 
     def delta(self, node: Node, first: int, last: int) -> Numbers | None:
         """Return rows of ``c B A``, or None where the carrier has no low-rank product."""
         if not node.rank:
             return None
-        a, b = self._needed(node, "lora_A"), self._needed(node, "lora_B")
+        a, b = self._matrices(node)
         product: Numbers = self._dtype(self._c) * (b[first:last] @ a)
-        return product
+        return product.reshape(-1, *self.stored[f"{node.name}.weight"].shape[1:])
 
     def synapse_scale(self, node: Node) -> Numbers | None:
         """Return s (d_in,) of a node, or None for 1."""
@@ -179,6 +296,60 @@ class Scales:
             return None
         scale: Numbers = carried(gamma, node.carry)
         return scale
+
+
+def files_of(adapter: Adapter, config: Mapping[str, Any], stored: Iterable[Stored]) -> InFiles:
+    """Return what a measured model's tensors are of the parameters that its adapter changes.
+
+    Args:
+        adapter: The adapter, which says of which class its model is.
+        config: The model's ``config.json``.
+        stored: The tensors.
+
+    Raises:
+        UntranslatedError: when that is not known, see ``measure.in_files``.
+        InputError: when they do not fit together.
+    """
+    from san_llm.measure.in_files import in_files
+
+    model_class = str(adapter.options["graph"].get("model_class"))
+    shapes = {tensor.name: tensor.shape for tensor in stored}
+    return in_files(stock_config(config), model_class, shapes)
+
+
+def module_kinds(adapter: Adapter) -> dict[str, str]:
+    """Return of which kind each module of a measured model is: ``Linear``, ``Conv2d``."""
+    return {module["name"]: str(module["kind"]) for module in adapter.options["graph"]["modules"]}
+
+
+def changes(
+    node: Node,
+    parameter: str,
+    axes: int,
+    kind: str,
+    rows: Numbers | None,
+    s: Numbers | None,
+    inner: Numbers | None,
+    beta: Numbers | None,
+) -> Changes:
+    """Return what a parameter of a node is multiplied by, two times, and what is added to it.
+
+    Args:
+        node: The node.
+        parameter: Its own name: ``weight``, ``bias``, that of one of two weights of experts.
+        axes: How many it has.
+        kind: Of which kind the module is.
+        rows: What the features are multiplied by, or None for 1.
+        s: What the columns are, or None for 1.
+        inner: What the columns of each expert's down are, or None for 1.
+        beta: The shift, or None for 0.
+    """
+    if node.experts:
+        return *expert_factors(rows, s, inner, node.d_in).get(parameter, (None, None)), None
+    if parameter == "bias":
+        return None if node.rank else rows, None, beta
+    features, columns = (1, 0) if kind in TRANSPOSED else (0, 1)
+    return along(rows, features, axes), along(s, columns, axes), None
 
 
 def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
@@ -198,7 +369,7 @@ def neuron_scales(adapter: Adapter, base: Path | None) -> dict[str, Numbers]:
             f"{adapter.folder}: a {adapter.method} adapter: only SAN's have neuron scales"
         )
     scaled = (adapter.options.get("carrier") or "scale") == "scale"
-    # Of a measured model the files may have other names than its modules.
+    # Of a measured model's those of the adapter say all: transformers' tables take seconds to ask.
     held = base is None or (scaled and adapter.measured)
     gammas = _held(adapter, "gamma") if base is None or held else _on_base(adapter, base)
     _check_finite(adapter, gammas)

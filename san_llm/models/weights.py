@@ -26,6 +26,7 @@ SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 OTHERS |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SPELLED = {stored: name for name, stored in DTYPES.items()}
 BLOCK = 2**16  # numbers worked on at once: what fits a core's cache
 Numbers = np.ndarray[Any, Any]
 
@@ -124,7 +125,7 @@ def read_weights(folder: Path) -> list[Stored]:
     Raises:
         InputError: when there is none, or a file of its index is missing or wrong.
     """
-    tensors = _stored_weights(folder)
+    tensors = stored_weights(folder)
     if all(tensor.name != "embed_tokens.weight" for tensor in tensors):
         return tensors
     return [
@@ -152,7 +153,12 @@ def is_whole(folder: Path) -> bool:
     return all(tensor.dtype in SIZES for tensor in read_weights(folder))
 
 
-def _stored_weights(folder: Path) -> list[Stored]:
+def stored_weights(folder: Path) -> list[Stored]:
+    """Return what :func:`read_weights` does, by the names in the files.
+
+    Raises:
+        InputError: as there.
+    """
     if (folder / SINGLE).is_file():  # before an index, as transformers looks
         return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():

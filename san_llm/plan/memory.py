@@ -267,9 +267,12 @@ def trained_numbers(shape: Shape, method: AdapterMethod) -> dict[str, int]:
     if isinstance(method, PeftMethod):
         return counts
     if isinstance(method, SanMethod):
-        for node in graph_of(shape, method):
+        graph = graph_of(shape, method)
+        for node in graph:
             name = node.name.rsplit(".", 1)[-1]
             counts[name] = counts.get(name, 0) + node.trained
+        if graph.norms:
+            counts["norms"] = sum(norm.trained for norm in graph.norms)
         return counts
     for name in _targets(shape, method):
         d_out, d_in = shape.linears[name]
@@ -340,6 +343,8 @@ def _kept_by_block(setting: Setting) -> int:
             wide, low = 2, low + 2 * hidden
         elif "residual" in linked or method.options.free:
             low += 2 * hidden  # the norm's output, scaled by products of its readers' own
+        if method.train_norms and not ("residual" in linked and lean):
+            low += 2 * hidden  # for the gradient of a norm's own weight
         if method.carrier == "scale" and rows:
             folded = lean and "attention" in linked and not method.shift
             low += q + kv + 2 * hidden + (0 if folded else kv)

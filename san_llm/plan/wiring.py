@@ -16,7 +16,7 @@ from san_llm.recipe.schema import Base, SanMethod
 from san_llm.recipe.shipped import find_recipe, shipped_recipes
 from san_llm.san.formulas import carried
 from san_llm.san.graph import PropagationGraph, propagation_graph
-from san_llm.san.measured import measured_graph, nodes
+from san_llm.san.measured import measured_graph, measured_norms, nodes
 from san_llm.san.node import Node
 from san_llm.san.options import Options
 
@@ -53,6 +53,7 @@ class Wiring:
             "measured": self.measured is not None,
             "differences": None if self.differences is None else list(self.differences),
             "modules": [_values(node) for node in self.graph],
+            "norms": {norm.name: norm.trained for norm in self.graph.norms},
             "left_alone": self.left_alone,
         }
 
@@ -102,7 +103,8 @@ def wiring(name: str, overrides: tuple[str, ...] = (), measured: bool = False) -
     if table is not None and not measured:
         return Wiring(table, None, None)
     found = measured_graph(config, options)
-    graph = PropagationGraph(nodes(found, options))
+    made = nodes(found, options)
+    graph = PropagationGraph(made, measured_norms(config, made, options))
     if table is None:
         return Wiring(graph, found, None)
     return Wiring(table, found, tuple(differences(table, graph)))

@@ -75,9 +75,16 @@ def _fields(model: Any, path: PathInProject, raw: Mapping[str, Any]) -> list[str
             members = get_args(get_args(Method)[0])
             named = [m for m in members if m.model_fields["name"].annotation == Literal[name]]
             model = named[0] if named else SanMethod
-        else:
-            model = model.model_fields[key].annotation
+        elif isinstance(key, str):
+            model = _section(model.model_fields[key].annotation)
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """Return the section that a key holds, alone or as one of several kinds or of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)
 
 
 _EXPECTED = {
@@ -98,8 +105,8 @@ _EXPECTED = {
 }
 # Where a value may be of two kinds.
 _EITHER: dict[PathInProject, str] = {
-    ("data", "train"): "'pocket', a file or a list of files",
-    ("data", "held_out"): "a number of rows or a file",
+    ("data", "train"): "'pocket', a file, {hub: ID} or a list of these",
+    ("data", "held_out"): "a number of rows, a share, a file or a list of files",
     ("choices",): "a list of two texts or more, or the name of a column with one",
 }
 

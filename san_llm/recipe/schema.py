@@ -151,7 +151,9 @@ class SanMethod(_Targets):
         "or on both, as in the paper",
     )
     shift: bool = Field(
-        default=False, description="train a shift of each channel, too; only a Llama can merge it"
+        default=False,
+        description="train a shift of each channel, too; only a Llama, or targets that "
+        "have a bias, can merge it",
     )
     links: _Links = Field(
         default=KINDS,
@@ -162,6 +164,15 @@ class SanMethod(_Targets):
     adapt_embedding: bool = Field(
         default=False,
         description="train a scale of the embedding's channels, too; block 0's q, k and v carry it",
+    )
+    wiring: Literal["carried", "authors"] = Field(
+        default="carried",
+        description="who feeds whom: as carried over from one block to the next, or as in the "
+        "authors' code for ViT, whose patches feed q, k and v of every block",
+    )
+    train_norms: bool = Field(
+        default=False,
+        description="train the norms' weights and biases, too: of the blocks and behind them",
     )
     rank: int | None = Field(
         default=None,
@@ -218,6 +229,8 @@ class SanMethod(_Targets):
             shift=self.shift,
             links=self.links,
             adapt_embedding=self.adapt_embedding,
+            wiring=self.wiring,
+            train_norms=self.train_norms,
             form=self.form,
             **given,  # type: ignore[arg-type]
         )
@@ -518,19 +531,19 @@ class Data(Section):
                 )
         return value
 
-    @model_validator(mode="after")
-    def _weights(self) -> Data:
-        weights = [source.weight for source in self.sources]
+    @field_validator("train")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        places = value if isinstance(value, tuple) else (value,)
+        weights = [source_of(place).weight for place in places]
         given = [weight for weight in weights if weight is not None]
         if given and len(given) < len(weights):
             raise ValueError(
-                f"train: {len(given)} of {len(weights)} sources have a weight; expected all"
+                f"{len(given)} of {len(weights)} sources have a weight; expected all or none"
             )
         if given and not sum(given):
-            raise ValueError(
-                "train: the weights of all sources are 0, so that none is learned from"
-            )
-        return self
+            raise ValueError("the weights of all sources are 0, so that none is learned from")
+        return value
 
     @property
     def sources(self) -> tuple[Source, ...]:

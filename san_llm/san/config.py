@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -64,6 +64,10 @@ class SanConfig(PeftConfig):
             word ``free``, which switches all off and lets every target train an s of its own.
         adapt_embedding: Also train a scale on the token embedding's features; it feeds q, k and v
             of the first block.
+        wiring: Who feeds whom: ``carried`` from one block to the next, as in a LLaMA, or as in the
+            ``authors``' code for ViT, see ``san.measured.as_authors``, with ``adapt_embedding``.
+        train_norms: Also train the norms of the adapted blocks and those outside of all blocks, the
+            last one among them: what is added to their weights and biases, saved as vectors.
         modules_to_save: Names of modules to train and save whole beside the adapter, as in PEFT.
         r: Rank of the ``lora`` and ``dora`` carriers.
         lora_alpha: Their numerator: the low-rank product counts ``lora_alpha / r``.
@@ -84,6 +88,8 @@ class SanConfig(PeftConfig):
     shift: bool = field(default=Options.shift)
     links: tuple[str, ...] | list[str] | str = field(default=Options.links)
     adapt_embedding: bool = field(default=Options.adapt_embedding)
+    wiring: str = field(default=Options.wiring)
+    train_norms: bool = field(default=Options.train_norms)
     modules_to_save: list[str] | None = field(default=None)
     r: int = field(default=Options.rank)
     lora_alpha: float = field(default=Options.alpha)
@@ -92,6 +98,9 @@ class SanConfig(PeftConfig):
     graph: dict[str, Any] | None = field(default=None)
     how_to_load: str = field(default=HOW_TO_LOAD)
 
+    # The names of those that ``train_norms`` trains, of the model that is adapted; never saved.
+    norms: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         """Check every option and set PEFT's type."""
         super().__post_init__()
@@ -99,6 +108,7 @@ class SanConfig(PeftConfig):
         options = options_of(self)
         targets = options.target_modules
         self.target_modules = list(targets) if isinstance(targets, tuple) else targets
+        self.adapt_embedding = options.adapt_embedding
         self.links = options.links if options.free else list(options.kinds)
         self.how_to_load = HOW_TO_LOAD
 

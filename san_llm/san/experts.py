@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from san_llm.architectures.decoders import DOWN, GATE_UP
 from san_llm.measure.experts import expert_sizes
 from san_llm.ops.experts import experts
+from san_llm.san.formulas import expert_factors, inner_scale
 from san_llm.san.layer import SanLayer
 from san_llm.san.options import Options
 
@@ -58,9 +59,7 @@ class SanExperts(SanLayer):
     def inner_scale(self, adapter: str) -> Tensor | None:
         """Return s of each expert's down, (E, i), which is the gamma of its up; or None for 1."""
         options, gamma = self.san_options[adapter], self.san_gamma.get(adapter)
-        if gamma is None or options.mode == "neuron" or "mlp" not in options.kinds:
-            return None
-        own: Tensor = gamma[:, self.inside : 2 * self.inside]
+        own: Tensor | None = inner_scale(gamma, self.d_in, options.mode, options.kinds)
         return own
 
     def _of(self, adapters: list[str]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -89,14 +88,7 @@ class SanExperts(SanLayer):
         """
         base = self.get_base_layer()
         columns, rows, inner = (None if v is None else v.detach() for v in self._of(adapters))
-        wide = 2 * self.inside
-        scales = {
-            GATE_UP: (None if rows is None else rows[:, :wide, None], columns),
-            DOWN: (
-                None if rows is None else rows[:, wide:, None],
-                None if inner is None else inner[:, None],
-            ),
-        }
+        scales = expert_factors(rows, columns, inner, self.d_in)
         merged = []
         for name, factors in scales.items():
             weight = getattr(base, name).detach()

@@ -20,6 +20,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from san_llm.architectures.decoders import DOWN, GATE_UP
 from san_llm.architectures.entry import Carry
 
 Array = TypeVar("Array")
@@ -71,17 +72,53 @@ def merged_weight(
     if delta is not None:
         weight = plus(weight, delta)
     if row_scale is not None:
-        weight = times(weight, _along(row_scale, axes[0], weight))
+        weight = times(weight, along(row_scale, axes[0], weight.ndim))  # type: ignore[attr-defined]
     if s is not None:
-        weight = times(weight, _along(s, axes[1], weight))
+        weight = times(weight, along(s, axes[1], weight.ndim))  # type: ignore[attr-defined]
     return weight
 
 
-def _along(vector: Any, axis: int, weight: Any) -> Any:
-    """Return a vector so that it multiplies a weight along one of its axes."""
-    shape = [1] * weight.ndim
+def along(vector: Any, axis: int, axes: int) -> Any:
+    """Return a vector so that it multiplies a weight of so many axes along one; None as it is."""
+    if vector is None:
+        return None
+    shape = [1] * axes
     shape[axis] = -1
     return vector.reshape(shape)
+
+
+def inner_scale(gamma: Any, d_in: int, mode: str, kinds: tuple[str, ...]) -> Any:
+    """Return s of each expert's down, (E, i), which is the gamma of its up; or None for 1.
+
+    Args:
+        gamma: Of the experts, (E, 2 i + d): each one's gate, up and down; or None.
+        d_in: d.
+        mode: ``both``, ``neuron`` or ``synapse``.
+        kinds: The kinds of links that are on.
+    """
+    if gamma is None or mode == "neuron" or "mlp" not in kinds:
+        return None
+    inside = (gamma.shape[1] - d_in) // 2
+    return gamma[:, inside : 2 * inside]
+
+
+def expert_factors(rows: Any, columns: Any, inner: Any, d_in: int) -> dict[str, tuple[Any, Any]]:
+    """Return by name what the two weights of experts are multiplied by, one after the other.
+
+    Args:
+        rows: What each expert's features are multiplied by, (E, 2 i + d), or None for 1.
+        columns: What all experts' inputs are, (d,), or None for 1.
+        inner: What down's are, (E, i), or None for 1.
+        d_in: d.
+
+    Returns:
+        Of gate and up, (E, 2 i, d), and of down, (E, d, i): each with axes of size 1, or None.
+    """
+    wide, narrow = (None, None) if rows is None else (rows[:, :-d_in, None], rows[:, -d_in:, None])
+    return {
+        GATE_UP: (wide, along(columns, 2, 3)),
+        DOWN: (narrow, None if inner is None else inner[:, None]),
+    }
 
 
 def merged_bias(bias: Array | None, gamma: Array | None, beta: Array | None) -> Array | None:

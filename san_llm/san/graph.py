@@ -19,10 +19,11 @@ from san_llm.architectures.lookup import (
     is_known,
     link_into,
 )
-from san_llm.architectures.sizes import check_sizes, linear_shapes, setting
+from san_llm.architectures.sizes import check_sizes, linear_shapes, norm_sizes, setting
 from san_llm.errors import InputError, did_you_mean
-from san_llm.san.node import Node, matches, trains_gamma, unmatched
-from san_llm.san.options import Options, options_of, saved_options
+from san_llm.measure.units import path_of
+from san_llm.san.node import Node, Norm, matches, trained_by, trains_gamma, unmatched
+from san_llm.san.options import Options, check_wiring, options_of, saved_options
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -30,14 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PropagationGraph:
-    """Every adapted module in order, with who feeds whom. Printing it with rich draws a tree."""
+    """Every adapted module in order, with who feeds whom. Printing it with rich draws a tree.
+
+    Attributes:
+        nodes: The adapted modules.
+        norms: The norms that are trained beside them.
+    """
 
     nodes: tuple[Node, ...]
+    norms: tuple[Norm, ...] = ()
 
     @property
     def trained(self) -> int:
         """How many numbers the adapter trains in all."""
-        return sum(node.trained for node in self.nodes)
+        return trained_by(self.nodes, self.norms)
 
     def __iter__(self) -> Iterator[Node]:
         """Iterate over the nodes in model order."""
@@ -51,7 +58,7 @@ class PropagationGraph:
         """Draw the graph as a tree, one branch a block; blocks wired alike are drawn once."""
         from san_llm.san.tree import tree_of
 
-        yield tree_of(self.nodes, self.trained, options.max_width)
+        yield tree_of(self.nodes, self.norms, options.max_width)
 
 
 def check_matched(targets: Any, names: list[str]) -> None:
@@ -116,10 +123,12 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             san_config = adapters.get((active() if callable(active) else active)[0])
     model_type = setting(config, "model_type")
     options = _options(san_config)
+    check_wiring(options, model_type)
     if options.graph is not None or not is_known(model_type):
-        from san_llm.san.measured import measured_graph, nodes
+        from san_llm.san.measured import measured_graph, measured_norms, nodes
 
-        return PropagationGraph(nodes(measured_graph(model, options), options))
+        found = nodes(measured_graph(model, options), options)
+        return PropagationGraph(found, measured_norms(model, found, options))
     check_sizes(config)
     targets = family_targets(options.target_modules, model_type)
 
@@ -149,8 +158,17 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
                 sigma=options.free and d_in > 0,
             )
             for name, (d_out, d_in) in shapes.items()
-        )
+        ),
+        _norms(list(shapes), config) if options.train_norms else (),
     )
+
+
+def _norms(names: list[str], config: Any) -> tuple[Norm, ...]:
+    """Return the norms of the blocks of some modules, and the last one, as the table has them."""
+    blocks = dict.fromkeys(path_of(name) for name in names if path_of(name))
+    sizes = norm_sizes(config)
+    inside = (Norm(block + name, size) for block in blocks for name, size in sizes.items())
+    return (*inside, Norm("model.norm", setting(config, "hidden_size")))
 
 
 def _options(source: Any) -> Options:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from san_llm.architectures.entry import Carry
 from san_llm.errors import SanError
@@ -67,12 +68,14 @@ class SanLayer(nn.Module, BaseTunerLayer):
     Attributes:
         axes: Where the weight has its rows and its columns.
         channels: The axis of the channels, in what the layer reads and writes.
+        takes_matrices: Whether the low-rank carriers have their matrices here.
 
     Shapes: ``san_gamma[adapter]`` and ``san_beta[adapter]`` are (d_out,), ``san_sigma[adapter]``,
-    a column scale of its own, is (d_in,).
+    a column scale of its own, is (d_in,). A, ``san_lora_A[adapter]``, has the shape of the weight
+    with rank for d_out, and B is (d_out, rank), or (d_out, rank, 1, 1), as in PEFT's LoRA.
     """
 
-    adapter_layer_names = (
+    adapter_layer_names: tuple[str, ...] = (
         *("san_gamma", "san_sigma", "san_beta"),
         *("san_lora_A", "san_lora_B", "san_magnitude"),
     )
@@ -88,6 +91,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
     axes: tuple[int, int] = (0, 1)
     channels: int = -1
+    takes_matrices: bool = False
 
     def __init__(self, base_layer: nn.Module, d_out: int, d_in: int = 0) -> None:
         """Wrap the frozen ``base_layer``; adapters join through ``update_layer``."""
@@ -148,13 +152,12 @@ class SanLayer(nn.Module, BaseTunerLayer):
             if gamma:
                 self.san_gamma[adapter_name] = nn.Parameter(torch.ones(self.d_out, **like))
         else:
-            base = self.get_base_layer()
-            a = torch.empty(options.rank, base.in_features, **like)
+            places = self._places()
+            a = torch.empty(options.rank, self.d_in, *places, **like)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear, and so PEFT's LoRA
+            b = torch.zeros(self.d_out, options.rank, *(1 for _ in places), **like)
             self.san_lora_A[adapter_name] = nn.Parameter(a)
-            self.san_lora_B[adapter_name] = nn.Parameter(
-                torch.zeros(self.d_out, options.rank, **like)
-            )
+            self.san_lora_B[adapter_name] = nn.Parameter(b)
             if options.carrier == "dora" and gamma:
                 squares = self.squared_norms()
                 self.san_magnitude[adapter_name] = nn.Parameter(row_norms(squares, squares)[0])
@@ -162,6 +165,14 @@ class SanLayer(nn.Module, BaseTunerLayer):
             self.san_beta[adapter_name] = nn.Parameter(torch.zeros(self.d_out, **like))
         if sigma:
             self.san_sigma[adapter_name] = nn.Parameter(torch.ones(self.d_in, **like))
+
+    def _places(self) -> tuple[int, ...]:
+        """Return the axes that the weight has behind its rows and columns: a kernel's."""
+        return ()
+
+    def _matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A (rank, d_in times the kernel's places) and B (d_out, rank)."""
+        return self.san_lora_A[adapter].flatten(1), self.san_lora_B[adapter].flatten(1)
 
     def squared_norms(self) -> Tensor:
         """Return |W_i|^2 of each row of the base weight, (d_out,); computed once."""
@@ -182,7 +193,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
     def norms(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return norm(W) and norm(W + c B A) of each row, (d_out,); A and B get its gradient."""
-        a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
+        a, b = self._matrices(adapter)
         base = self.get_base_layer()
         projected = Projected.apply(a, base, base.weight)
         c = self.san_options[adapter].scaling
@@ -266,13 +277,17 @@ class SanLayer(nn.Module, BaseTunerLayer):
                 y = (y + self._low_rank(adapter, x)).to(y.dtype)
                 if row_scale is not None:
                     # The row scale of a weight leaves the bias alone.
-                    y = scaled(y if bias is None else y - bias.to(y.dtype), row_scale)
-                    y = y if bias is None else y + bias.to(y.dtype)
+                    b = None if bias is None else self._by_channel(bias.to(y.dtype))
+                    y = scaled(y if b is None else y - b, self._by_channel(row_scale))
+                    y = y if b is None else y + b
             if beta is not None:
-                shift = beta.to(y.device).reshape(-1, *(1,) * (-1 - self.channels))
-                y = (y + shift).to(y.dtype)
+                y = (y + self._by_channel(beta.to(y.device))).to(y.dtype)
                 bias = merged_bias(bias, None, beta)
         return y
+
+    def _by_channel(self, vector: Tensor) -> Tensor:
+        """Return a vector (d,) so that it stands along the channels of features."""
+        return vector.reshape(-1, *(1,) * (-1 - self.channels))
 
     def _times(self, features: Tensor, scale: Tensor | None, adapter: str) -> Tensor:
         """Return features (..., d) times a scale (d,), or None for 1, in the adapter's form."""
@@ -286,7 +301,11 @@ class SanLayer(nn.Module, BaseTunerLayer):
         options = self.san_options[adapter]
         a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
         dropped = F.dropout(x, options.dropout, self.training) if options.dropout else x
-        return F.linear(F.linear(dropped.to(a.dtype), a), b) * options.scaling
+        return self._product(dropped.to(a.dtype), a, b) * options.scaling
+
+    def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``B A x`` for x (..., d_in)."""
+        return F.linear(F.linear(x, a), b)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off; switching a merged layer off restores its base weight."""
@@ -307,8 +326,9 @@ class SanLayer(nn.Module, BaseTunerLayer):
             row_scale, beta = self.row_scale(adapter), self.neuron_shift(adapter)
             delta = None
             if adapter in self.san_lora_A:
-                a, b = self.san_lora_A[adapter], self.san_lora_B[adapter]
+                a, b = self._matrices(adapter)
                 delta = (b @ a * self.san_options[adapter].scaling).detach().to(weight.device)
+                delta = delta.view(weight.shape)
             s = self.synapse_scale(adapter)
             row_scale, beta, s = (
                 None if vector is None else vector.detach().to(weight.device)
@@ -362,7 +382,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         """
         base = self.get_base_layer()
         old = base.weight
-        if isinstance(self, SanLinear):
+        if self.takes_matrices:
             self.squared_norms()  # of W, for a later low-rank adapter: W* is here from now on
         if keep:
             state = getattr(base, "state", None)  # bitsandbytes keeps int8 scales here
@@ -419,6 +439,8 @@ class SanLayer(nn.Module, BaseTunerLayer):
 class SanLinear(SanLayer):
     """A target Linear, full-precision or quantized by bitsandbytes: W is (d_out, d_in)."""
 
+    takes_matrices = True
+
     def __init__(self, base_layer: nn.Linear) -> None:
         """Wrap a Linear."""
         super().__init__(base_layer, base_layer.out_features, base_layer.in_features)
@@ -449,13 +471,26 @@ class SanTransposed(SanLayer):
 class SanConvolution(SanLayer):
     r"""A convolution over one or two axes: W is (d_out, d_in of a group, \*kernel).
 
-    With several groups, as a depthwise one has, it has no columns to scale.
+    With several groups, as a depthwise one has, it has no columns to scale, and takes no matrices.
     """
 
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d) -> None:
         """Wrap a convolution."""
         super().__init__(base_layer, base_layer.out_channels, base_layer.in_channels)
         self.channels = -1 - len(base_layer.kernel_size)
+        self.takes_matrices = base_layer.groups == 1
+
+    def _places(self) -> tuple[int, ...]:
+        return tuple(self.get_base_layer().kernel_size)
+
+    def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``B A x`` for x (..., d_in, *pixels): A is a kernel as the base's, B is 1 x 1."""
+        base = self.get_base_layer()
+        kernel = {"weight": a}
+        if base.bias is not None:
+            kernel["bias"] = a.new_zeros(len(a))
+        z = functional_call(base, kernel, (x,))  # with its stride, padding and dilation
+        return F.linear(z.movedim(self.channels, -1), b.flatten(1)).movedim(-1, self.channels)
 
     def _times(self, features: Tensor, scale: Tensor | None, adapter: str) -> Tensor:
         """Return features (..., d, *pixels) times a scale (d,), or None for 1."""

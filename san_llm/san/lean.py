@@ -218,7 +218,7 @@ def _drops_to_float32(norm: Any) -> bool:
 
     transformers' norms compute in float32 in a float64 model, too.
     """
-    stock = type(norm).__module__.startswith("transformers.")
+    stock = type(getattr(norm, "base_layer", norm)).__module__.startswith("transformers.")
     return stock and norm.weight.dtype == torch.float64
 
 
@@ -338,5 +338,5 @@ def unfold(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SanLayer):
             module.columns_fold = module.rows_fold = None
-        elif hasattr(module, "san_fold"):
+        if "san_fold" in vars(module):
             del module.san_fold, module.forward

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
 from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
-from san_llm.san.node import Node, matches, trains_gamma, unmatched
+from san_llm.measure.units import path_of
+from san_llm.san.node import Node, Norm, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
 from san_llm.san.renamed import renamed
 
 # The kinds of modules that SAN has layers for.
-ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Experts")
+CONVOLUTIONS = ("Conv1d", "Conv2d")
+ADAPTED = ("Linear", "Conv1D", *CONVOLUTIONS, "Experts")
 
 
 def measured_graph(model: Any, options: Options) -> MeasuredGraph:
@@ -39,10 +42,55 @@ def measured_graph(model: Any, options: Options) -> MeasuredGraph:
     config = setting(model, "config", None)
     if config is not None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return measure(config, type(base))
-    if not isinstance(model, Mapping):
-        return measure(model)
-    return measure(stock_config(model))
+        graph = measure(config, type(base))
+    else:
+        graph = measure(stock_config(model) if isinstance(model, Mapping) else model)
+    return as_authors(graph) if options.wiring == "authors" else graph
+
+
+def as_authors(graph: MeasuredGraph) -> MeasuredGraph:
+    """Return the graph of a plain ViT as the authors' public code wires it.
+
+    What a block reads first, q, k and v, gets the patch embedding's scale in every block, not that
+    of the block before; nothing feeds the attention's output. The rest stays.
+
+    Args:
+        graph: Of a model of ``options.AUTHORS``.
+    """
+    (patches,) = (module.name for module in graph.modules if module.place == "embedding")
+    links = [
+        link
+        if path_of(link.anterior) == path_of(link.posterior)
+        else replace(link, anterior=patches)
+        for link in graph.links
+        if link.kind != "attention"
+    ]
+    return replace(graph, links=tuple(links))
+
+
+def measured_norms(model: Any, adapted: Iterable[Node], options: Options) -> tuple[Norm, ...]:
+    """Return the norms that are trained beside some modules of a model, or of a config's.
+
+    Args:
+        model: As :func:`measured_graph` takes it.
+        adapted: The adapted modules.
+        options: Of the adapter.
+
+    Raises:
+        InputError: when they are asked for, and there is none.
+    """
+    if not options.train_norms:
+        return ()
+    from san_llm.measure.copies import without_numbers
+    from san_llm.measure.run import class_of
+    from san_llm.san.norms import norms_of
+
+    if setting(model, "config", None) is not None:
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    else:
+        config = stock_config(model) if isinstance(model, Mapping) else model
+        whole = without_numbers(config, class_of(config))
+    return norms_of(whole, [node.name for node in adapted])
 
 
 def stock_config(values: Mapping[str, Any]) -> Any:
@@ -102,13 +150,21 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
             raise InputError(f"adapt_embedding: {table.name} cannot be adapted: {table.note}")
     if options.carrier != "scale":
         for module in usable:
-            if module.kind != "Linear":
+            if not _takes_matrices(module):
+                what = module.kind
+                if what in CONVOLUTIONS:
+                    what += " in groups, whose channels do not read all that a matrix would mix"
                 raise InputError(
-                    f"carrier {options.carrier!r}: has matrices for Linear layers alone, and "
-                    f"{module.name} is a {module.kind}: take carrier 'scale', or leave it out of "
-                    "target_modules"
+                    f"carrier {options.carrier!r}: has matrices for Linear layers and dense "
+                    f"convolutions, and {module.name} is a {what}: take carrier 'scale', or leave "
+                    "it out of target_modules"
                 )
     return [*(tables if options.adapt_embedding else []), *usable]
+
+
+def _takes_matrices(module: MeasuredModule) -> bool:
+    """Whether the low-rank carriers have matrices for a module."""
+    return module.kind == "Linear" or (module.kind in CONVOLUTIONS and not module.grouped)
 
 
 def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> None:
@@ -186,6 +242,7 @@ def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
     for module in modules:
         anterior, link, carry = links.get(module.name, (None, None, None))
         reads = module.place != "embedding"
+        low_rank = options.carrier != "scale" and _takes_matrices(module)
         made.append(
             Node(
                 module.name,
@@ -196,10 +253,11 @@ def nodes(graph: MeasuredGraph, options: Options) -> tuple[Node, ...]:
                 anterior=anterior,
                 link=link,
                 carry=carry,
-                carrier=options.carrier if reads else "scale",
-                rank=options.rank if reads and options.carrier != "scale" else 0,
+                carrier=options.carrier if low_rank else "scale",
+                rank=options.rank if low_rank else 0,
                 sigma=options.free and reads and not module.grouped,
                 experts=module.experts,
+                kernel=module.kernel,
             )
         )
     return tuple(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,7 +35,8 @@ from san_llm.san.lean import fold, unfold
 from san_llm.san.measured import measured_graph, nodes, pattern
 from san_llm.san.merging import hold_biases
 from san_llm.san.node import Node, trains_gamma
-from san_llm.san.options import options_of
+from san_llm.san.norms import SanNorm, norms_of
+from san_llm.san.options import check_wiring, options_of
 
 # By the name of a target that something feeds: its anterior, the table's row, which channels.
 _Links = dict[str, tuple[str, Link, Carry]]
@@ -70,14 +72,6 @@ class SanModel(BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: SanConfig, model_config: dict[str, Any]
     ) -> SanConfig:
-        if peft_config.shift and model_config["model_type"] not in BIAS_FLAGS:
-            import warnings
-
-            warnings.warn(
-                f"shift=True: a stock {model_config['model_type']} cannot hold the merged biases, "
-                f"so this adapter will never merge (only {', '.join(BIAS_FLAGS)} can)",
-                stacklevel=2,
-            )
         return peft_config
 
     def _prepare_model(self, peft_config: SanConfig, model: nn.Module) -> None:
@@ -85,6 +79,10 @@ class SanModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: SanConfig, key: str) -> bool:
+        return key in peft_config.norms or SanModel._is_target(peft_config, key)
+
+    @staticmethod
+    def _is_target(peft_config: SanConfig, key: str) -> bool:
         if (
             peft_config.graph is None
             and peft_config.adapt_embedding
@@ -113,10 +111,14 @@ class SanModel(BaseTuner):
         config = self.peft_config[adapter_name]
         sizes = self.get_model_config(model)
         model_type = sizes.get("model_type")
+        check_wiring(options_of(config), model_type)
         if config.graph is None and is_known(model_type):
-            links = self._by_table(model, config, model_type)
+            names, links = self._by_table(model, config, model_type)
         else:
-            links = self._by_measurement(model, config)
+            names, links = self._by_measurement(model, config)
+        if config.train_norms:
+            config.norms = frozenset(norm.name for norm in norms_of(model, names))
+            _check_norms(config)
         kinds = options_of(config).kinds
         anteriors = {anterior for anterior, _, _ in links.values()}
         if config.mode == "synapse" and not anteriors and not config.shift:
@@ -129,6 +131,13 @@ class SanModel(BaseTuner):
         unfold(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if model_type not in BIAS_FLAGS and (name := _without_bias(model, [adapter_name])):
+                warnings.warn(
+                    f"shift=True: {name} has no bias, and a stock {model_type} cannot hold the one "
+                    "that its shift merges into, so this adapter will never merge; leave what has "
+                    "none out of target_modules",
+                    stacklevel=2,
+                )
             for name, (anterior_name, _, carried) in links.items():
                 posterior: Any = model.get_submodule(name)
                 anterior: Any = model.get_submodule(anterior_name)
@@ -139,8 +148,10 @@ class SanModel(BaseTuner):
             if is_known(blocks):
                 fold(model, FAMILIES[blocks])
 
-    def _by_table(self, model: nn.Module, config: SanConfig, model_type: str) -> _Links:
-        """Return what feeds the targets, in a family that the table knows."""
+    def _by_table(
+        self, model: nn.Module, config: SanConfig, model_type: str
+    ) -> tuple[list[str], _Links]:
+        """Return the targets and what feeds them, in a family that the table knows."""
         config.target_modules = family_targets(config.target_modules, model_type)
         inside = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, SanLayer)
@@ -148,24 +159,22 @@ class SanModel(BaseTuner):
         names = [
             name
             for name, _ in model.named_modules()
-            if name
-            and not name.startswith(inside)
-            and self._check_target_module_exists(config, name)
+            if name and not name.startswith(inside) and self._is_target(config, name)
         ]
         self._check_every_target_matched(config, names, FAMILIES[model_type].targets)
         links, _ = wire(names, options_of(config).kinds, config.mode, model_type)
         sizes = self.get_model_config(model)
-        return {name: (*link, carry(link[1], sizes)) for name, link in links.items()}
+        return names, {name: (*link, carry(link[1], sizes)) for name, link in links.items()}
 
-    def _by_measurement(self, model: nn.Module, config: SanConfig) -> _Links:
-        """Return what feeds the targets, in any model; the config takes its graph along."""
+    def _by_measurement(self, model: nn.Module, config: SanConfig) -> tuple[list[str], _Links]:
+        """Return the targets and what feeds them, in any model; the config gets the graph."""
         options = options_of(config)
         graph = measured_graph(model, options)
         self._nodes = {node.name: node for node in nodes(graph, options)}
         _check_modules(model, self._nodes.values())
         config.graph = graph.as_json()
         config.target_modules = pattern(self._nodes, graph)
-        return {
+        return list(self._nodes), {
             node.name: (node.anterior, node.link, node.carry)
             for node in self._nodes.values()
             if node.anterior and node.link and node.carry
@@ -193,18 +202,25 @@ class SanModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SanLayer) else self._wrap(target, current_key)
-        linear = isinstance(layer, SanLinear)
+        if isinstance(target, SanLayer):
+            layer = target
+        elif current_key in peft_config.norms:
+            layer = SanNorm(target)
+        else:
+            layer = self._wrap(target, current_key)
+        reads = isinstance(layer, SanLinear)
         options = options_of(peft_config)
         node = self._nodes.get(current_key) if peft_config.graph is not None else None
-        if not linear:  # no product to adapt, or none with matrices: a vector in any carrier
+        if (
+            not layer.takes_matrices
+        ):  # no product to adapt, or none with matrices: a vector in any carrier
             options = replace(options, carrier="scale")
         layer.update_layer(
             adapter_name,
             options,
             gamma=trains_gamma(current_key, peft_config.mode, self._anteriors),
-            beta=node.beta if node else options.shift and linear,
-            sigma=node.sigma if node else options.free and linear,
+            beta=node.beta if node else options.shift and reads,
+            sigma=node.sigma if node else options.free and reads,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -243,8 +259,10 @@ class SanModel(BaseTuner):
         shifted = merge and any(self.peft_config[name].shift for name in names)
         family = self.get_model_config(self.model).get("model_type")
         flagged = family in BIAS_FLAGS
-        if shifted and not flagged and not _all_have_biases(self.model, names):
-            raise InputError(f"a stock {family} cannot hold the biases that a shift merges into")
+        if shifted and not flagged and (bare := _without_bias(self.model, names)):
+            raise InputError(
+                f"a stock {family} cannot hold the biases that a shift merges into: {bare} has none"
+            )
         model: nn.Module = super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )
@@ -254,14 +272,27 @@ class SanModel(BaseTuner):
         return model
 
 
-def _all_have_biases(model: nn.Module, adapters: Iterable[str]) -> bool:
-    """Whether every module that an adapter shifts has a bias of its own to merge that into."""
-    layers = [module for module in model.modules() if isinstance(module, SanLayer)]
-    return all(
-        getattr(layer.get_base_layer(), "bias", None) is not None
-        for layer in layers
-        if any(name in layer.san_beta for name in adapters)
+def _check_norms(config: SanConfig) -> None:
+    """Refuse to save a norm whole whose change is saved."""
+    for norm in sorted(config.norms):
+        for name in config.modules_to_save or ():
+            if norm.endswith(name):  # as PEFT reads it
+                raise InputError(
+                    f"modules_to_save: {name!r} names {norm}, which train_norms trains, too: "
+                    "leave one of them out"
+                )
+
+
+def _without_bias(model: nn.Module, adapters: Iterable[str]) -> str | None:
+    """Return the first module that an adapter shifts and that has no bias to merge that into."""
+    bare = (
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, SanLayer)
+        and any(adapter in layer.san_beta for adapter in adapters)
+        and getattr(layer.get_base_layer(), "bias", None) is None
     )
+    return next(bare, None)
 
 
 def _check_modules(model: nn.Module, graph: Iterable[Node]) -> None:

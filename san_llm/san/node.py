@@ -27,6 +27,7 @@ class Node:
         rank: Of the two matrices of a low-rank carrier, else 0.
         sigma: Whether it trains a column scale of its own, and none is propagated to it.
         experts: How many experts it is, each with a gamma of its own; 0: it is none.
+        kernel: Weights for each pair of channels: a convolution's places, else 1.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Node:
     rank: int = 0
     sigma: bool = False
     experts: int = 0
+    kernel: int = 1
 
     @property
     def trained(self) -> int:
@@ -51,8 +53,26 @@ class Node:
         return (
             (self.experts or 1) * self.d_out * vectors
             + columns
-            + self.rank * (self.d_out + self.d_in)
+            + self.rank * (self.d_out + self.d_in * self.kernel)
         )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that is trained beside the scales.
+
+    Attributes:
+        name: The module's name in the base model.
+        trained: How many numbers it trains: a weight, and perhaps a bias, for each channel.
+    """
+
+    name: str
+    trained: int
+
+
+def trained_by(nodes: Iterable[Node], norms: Iterable[Norm]) -> int:
+    """Return how many numbers adapted modules and norms train in all."""
+    return sum(node.trained for node in nodes) + sum(norm.trained for norm in norms)
 
 
 def trains_gamma(name: str, mode: str, anteriors: set[str]) -> bool:

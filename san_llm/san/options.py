@@ -18,7 +18,10 @@ from san_llm.errors import InputError, check_one_of
 CARRIERS: tuple[str, ...] = ("scale", "lora", "dora")
 FORMS: tuple[str, ...] = ("lean", "plain")
 MODES: tuple[str, ...] = ("both", "neuron", "synapse")
+WIRINGS: tuple[str, ...] = ("carried", "authors")
 FREE = "free"  # instead of kinds of links: no link, a column scale of its own for every target
+# The plain ViTs: blocks in one row behind a convolution over patches, as in the authors' code.
+AUTHORS: tuple[str, ...] = ("vit", "deit", "dinov2")
 MOST = 2**20  # ranks, or the numerator of a low-rank product: more than any model is wide
 # PEFT's names of fields, where they are not ours.
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
@@ -37,6 +40,10 @@ class Options:
         links: The kinds of propagation that are switched on; or the word ``free``: none is, and
             every target trains a column scale of its own.
         adapt_embedding: Whether the embedding's features get a scale, too.
+        wiring: Who feeds whom: ``carried`` as in a LLaMA, or as in the ``authors``' code for ViT:
+            the patches' scale feeds q, k and v of every block, and nothing the attention's output.
+        train_norms: Whether the norms of the adapted blocks, and those outside of all blocks, are
+            trained, too.
         modules_to_save: Names of modules that are trained and saved whole.
         rank: The rank of the low-rank carriers.
         alpha: The numerator of their factor: ``c = alpha / rank``.
@@ -56,6 +63,8 @@ class Options:
     shift: bool = False
     links: tuple[str, ...] | str = KINDS
     adapt_embedding: bool = False
+    wiring: str = "carried"
+    train_norms: bool = False
     modules_to_save: tuple[str, ...] | None = None
     rank: int = 8
     alpha: float = 16.0
@@ -70,6 +79,7 @@ class Options:
         check_one_of("carrier", self.carrier, CARRIERS)
         check_one_of("mode", self.mode, MODES)
         check_one_of("form", self.form, FORMS)
+        check_one_of("wiring", self.wiring, WIRINGS)
         if type(self.rank) is not int or not 1 <= self.rank <= MOST:
             raise InputError(f"r: expected a rank from 1 to {MOST:,}, found {self.rank!r}")
         if not _is_number(self.alpha) or not 0 < self.alpha <= MOST:
@@ -78,7 +88,7 @@ class Options:
             )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise InputError(f"lora_dropout: expected 0 <= p < 1, found {self.dropout!r}")
-        for name in ("shift", "adapt_embedding"):
+        for name in ("shift", "adapt_embedding", "train_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         try:
@@ -90,6 +100,8 @@ class Options:
         if not self.free:
             self._set("links", tuple(kind for kind in KINDS if kind in self.links))
         self._check_together()
+        if self.wiring == "authors":
+            self._set("adapt_embedding", True)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as dataclasses do where they are frozen
@@ -100,6 +112,8 @@ class Options:
                 f"links: {FREE} trains a row and a column scale of each target, which is mode "
                 f"'both'; mode {self.mode!r} has only one of them"
             )
+        if self.free and self.wiring != "carried":
+            raise InputError(f"links: {FREE} propagates nothing, so that it has no wiring")
         if self.mode == "synapse" and not self.links:
             raise InputError("mode 'synapse' without links trains nothing: switch a link kind on")
         if self.shift and self.carrier != "scale":
@@ -181,6 +195,23 @@ def options_of(source: Any) -> Options:
             if name is not None:
                 values[field.name] = getattr(source, name)
     return Options(**values)
+
+
+def check_wiring(options: Options, model_type: object) -> None:
+    """Refuse the authors' wiring for a model that their code does not know.
+
+    Args:
+        options: Of the adapter; one that has its graph has its wiring in it.
+        model_type: The model's type.
+
+    Raises:
+        InputError: naming it and those that are known.
+    """
+    if options.wiring == "authors" and options.graph is None and model_type not in AUTHORS:
+        raise InputError(
+            f"wiring 'authors': is that of the authors' code for {', '.join(AUTHORS)}, and a "
+            f"{model_type} has another block: take wiring 'carried'"
+        )
 
 
 def saved_options(values: Mapping[str, Any]) -> Options:

@@ -19,20 +19,24 @@ BLOCK = 2**22  # numbers of a block: 16 MB in fp32
 
 
 def wide_rows(linear: Any, weight: Tensor) -> Iterator[Tensor]:
-    """Iterate over blocks of rows (rows, d_in) of a base Linear's weight, in fp32 or wider.
+    """Iterate over blocks of rows (rows, d_in) of a base layer's weight, in fp32 or wider.
+
+    A convolution's row has all places of its kernel: (rows, d_in times those).
 
     Args:
-        linear: The Linear, full-precision or one of bitsandbytes'.
+        linear: A Linear, full-precision or one of bitsandbytes', or a convolution.
         weight: Its weight, as it is stored. Of a sharded one (FSDP2) all rows are gathered: every
             process must ask.
     """
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
     state, weight = getattr(weight, "quant_state", None), weight.data
-    step = max(1, BLOCK // linear.in_features)
     if state is not None:
-        yield from _rows_of_4_bits(weight, state, step)
-    elif weight.dtype == torch.int8:
+        yield from _rows_of_4_bits(weight, state, max(1, BLOCK // linear.in_features))
+        return
+    weight = weight.flatten(1)
+    step = max(1, BLOCK // weight.shape[1])
+    if weight.dtype == torch.int8:
         scale = linear.state.SCB if linear.state.SCB is not None else linear.weight.SCB
         for rows, scales in zip(weight.split(step), scale.split(step), strict=True):
             yield rows * (scales.to(rows.device)[:, None] / 127)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from san_llm.architectures.lookup import short_label
 from san_llm.measure.units import path_of
-from san_llm.san.node import Node
+from san_llm.san.node import Node, Norm, trained_by
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -31,12 +31,12 @@ class _Names:
     one_list: bool
 
 
-def tree_of(nodes: Sequence[Node], trained: int, width: int) -> Tree:
+def tree_of(nodes: Sequence[Node], norms: Sequence[Norm], width: int) -> Tree:
     """Return a graph as a tree; blocks wired alike one after another are drawn once.
 
     Args:
         nodes: Of the graph, in the order of the model.
-        trained: How many numbers it trains.
+        norms: Those that are trained beside them.
         width: Columns that there are.
     """
     from rich.text import Text
@@ -55,6 +55,7 @@ def tree_of(nodes: Sequence[Node], trained: int, width: int) -> Tree:
         halves = {name: (own.removesuffix(" gamma"), feed) for name, (own, feed) in halves.items()}
     free = any(node.sigma for node in nodes)
     how = "sigma: an s of its own" if free else "x [green]<- y[/]: s of x is gamma of y"
+    trained = trained_by(nodes, norms)
     count = f"{trained:,} trained: gamma of each" if repeated else f"{trained:,} trained numbers"
     tree = Tree(f"[bold]SAN propagation[/]  {count}; {how}")
     runs: list[tuple[list[str], list[str]]] = []
@@ -70,6 +71,8 @@ def tree_of(nodes: Sequence[Node], trained: int, width: int) -> Tree:
         branch = tree.add(f"[bold]{label}[/]")
         for line in lines:
             branch.add(line)
+    if norms:
+        tree.add(f"[bold]{len(norms)} norms[/]  {sum(norm.trained for norm in norms):,} trained")
     return tree
 
 

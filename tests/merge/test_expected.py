@@ -73,6 +73,7 @@ def tamper(change):
         {"carrier": "dora", "r": 4},
         {"carrier": "dora", "r": 4, "mode": "synapse"},
         {"links": "free"},
+        {"train_norms": True},
     ],
 )
 def test_every_tensor_of_a_right_merge_is_within_its_rounding(made, options, dtype):

@@ -44,7 +44,7 @@ CASES = {
     "embedding": ({"adapt_embedding": True}, "llama", {}, FP32, DOUBLE),
     "embedding, tied": ({"adapt_embedding": True}, "llama", TIED, FP32, DOUBLE),
     "qwen2": ({}, "qwen2", {}, FP32, DOUBLE),
-    "gemma": ({}, "gemma", {"head_dim": 16}, FP32, DOUBLE),
+    "gemma": ({"train_norms": True}, "gemma", {"head_dim": 16}, FP32, DOUBLE),
     "phi3": ({}, "phi3", {}, FP32, DOUBLE),
 }
 WAYS = ("keep", "dequantize")

@@ -81,6 +81,7 @@ def streamed(folder: Path, dtype: str, shard_size: int = 10**9) -> Path:
         {"shift": True, "target_modules": ["q_proj"]},
         {"links": ["residual"], "target_modules": ["o_proj", "up_proj"]},
         {"adapt_embedding": True},
+        {"train_norms": True},
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
@@ -114,7 +115,7 @@ def test_low_rank_carriers_agree_up_to_the_order_of_sums(tmp_path, carrier, mode
 
 @pytest.mark.parametrize("family", [*FAMILIES, *FUSED])
 def test_other_families_stream_alike(tmp_path, family):
-    model = trained(tmp_path, family)
+    model = trained(tmp_path, family, train_norms=True)
     model.merge_and_unload().save_pretrained(tmp_path / "peft")
     expected = load_file(tmp_path / "peft" / "model.safetensors")
     found = load_file(streamed(tmp_path, "float32") / "model.safetensors")
@@ -187,6 +188,7 @@ def spoil(folder: Path, change: Any) -> None:
 
 
 KEY = "base_model.model.model.layers.0.mlp.up_proj.san_gamma"
+NORM = "base_model.model.model.layers.1.input_layernorm.san_weight"
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,34 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, change, kind, said):
         streamed(tmp_path, "float32")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(NORM), r"has no model\.layers\.1\.input_layernorm\.san_weight, which"),
+        (lambda t: t.update({NORM: torch.ones(5)}), "another base"),
+        (lambda t: t.update({NORM.replace("weight", "bias"): t[NORM].clone()}), "to nothing"),
+    ],
+)
+def test_a_trained_norm_that_does_not_fit_is_refused(tmp_path, change, said):
+    trained(tmp_path, train_norms=True)
+    spoil(tmp_path, change)
+    with pytest.raises(InputError, match=said):
+        streamed(tmp_path, "float32")
+
+
 def test_a_family_that_cannot_hold_a_shift_is_refused(tmp_path):
     trained(tmp_path, "mistral", shift=True)
     with pytest.raises(InputError, match="mistral cannot hold the biases"):
         streamed(tmp_path, "float32")
+
+
+def test_a_shift_of_modules_that_have_biases_is_merged_in_any_family(tmp_path):
+    model = trained(tmp_path, "qwen2", shift=True, target_modules=["q_proj", "k_proj", "v_proj"])
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    expected = load_file(tmp_path / "peft" / "model.safetensors")
+    found = load_file(streamed(tmp_path, "float32") / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_merge_loads_no_torch(tmp_path):

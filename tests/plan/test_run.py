@@ -50,6 +50,8 @@ METHODS = {
     "san-synapse": {"name": "san", "mode": "synapse"},
     "san-free": {"name": "san", "links": "free"},
     "san-shift": {"name": "san", "shift": True},
+    "san-norms": {"name": "san", "train_norms": True},
+    "san-norms-plain": {"name": "san", "train_norms": True, "form": "plain"},
     "san-lora": {"name": "san", "carrier": "lora", "rank": 4},
     "san-dora": {"name": "san", "carrier": "dora", "rank": 4},
     "lora": {"name": "lora", "rank": 4},

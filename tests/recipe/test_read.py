@@ -13,6 +13,7 @@ from peft import PeftConfig
 from san_llm.architectures.decoders import TARGETS
 from san_llm.architectures.entry import KINDS
 from san_llm.architectures.lookup import family_targets
+from san_llm.data.split import held_out_count
 from san_llm.errors import InputError
 from san_llm.models.adapter import adapter_config
 from san_llm.protocol.prompts import STYLES
@@ -64,7 +65,7 @@ def test_the_published_settings_are_the_defaults():
     assert (training.batch_size, training.epochs) == (16, 3)
     assert (training.warmup_steps, training.warmup_share) == (None, 0.1)
     assert (training.schedule, training.evaluate_every) == ("linear", 80)
-    assert (recipe.data.cutoff, recipe.data.held_out) == (256, 120)
+    assert (recipe.data.cutoff, held_out_count(recipe.data, 170_000)) == (256, 120)
     assert recipe.data.prompt == "llm-adapters"
     method = recipe.method
     assert (method.rank, method.alpha, method.dropout) == (32, 64, 0.05)
@@ -93,8 +94,8 @@ def test_the_published_settings_are_the_defaults():
          "ia3, peft, full (did you mean 'san'?)"]),
         (4, "  mode: both", ["mine.yaml:3: method.name: missing"]),
         (4, "  name: san\n  zzzzzz: 8", ["mine.yaml:5: method.zzzzzz: unknown key: known here are "
-         "name, target_modules, carrier, mode, shift, links, adapt_embedding, rank, alpha, "
-         "dropout, form"]),
+         "name, target_modules, carrier, mode, shift, links, adapt_embedding, "
+         "wiring, train_norms, rank, alpha, dropout, form"]),
         (4, "  name: san\n  rank: 8", ["mine.yaml:3: method: rank: the scale carrier has none; "
          "lora and dora do"]),
         (4, "  name: san\n  carrier: lora\n  shift: true", ["mine.yaml:3: method: shift: the lora "
@@ -125,14 +126,14 @@ def test_the_published_settings_are_the_defaults():
          "least one, found []"]),
         (4, "  name: san\n  mode: synapse\n  links: []", ["mine.yaml:3: method: mode 'synapse' "
          "without links trains nothing: switch a link kind on"]),
-        (6, "  train: 5", ["mine.yaml:6: data.train: expected 'pocket', a file or a list of files, "
-         "found 5"]),
-        (6, "  train: []", ["mine.yaml:6: data.train: expected 'pocket', a file or a list of "
-         "files, found []"]),
+        (6, "  train: 5", ["mine.yaml:6: data.train: expected 'pocket', a file, {hub: ID} or a "
+         "list of these, found 5"]),
+        (6, "  train: []", ["mine.yaml:6: data.train: expected 'pocket', a file, {hub: ID} or a "
+         "list of these, found []"]),
         (6, "  train: pocket\n  held_out: -1", ["mine.yaml:7: data.held_out: expected 0 rows or "
-         "more, or a file"]),
-        (6, "  train: pocket\n  held_out: 1.5", ["mine.yaml:7: data.held_out: expected a number of "
-         "rows or a file, found 1.5"]),
+         "more, a share, or a file"]),
+        (6, "  train: pocket\n  held_out: 1.5", ["mine.yaml:7: data.held_out: a share is more "
+         "than 0 and less than 1, found 1.5"]),
         (6, "  train: pocket\n  prompt: alpacca", ["mine.yaml:7: data.prompt: 'alpacca' is not one "
          "of llm-adapters, llm-adapters-aligned, alpaca, chat (did you mean 'alpaca'?)"]),
         (6, "  train: pocket\n  cutoff: 7", ["mine.yaml:7: data.cutoff: input should be greater "
@@ -152,9 +153,25 @@ def test_the_published_settings_are_the_defaults():
         (4, "  name: lora\n  r: 8", ["mine.yaml:5: method.r: unknown key (here it is "
          "method.rank)"]),
         (6, "  train: pocket\n  held_out: 10%", ["mine.yaml:7: data.held_out: expected a number of "
-         "rows or a .json or .jsonl file, found '10%'; a share is not read"]),
-        (6, "  train: pocket\n  held_out: rows.csv", ["mine.yaml:7: data.held_out: expected a "
-         "number of rows or a .json or .jsonl file, found 'rows.csv'"]),
+         "rows, a share or a file (.json, .jsonl, .csv, .tsv, .parquet, .arrow), found '10%'; a "
+         "share is written as 0.1"]),
+        (6, "  train: pocket\n  held_out: rows.txt", ["mine.yaml:7: data.held_out: expected a "
+         "number of rows, a share or a file (.json, .jsonl, .csv, .tsv, .parquet, .arrow), found "
+         "'rows.txt'"]),
+        (6, "  train: {pth: a.json}", ["mine.yaml:6: data.train.pth: unknown key (did you mean "
+         "'path'?)"]),
+        (6, "  train: [{path: a.json, weight: 1}, b.json]", ["mine.yaml:6: data.train: 1 of 2 "
+         "sources have a weight; expected all or none"]),
+        (6, "  train: [{path: a.json, weight: 0}]", ["mine.yaml:6: data.train: the weights of all "
+         "sources are 0, so that none is learned from"]),
+        (6, "  train: {path: a.json, hub: b}", ["mine.yaml:6: data.train: expected a path or a hub "
+         "id, one of them"]),
+        (6, "  train: {path: a.json, split: b}", ["mine.yaml:6: data.train: 'split' is of a data "
+         "set on the hub; a.json is a file"]),
+        (6, "  train: a.json\n  columns: {promt: Q}", ["mine.yaml:7: data.columns.promt: unknown "
+         "key (did you mean 'prompt'?)"]),
+        (6, "  train: a.json\n  columns: {}", ["mine.yaml:7: data.columns: names no column; "
+         "expected such as {prompt: question, completion: reply}"]),
         (9, "  learning_rate: fast", ["mine.yaml:9: training.learning_rate: expected a number, "
          "found 'fast'"]),
         (9, "  learning_rate: 0", ["mine.yaml:9: training.learning_rate: input should be greater "

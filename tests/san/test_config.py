@@ -130,6 +130,7 @@ OPTIONS = st.fixed_dictionaries(
         "shift": st.booleans(),
         "links": st.one_of(st.lists(st.sampled_from(ALL_LINKS), unique=True), st.just("free")),
         "adapt_embedding": st.booleans(),
+        "train_norms": st.booleans(),
         "task_type": st.sampled_from([None, TaskType.CAUSAL_LM]),
         "modules_to_save": st.sampled_from([None, ["lm_head"]]),
     }
