@@ -146,12 +146,9 @@ def evaluation_text(
     # The exact training tokens before the response. The last space joins the response's first
     # letter in one token, so a response must stand there; which one makes no difference.
     encoding = tokenizer(text + "the", return_offsets_mapping=True)
-    tokens = [
-        token
-        for token, (_, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        if end <= len(text)
-    ]
-    return text, tokens
+    ends = [end for _, end in encoding["offset_mapping"]]
+    behind = next(place for place, end in enumerate(ends) if end > len(text))
+    return text, encoding["input_ids"][:behind]
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -17,6 +17,7 @@ from san_llm.files import read_json
 from san_llm.merge.whole import DROPPED
 from san_llm.merge.write import Output
 from san_llm.models.adapter import Adapter, embedding_rows
+from san_llm.models.agree import EMBEDDED, HEAD
 from san_llm.models.locate import FoundBase
 from san_llm.models.scales import Scales, files_of
 from san_llm.models.weights import SIZES, SPELLED, Numbers, Stored, read_bytes, stored_weights
@@ -42,9 +43,24 @@ class Merged:
         self._tensors, self._found = adapter.tensors, found
         tied = bool(found.config["tie_word_embeddings"])
         self._rows = embedding_rows(adapter, found.config["vocab_size"], tied)
+        self.untied = tied and self._parts_head()
+
+    def _parts_head(self) -> bool:
+        """Return whether the head of a tied base is another than the embedding when merged.
+
+        It is where the embedding's features are scaled, and where one of the two was trained whole
+        without the other. An adapter with more tokens holds the embedding for both.
+        """
         embedding = self._scales.nodes.get(f"model.{EMBEDDING}")
-        scaled = embedding is not None and self._scales.scales(embedding)[0] is not None
-        self.untied = scaled and tied  # the features are scaled, the head is not
+        if embedding is not None and self._scales.scales(embedding)[0] is not None:
+            return True
+        table, head = (self._tensors.get(name) for name in (EMBEDDED, HEAD))
+        if table is not None and head is not None:
+            pairs = zip(read_bytes(head), read_bytes(table), strict=True)
+            return head.shape != table.shape or any(one != other for one, other in pairs)
+        return head is not None or (
+            table is not None and table.shape[0] == self._found.config["vocab_size"]
+        )
 
     def outputs(self, dtype: str) -> list[Output]:
         """Return the tensors of the merged model as ``dtype``, in the base's order.
@@ -72,9 +88,11 @@ class Merged:
             ):
                 # A config's flag gives a bias to all Linears of a parent, or to none.
                 outputs.append(self._bias(module, tensor.shape[0], None, dtype))
-        if self.untied and "lm_head.weight" not in self._scales.stored:
-            table = self._scales.stored[f"model.{EMBEDDING}.weight"]
-            outputs.append(Output("lm_head.weight", dtype, table.shape, table))
+        if self.untied and HEAD not in self._scales.stored:
+            source = self._tensors.get(HEAD)
+            if source is None:
+                source = self._scales.stored[EMBEDDED]
+            outputs.append(Output(HEAD, dtype, source.shape, source))
         return outputs
 
     def _weight(self, node: Node, tensor: Stored, dtype: str) -> Output:

@@ -18,6 +18,7 @@ from san_llm.architectures.lookup import in_model_order
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
+from san_llm.models.agree import HEAD
 from san_llm.models.weights import (
     Numbers,
     Stored,
@@ -143,7 +144,7 @@ class Scales:
         for name in sorted(tensors, key=lambda name: place.get(name.rpartition(".san_")[0], -1)):
             tensor = tensors[name]
             module, _, kind = name.rpartition(".san_")
-            known = self.files.shapes if self.files else self.stored
+            known = self.files.shapes if self.files else (*self.stored, HEAD)  # or tied, not stored
             if module not in self.nodes and name in known:
                 continue  # a whole module that was trained and saved beside the scales
             shape = self._shape(module, kind)

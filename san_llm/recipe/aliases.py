@@ -46,7 +46,7 @@ ALIASES = {
     "lora_rank": "method.rank",
     "lora_target": "method.target_modules",
     "lr_scheduler_type": "training.schedule",
-    "mask_history": "none: all turns of the assistant are learned",
+    "mask_history": "data.learn: last turn",
     "max_samples": "data.limit",
     "model_name_or_path": "base.model",
     "neat_packing": "training.packing",

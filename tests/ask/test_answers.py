@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from san_llm.ask.answers import answers as answered
-from san_llm.ask.answers import fitting_batch_size
+from san_llm.ask.answers import end_tokens, fitting_batch_size
 from san_llm.data.encode import evaluation_text
 from san_llm.data.sources import POCKET
 from san_llm.data.task_rows import read_task
@@ -119,6 +119,20 @@ def test_the_tokenizers_end_token_ends_an_answer_of_a_model_that_names_another(m
     model.lm_head.weight.data[1] = 3 * model.lm_head.weight.data[50]  # ends often
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=2)
     assert answers(model, prompts, 2) == alone(model, prompts, eos_token_id=[0, 1])
+
+
+def test_a_conversation_ends_as_its_template_ends_a_turn(models):
+    """Of a base whose end of text is another token, as Qwen 2.5's: a turn's end is none of its."""
+    model = models[0] if isinstance(models, (list, tuple)) else models
+    chats = tiny_tokenizer()
+    chats.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    chats.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    turn = chats.convert_tokens_to_ids("<|end|>")
+    assert turn not in end_tokens(model, chats, chat=False)
+    assert turn in end_tokens(model, chats, chat=True)
+    assert end_tokens(model, tiny_tokenizer(), chat=True) == (
+        end_tokens(model, tiny_tokenizer(), chat=False)
+    )
 
 
 @pytest.mark.parametrize(

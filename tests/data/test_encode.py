@@ -31,7 +31,7 @@ from san_llm.data.tokenized import Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import InputError, SanError
 from san_llm.protocol.prompts import evaluation_prompt, training_prompt
 
-EOS = 1  # of the tiny tokenizer
+BOS, EOS = 0, 1  # of the tiny tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 STYLES = ("llm-adapters", "llm-adapters-aligned", "alpaca")
 ROW = Row("Is it?", "", "the correct answer is true", "true")
@@ -753,3 +753,27 @@ def test_a_row_with_a_token_past_the_embedding_is_named_with_it_and_both_sizes()
         f"row 2: the token '<tool>' has the id {size}, past the model's embedding of {size} rows "
         f"(its tokenizer has {size + 1} tokens)"
     )
+
+
+def ending_everything():
+    """Return a tokenizer as it is saved with ``add_eos_token``: every text gets an end token."""
+    ends = tiny_tokenizer()
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return ends
+
+
+@pytest.mark.parametrize("style", ["none", "alpaca", "llm-adapters", "llm-adapters-aligned"])
+def test_no_end_token_stands_behind_a_question(tokenizer, style):
+    ends = ending_everything()
+    assert ends("x")["input_ids"][-1] == EOS
+    found, plain = (evaluation_text(style, ROW, made)[1] for made in (ends, tokenizer))
+    assert found[-1] != EOS
+    assert found == [BOS, *plain]
+
+
+def test_an_answer_ends_once_whatever_the_tokenizer_adds(tokenizer):
+    tokens, labels = one(ROW, ending_everything())
+    assert tokens.count(EOS) == 1
+    assert learned(labels) == learned(one(ROW, tokenizer)[1])

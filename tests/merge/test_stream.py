@@ -254,3 +254,17 @@ def test_a_merge_loads_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_tied_head_or_embedding_that_was_trained_alone_parts_them(tmp_path, saved):
+    model = trained(tmp_path, changes={"tie_word_embeddings": True}, modules_to_save=saved)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = model.eval()(input_ids=text()).logits
+    stock = AutoModelForCausalLM.from_pretrained(streamed(tmp_path, "float32")).eval()
+    assert stock.lm_head.weight is not stock.model.embed_tokens.weight
+    torch.testing.assert_close(stock(input_ids=text()).logits, wanted, rtol=1e-4, atol=1e-5)
