@@ -192,7 +192,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     taken: list[Taken] = []
     rows = stream_training(data, recipe.training.seed, taken)
     found = find_base(recipe.base)
-    tokenizer = load_tokenizer(found, date=data.date)
+    tokenizer = load_tokenizer(found, date=data.date, template=data.chat_template)
     encoding = encoding_of(data, tokenizer, found.vocabulary)
     inspection = inspect(rows, tests, encoding, about, found.context, held_out_rows(data))
     sources = [asdict(source) for source in taken] if len(taken) > 1 else []

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from san_llm.data.ends import turn_end
 from san_llm.errors import InputError
 from san_llm.models.locate import FoundBase
 from san_llm.recipe.schema import Base
@@ -199,6 +200,9 @@ def add_tokenizer(
     for kind, number in (tokens | {"eos": end_token(tokenizer, config)}).items():
         if number is not None and number < size:
             getattr(writer, f"add_{kind}_token_id")(number)
+    turn = turn_end(tokenizer).token if tokenizer.chat_template else None
+    if turn is not None and turn != end_token(tokenizer, config):
+        writer.add_eot_token_id(turn)
     writer.add_add_bos_token(bool(first_tokens(tokenizer)))
     chat: Any = tokenizer.chat_template
     if isinstance(chat, dict):

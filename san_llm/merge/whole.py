@@ -6,9 +6,10 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from san_llm.files import read_json, refuse_link, sha256_of, write_json
+from san_llm.data.ends import turn_end
+from san_llm.files import read_json, refuse_link, sha256_of, write_json, write_text
 from san_llm.merge.in_range import in_range
 from san_llm.merge.write import Output, write_weights
 from san_llm.models.locate import FoundBase
@@ -16,7 +17,11 @@ from san_llm.models.tokenizer import tokenizer_files
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
 
-COMPANIONS = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+GENERATION = "generation_config.json"
+COMPANIONS = (GENERATION, "*processor_config.json", "LICENSE*", "NOTICE*")
 DROPPED = ("_name_or_path", "torch_dtype", "transformers_version")  # of a config, when it is kept
 
 
@@ -77,7 +82,26 @@ def save_weights(model: Any, folder: Path, shard_size: int, **how: Any) -> None:
         model.save_pretrained(folder, max_shard_size=shard_size, **how)
     finally:
         model.generation_config = own
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / GENERATION).unlink(missing_ok=True)
+
+
+def keep_frame(tokenizer: PreTrainedTokenizerFast, base: Path, folder: Path) -> None:
+    """Write the chat template that a model was trained in, and that its turns' end ends an answer.
+
+    Args:
+        tokenizer: With that template.
+        base: The base's folder, whose settings are taken along.
+        folder: The adapter's or the model's.
+    """
+    if isinstance(tokenizer.chat_template, str):
+        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+    file = base / GENERATION
+    settings = read_json(file) if file.is_file() else {}
+    own = settings.get("eos_token_id", tokenizer.eos_token_id)
+    ends = own if isinstance(own, list) else [own]
+    turn = turn_end(tokenizer).token
+    if turn is not None and turn not in ends:
+        write_json(folder / GENERATION, settings | {"eos_token_id": [*ends, turn]})
 
 
 def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
@@ -89,7 +113,7 @@ def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
         adapter: The adapter's, whose own tokenizer and template come before the base's.
     """
     files = [file for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
-    for file in tokenizer_files(source, adapter) + files:
+    for file in [*tokenizer_files(source, adapter), adapter / GENERATION, *files]:
         if file.is_file() and not (folder / file.name).exists():
             refuse_link(file)
             shutil.copyfile(file, folder / file.name)

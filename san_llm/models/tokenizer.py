@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_llm.errors import InputError
+from san_llm.errors import InputError, first_line, nearest_file
 from san_llm.files import read_json
 from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.reading import load_or_refuse
 from san_llm.protocol.template_date import with_date
+from san_llm.protocol.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +60,10 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def load_tokenizer(
-    found: FoundBase, adapter: Path | None = None, date: str | None = None
+    found: FoundBase,
+    adapter: Path | None = None,
+    date: str | None = None,
+    template: str | None = None,
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a base, or of an adapter that brings its own; likewise its template.
 
@@ -67,6 +71,7 @@ def load_tokenizer(
         found: The base.
         adapter: The adapter's folder.
         date: What a chat template writes as today's; None: one that does so refuses.
+        template: The chat template instead: the name of one of ours, or a file.
 
     Raises:
         InputError: when there is none that can be used, or an adapter's has tokens that the
@@ -86,14 +91,26 @@ def load_tokenizer(
     for file in template_files(found.folder, adapter):
         if file.parent != folder and file.suffix == ".jinja":
             tokenizer.chat_template = file.read_text(encoding="utf-8")
-    template: Any = tokenizer.chat_template
-    if isinstance(template, dict):
-        tokenizer.chat_template = {name: with_date(text, date) for name, text in template.items()}
-    elif template:
-        tokenizer.chat_template = with_date(template, date)
+    chat: Any = tokenizer.chat_template if template is None else _template(template)
+    if isinstance(chat, dict):
+        tokenizer.chat_template = {name: with_date(text, date) for name, text in chat.items()}
+    elif chat:
+        tokenizer.chat_template = with_date(chat, date)
     if found.vocabulary is not None:
         _check_words(tokenizer, found, folder, adapter)
     return tokenizer
+
+
+def _template(name: str) -> str:
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(
+            f"data.chat_template: {name}: cannot be read: {why}{nearest_file(Path(name))}"
+        ) from None
 
 
 def embedded(found: FoundBase, adapter: Path | None) -> int:

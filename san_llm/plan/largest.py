@@ -29,7 +29,7 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     """
     rows = split_held_out(recipe).train
     found = find_base(recipe.base)
-    tokenizer = load_tokenizer(found, date=recipe.data.date)
+    tokenizer = load_tokenizer(found, date=recipe.data.date, template=recipe.data.chat_template)
     encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
     encoded = encode_rows(rows, encoding).rows
     lengths = [len(row) for row in encoded["input_ids"]]

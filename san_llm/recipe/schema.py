@@ -27,10 +27,11 @@ from pydantic import (
 
 from san_llm.architectures.entry import KINDS
 from san_llm.architectures.targets import PEFT_FEEDFORWARD, TargetWord, targets_of
-from san_llm.errors import InputError
+from san_llm.errors import InputError, not_one_of
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import TASKS, find_tasks, is_task_file
 from san_llm.protocol.template_date import A_DATE
+from san_llm.protocol.templates import TEMPLATES
 from san_llm.san.options import FREE, Options, check_links, check_targets
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -493,6 +494,11 @@ class Data(Section):
         description="the text around a row: LLM-Adapters' (aligned: asked as trained), Alpaca's "
         "or the model's own chat template",
     )
+    chat_template: _Name | None = Field(
+        default=None,
+        description="a template for a base that has none, or instead of its own: "
+        f"{', '.join(TEMPLATES)}, or a .jinja file",
+    )
     date: str | None = Field(
         default=None,
         description="what a chat template that writes today's date writes instead, such as "
@@ -514,6 +520,23 @@ class Data(Section):
     @classmethod
     def _date(cls, value: str | None) -> str | None:
         return None if value is None else check_date(value)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None and value not in TEMPLATES and not value.endswith(".jinja"):
+            known = (*TEMPLATES, "a .jinja file")
+            raise ValueError(not_one_of(value, known))
+        return None if value is None else os.path.expanduser(value)
+
+    @model_validator(mode="after")
+    def _templated(self) -> Data:
+        if self.chat_template is not None and self.prompt != "chat":
+            raise ValueError(
+                f"chat_template: {self.chat_template} does nothing in the prompt style "
+                f"{self.prompt}: set data.prompt to chat"
+            )
+        return self
 
     @field_validator("held_out")
     @classmethod

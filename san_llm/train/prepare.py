@@ -14,6 +14,7 @@ from transformers.trainer_utils import set_seed
 
 from san_llm.data.batches import Pack, Pad, pad_id
 from san_llm.data.encode import encoding_of
+from san_llm.data.ends import turn_end
 from san_llm.data.rows import Row
 from san_llm.data.split import Split, split_held_out
 from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
@@ -59,6 +60,7 @@ class Prepared:
         engine: How processes work together.
         found: The base.
         data: The rows.
+        tokenizer: The base's tokenizer, with the chat template that rows are written in.
         samples: The prompts that are asked while it learns.
         arguments: What Trainer is told.
         model: The base with its adapter, or the base whose every weight is trained.
@@ -70,6 +72,7 @@ class Prepared:
     engine: Engine
     found: FoundBase
     data: TokenRows
+    tokenizer: PreTrainedTokenizerFast
     samples: Samples
     arguments: TrainingArguments
     model: Any
@@ -91,7 +94,7 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     micro_batch(recipe.training, world_size())  # before anything is loaded
     found = found or find_base(recipe.base)
     recipe.method.targets(found.config["model_type"])  # refuses what no such model has
-    tokenizer = load_tokenizer(found, date=recipe.data.date)
+    tokenizer = load_tokenizer(found, date=recipe.data.date, template=recipe.data.chat_template)
     samples = Samples(recipe, tokenizer)
     data = token_rows(recipe, tokenizer, found)
     arguments = trainer_arguments(recipe, run, data)
@@ -114,7 +117,9 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
         draws = has_dropout(model) or bool(getattr(recipe.method, "dropout", None))
         collator = Pack(share=not draws)
     trained = trainable_parameters(model)
-    return Prepared(engine, found, data, samples, arguments, model, vocabulary, collator, trained)
+    return Prepared(
+        engine, found, data, tokenizer, samples, arguments, model, vocabulary, collator, trained
+    )
 
 
 def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundBase) -> TokenRows:
@@ -138,6 +143,8 @@ def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundB
         refuse_longer(held_out, split.held_out, encoding, found.context)
     if is_first():
         _tell_rows(train, held_out, split, recipe.data)
+        if recipe.data.prompt == "chat" and (letters := turn_end(tokenizer).text):
+            say(f"  {letters!r} ends a turn in the template, and is no token of this base's")
         for doubt in doubts(recipe, len(train.rows)):
             say(f"warning: {doubt}")
     names = partial(kept_rows, train, split.train, encoding)

@@ -20,7 +20,7 @@ from san_llm.launch.heartbeat import peers_watched
 from san_llm.launch.notes import tell_stopped
 from san_llm.launch.processes import agree, is_first, rank, told_once, world_size
 from san_llm.merge.request import SHARD_SIZE
-from san_llm.merge.whole import save_whole
+from san_llm.merge.whole import keep_frame, save_whole
 from san_llm.models.adapter import save_adapter
 from san_llm.models.cards import write_card
 from san_llm.models.locate import FoundBase
@@ -68,7 +68,7 @@ def train(recipe: Recipe, run: Path, found: FoundBase | None = None) -> TrainRes
             resume = agree(None if facts is None else resume_point(run, prepared, facts))
             result = fit(recipe, run, prepared, resume)
             if result.finished and facts is not None:
-                keep(run, prepared, result, facts)
+                keep(recipe, run, prepared, result, facts)
             return result
     except Exception as error:
         line = in_one_line(error)
@@ -143,7 +143,9 @@ def short_factors(dtype: str) -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
-def keep(run: Path, prepared: Prepared, result: TrainResult, facts: RunManifest) -> None:
+def keep(
+    recipe: Recipe, run: Path, prepared: Prepared, result: TrainResult, facts: RunManifest
+) -> None:
     """Write what a finished run leaves behind, its product last: a run that has one is finished."""
     whole = not isinstance(prepared.model, PeftModel)
     with whole_folder(run / (MODEL if whole else "adapter"), overwrite=True) as folder:
@@ -154,6 +156,8 @@ def keep(run: Path, prepared: Prepared, result: TrainResult, facts: RunManifest)
             save_adapter(prepared.model, folder)
             digest = sha256_of(folder / ADAPTER_WEIGHTS)
             write_run_manifest(run, facts.with_product(adapter=digest))
+        if recipe.data.prompt == "chat":
+            keep_frame(prepared.tokenizer, prepared.found.folder, folder)
         write_metrics(run, result)
         write_card(run, folder)  # instead of PEFT's, which is a form to be filled in
     for path in (run / "checkpoints").glob(".checkpoint-*"):  # what kills left
