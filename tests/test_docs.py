@@ -32,6 +32,7 @@ from tiny_gguf import gguf_model, write_gguf
 from san_llm.architectures.entry import Carry
 from san_llm.cli import app
 from san_llm.data.sources import POCKET
+from san_llm.data.split import held_out_count
 from san_llm.models.from_gguf import convert_gguf
 from san_llm.recipe.aliases import ALIASES, NONE
 from san_llm.recipe.read import parse_recipe
@@ -335,7 +336,7 @@ def test_a_translated_command_line_of_llm_adapters_says_the_same():
         "num_epochs": training.epochs,
         "learning_rate": f"{training.learning_rate * 1e4:g}e-4",  # text, by YAML 1.1
         "cutoff_len": data.cutoff,
-        "val_set_size": data.held_out,
+        "val_set_size": held_out_count(data, 170_000),
         "adapter_name": method.name,
     }
     # Defaults of its script that are not ours.

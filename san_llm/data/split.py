@@ -128,6 +128,11 @@ def stream_training(data: Data, seed: int, taken: list[Taken] | None = None) -> 
         shapes: Counter[str] = Counter()
         for place, row in enumerate(stream_source(source)):
             rows += 1
+            if row.messages and data.prompt != "chat":
+                raise InputError(
+                    f"{row.where}: {row.shape}: a conversation, which cannot be written in the "
+                    f"style {data.prompt!r}; set data.prompt to chat"
+                )
             if chosen is not None and place not in chosen:
                 continue
             if data.drop_duplicates:

@@ -134,10 +134,11 @@ def explained(error: Any, raw: dict[str, Any], source: Source) -> str:
         message = str(context["error"])
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"
     shown = "nothing" if value is None else repr(value)
-    expected = _EITHER.get(path) or _EXPECTED.get(kind)
+    named = tuple(key for key in path if isinstance(key, str))
+    expected = _EITHER.get(named) or _EXPECTED.get(kind)
     if expected:
         quoted = kind == "string_type" and type(value) in (int, float)
-        hint = "; write it in quotes" if quoted and path not in _EITHER else ""
+        hint = "; write it in quotes" if quoted and named not in _EITHER else ""
         return f"{where}: {key}: expected {expected}, found {shown}{hint}"
     return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {shown}"
 
