@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from san_llm.measure.copies import Copy
+from san_llm.measure.experts import GATES, gate_of
 from san_llm.measure.graph import MeasuredFold, MeasuredLink, MeasuredModule
 from san_llm.measure.norms import find_norm
 from san_llm.measure.probe import channels_in, channels_out
@@ -31,7 +32,6 @@ from san_llm.ops.scale import ScaledRotary, ScaledSwiGLU
 CLOSE = 1e-5  # of the largest output: norms compute in float32, a scale moves it by tenths
 EXACT = 1e-9  # of the spread of what an MLP writes, in float64
 LINEAR = (nn.Linear, Conv1D)
-GATES = {"silu": False, "gelu tanh": True}  # by name of an activation: what ScaledSwiGLU calls it
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def _gate_of(finder: _Finder, name: str, gate: str, up: str, down: str) -> str |
     last: Any = finder.modules[down]
     parts = [finder.runs[n].out for n in dict.fromkeys((gate, up))]
     both = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts
-    how = next((how for how in map(_activation, mlp.modules()) if how), None)
+    how = next((how for how in map(gate_of, mlp.modules()) if how), None)
     if how is None:
         return None
     with torch.random.fork_rng([]), torch.no_grad():
@@ -360,27 +360,6 @@ def _gate_of(finder: _Finder, name: str, gate: str, up: str, down: str) -> str |
             mlp.eval()
         found: Tensor = last(ScaledSwiGLU.apply(*both, None, None, GATES[how]))
     return how if torch.allclose(found, wanted, rtol=0, atol=EXACT * float(wanted.std())) else None
-
-
-def _activation(module: nn.Module) -> str | None:
-    """Return which of ``GATES`` a module is, bit for bit, or None."""
-    if any(True for _ in (*module.children(), *module.parameters())):
-        return None
-    with torch.no_grad():
-        return next((how for how in GATES if _is(module, how)), None)
-
-
-def _is(module: nn.Module, how: str) -> bool:
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.linspace(-4, 4, 64).to(dtype)
-        try:
-            if not torch.equal(
-                module(x), ScaledSwiGLU.apply(x, x.new_ones(64), None, None, GATES[how])
-            ):
-                return False
-        except Exception:  # a model's own code, which takes other arguments
-            return False
-    return True
 
 
 def _both_run(finder: _Finder, *names: str) -> bool:

@@ -195,8 +195,9 @@ def form_of(graph: MeasuredGraph, options: Options) -> str:
         for fold in graph.folds
         if names.issuperset(fold.members) and _moves(fold, fed, options)
     }
-    told = ", ".join(word for kind, word in _FOLDED.items() if kind in kinds)
-    return f"lean: {told}" if told else "plain: none of its scales can move"
+    told = [word for kind, word in _FOLDED.items() if kind in kinds]
+    told += ["experts"] if any(graph.by_name[name].experts for name in names) else []
+    return f"lean: {', '.join(told)}" if told else "plain: none of its scales can move"
 
 
 def _moves(fold: MeasuredFold, fed: Mapping[str, str], options: Options) -> bool:

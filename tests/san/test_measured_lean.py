@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from san_llm import SanConfig
 from san_llm.measure.run import measure
 from san_llm.san.layer import SanLayer
+from san_llm.san.measured import form_of, measured_graph
+from san_llm.san.options import Options
 
 LLAMA = {"norm": 5, "rotation": 3, "attention": 3, "gated": 3}  # nothing feeds the first q, k, v
 PLAIN_MLP = {"norm": 5, "attention": 3, "activation": 3}
@@ -147,3 +149,45 @@ def test_merging_and_disabling_give_modules_their_own_forward_back():
     merged = model.merge_and_unload()
     assert not any("forward" in vars(module) for module in merged.modules())
     torch.testing.assert_close(merged(**given).logits, logits)
+
+
+PICTURE = "lean: norms, q times k, attention, activation"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "form"),
+    [
+        ("vit", {}, PICTURE),
+        ("vit", {"form": "plain"}, "plain"),
+        ("vit", {"links": ("mlp",)}, "lean: q times k, activation"),
+        ("vit", {"shift": True}, "lean: norms"),
+        ("vit", {"target_modules": ["q_proj", "v_proj"]}, "plain: none of its scales can move"),
+        ("mixtral", {}, "lean: rotation, attention, experts"),
+        ("granite", {}, "lean: norms, rotation, attention, gated MLP"),
+    ],
+)
+def test_the_form_is_told_as_it_is(family, options, form):
+    base, _ = small(family)
+    asked = Options(**options)
+    assert form_of(measured_graph(base, asked), asked) == form
+
+
+def test_experts_keep_little_in_the_lean_form():
+    base, given = small("mixtral")
+    kept = {}
+    for form in ("plain", "lean"):
+        model = get_peft_model(deepcopy(base), SanConfig(form=form, target_modules=".*experts"))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes = {}
+
+        def pack(tensor, sizes=sizes, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model(**given).logits
+        assert logits.requires_grad
+        kept[form] = sum(sizes.values())
+    assert kept["lean"] < 0.7 * kept["plain"]
