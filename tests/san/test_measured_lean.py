@@ -77,6 +77,7 @@ KINDS = {
 }
 
 
+@pytest.mark.holds("lean")
 @pytest.mark.parametrize("family", STANDING)
 def test_it_computes_what_the_plain_form_does(family):
     base, given = small(family)
