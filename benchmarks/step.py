@@ -9,7 +9,8 @@ other rows may use TF32 where the base has 16 bits, as ``san-llm train`` does.
 
 ``python benchmarks/step.py --model models/smollm2-135m`` prints a table and writes JSON. With
 ``--random`` the model is a known base's shape (``san_llm.plan.bases``) with random weights, made on
-the device.
+the device. ``--measured`` takes one of ``MEASURED``, which no table of families knows; of one that
+reads pictures ``--shape`` is rows x pixels on a side, and the loss is that of ten classes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from measured import alone, peak_bytes, write_results
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = (
     *("frozen", "san", "san-plain", "ia3", "lora", "lora-nodrop", "dora", "dora-nodrop"),
     *("san-lora", "san-lora-nodrop", "san-dora", "san-dora-nodrop"),
@@ -33,13 +35,46 @@ METHODS = (
 )
 
 
-def adapted(model: Any, method: str) -> Any:
+# Random models of no family with an entry: their class, their sizes, LoRA's targets.
+MEASURED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "dinov2-s": (
+        "AutoModelForImageClassification",
+        {
+            "model_type": "dinov2",
+            "hidden_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "image_size": 518,
+            "patch_size": 14,
+            "num_labels": 10,
+        },
+        ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+    ),
+    "moe": (  # a sixteenth of a Qwen3-30B-A3B's experts, and half of its width
+        "AutoModelForCausalLM",
+        {
+            "model_type": "qwen3_moe",
+            "vocab_size": 32_000,
+            "hidden_size": 1024,
+            "moe_intermediate_size": 384,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        ["q_proj", "k_proj", "v_proj", "o_proj"],  # PEFT has whole matrices for experts
+    ),
+}
+
+
+def adapted(model: Any, method: str, targets: list[str]) -> Any:
     from peft import IA3Config, LoraConfig, get_peft_model
 
     from san_llm import SanConfig
     from san_llm.models.quantize import keep_dtype
 
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     # Rank, alpha and dropout as published for LoRA and DoRA; -nodrop without it.
     low_rank = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
     published = {**low_rank, "lora_dropout": 0.05}
@@ -113,6 +148,48 @@ def random_model(options: argparse.Namespace, dtype: Any) -> Any:
     return model
 
 
+def measured_model(options: argparse.Namespace, dtype: Any) -> Any:
+    """Return a random model of ``MEASURED``."""
+    import transformers
+
+    from san_llm.measure.behaviour import look_at
+    from san_llm.measure.run import measure
+
+    made, sizes, _ = MEASURED[options.measured]
+    if options.blocks is not None:
+        sizes = sizes | {"num_hidden_layers": options.blocks}
+    config = transformers.AutoConfig.for_model(**sizes)
+    model = getattr(transformers, made).from_config(config, dtype=dtype).to(options.device)
+    if options.method is None:  # before the processes: its graph is no part of a step
+        measure(model.config, type(model))
+    if made == "AutoModelForCausalLM":
+        look_at(model, options.measured)
+    return model
+
+
+def inputs_of(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a batch of random tokens, or pictures, with what is learned of each."""
+    import torch
+
+    batch, length = map(int, options.shape.split("x"))
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(batch, 3, length, length, dtype=model.dtype)
+        named = {"pixel_values": pixels, "labels": torch.arange(batch) % 10}
+    else:
+        ids = torch.randint(10, model.config.vocab_size, (batch, length))
+        named = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return {name: tensor.to(options.device) for name, tensor in named.items()}
+
+
+def mean_loss(model: Any, inputs: dict[str, Any]) -> Any:
+    """Return the loss that is trained on, a number for each learned token or picture."""
+    from san_llm.train.loss import token_losses
+
+    if "pixel_values" in inputs:
+        return model(**inputs).loss
+    return token_losses(model, inputs) / inputs["labels"].numel()
+
+
 def four_bits(linear: Any, dtype: Any, device: str) -> Any:
     """Return a random NF4 Linear of a Linear's shape, as a 4-bit base has it."""
     import torch
@@ -135,34 +212,33 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from san_llm.san.model import keep_4bit_layout
-    from san_llm.train.loss import token_losses
     from san_llm.train.run import short_factors
 
     torch.manual_seed(0)
     dtype, on_gpu = getattr(torch, options.dtype), options.device != "cpu"
-    model: Any = (random_model if options.random else loaded)(options, dtype)
+    make = measured_model if options.measured else random_model if options.random else loaded
+    targets = MEASURED[options.measured][2] if options.measured else TARGETS
+    model: Any = make(options, dtype)
     keep_4bit_layout(model)
     model.requires_grad_(False)
     if options.method == "frozen":
         model.enable_input_require_grads()
     else:
-        model = adapted(model, options.method)
+        model = adapted(model, options.method, targets)
     if options.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    batch, length = map(int, options.shape.split("x"))
-    ids = torch.randint(10, model.config.vocab_size, (batch, length)).to(options.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    inputs = inputs_of(model, options)
     cast = torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16)
     walls, cpus, warm_up = [], [], 3 if on_gpu else 1
     for _ in range(options.steps + warm_up):
         wall, cpu = time.perf_counter(), time.process_time()
         with short_factors(options.dtype):
             with cast if options.method.endswith("-autocast") else nullcontext():
-                loss = token_losses(model, inputs) / ids.numel()
+                loss = mean_loss(model, inputs)
             loss.backward()
             if optimizer is not None:
                 optimizer.step()
@@ -188,6 +264,8 @@ def child(options: argparse.Namespace, method: str) -> list[str]:
     command += ["--device", options.device, "--narrow", str(options.narrow)]
     if options.random:
         command += ["--random", options.random]
+    if options.measured:
+        command += ["--measured", options.measured]
     if options.blocks is not None:
         command += ["--blocks", str(options.blocks)]
     return command + ["--checkpointing"] * options.checkpointing + ["--bits4"] * options.bits4
@@ -195,6 +273,10 @@ def child(options: argparse.Namespace, method: str) -> list[str]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every method in turn, ``rounds`` times; return a row a method."""
+    if options.measured:
+        import torch
+
+        measured_model(options, getattr(torch, options.dtype))
     by_method: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     for turn in range(options.rounds):
         for method in options.methods:
@@ -257,6 +339,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits4", action="store_true", help="base in nf4")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda:0")
     parser.add_argument("--random", help="a base's shape, such as meta-llama/Meta-Llama-3-8B")
+    parser.add_argument("--measured", choices=MEASURED, help="a random model of no known family")
     parser.add_argument("--blocks", type=int, help="of a random model; default: all")
     parser.add_argument("--narrow", type=int, default=1, help="divides a random model's sizes")
     parser.add_argument("--steps", type=int, default=3, help="timed steps a process, after one")

@@ -37,7 +37,7 @@ from private_search import Search, is_ours, is_private, names_of, private_parts,
 from tiny import tiny_model, tiny_tokenizer
 
 import san_llm
-from san_llm.san.lean import RENAMES, _own_forward
+from san_llm.measure.rotation import RENAMES, own_forward
 
 PACKAGE = Path(san_llm.__file__).parent
 
@@ -603,7 +603,7 @@ def a_block_is_wired(path: str) -> None:
 
 def halves_are_rotated() -> None:
     for model_type in ("llama", "mistral", "qwen2", "gemma", "gemma2"):
-        forward = _own_forward(small(model_type).model.layers[0].self_attn)
+        forward = own_forward(small(model_type).model.layers[0].self_attn)
         assert isinstance(forward, FunctionType), f"{model_type}: its forward is wrapped"
         assert "apply_rotary_pos_emb" in forward.__code__.co_names, model_type
         rotary = forward.__globals__["apply_rotary_pos_emb"]

@@ -126,6 +126,8 @@ def _facts(run_plan: Plan) -> Table:
         "trained numbers",
         f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in run_plan.trained.items()),
     )
+    if run_plan.form is not None:
+        table.add_row("form", run_plan.form)
     product = "model" if run_plan.recipe.method.name == "full" else "adapter"
     table.add_row(product, f"{size(run_plan.adapter_bytes)}, in fp32")
     if run_plan.missing is not None:

@@ -66,11 +66,13 @@ class Copy:
         model: The copy, in float64 and eval mode.
         rows: The arguments of its forward, one row each.
         more: Another row, of the same shapes.
+        whole_heads: Whether the real one rotates all channels of a head, as a copy always does.
     """
 
     model: nn.Module
     rows: dict[str, Any]
     more: dict[str, Any]
+    whole_heads: bool = True
 
 
 def small_copies(config: Any, model_class: Any) -> tuple[Copy, Copy]:
@@ -117,7 +119,7 @@ def _copy(config: Any, model_class: Any, size: tuple[int, int], seed: int) -> Co
         rows, more = (_row(model, small) for _ in range(2))
     with torch.no_grad():
         model(**rows)
-    return Copy(model, rows, more)
+    return Copy(model, rows, more, _rotates_whole_heads(getattr(config, "rope_parameters", None)))
 
 
 def without_numbers(config: Any, model_class: Any) -> Any:
@@ -229,6 +231,13 @@ def _plain_rotation(parameters: dict[str, Any]) -> dict[str, Any]:
         }
     plain = {"rope_theta": parameters.get("rope_theta", 10_000.0), "rope_type": "default"}
     return plain | ({"partial_rotary_factor": 1.0} if "partial_rotary_factor" in parameters else {})
+
+
+def _rotates_whole_heads(parameters: Any) -> bool:
+    if not isinstance(parameters, dict):
+        return True
+    own = parameters.get("partial_rotary_factor", 1.0) == 1.0
+    return own and all(map(_rotates_whole_heads, parameters.values()))
 
 
 def _randomize(model: nn.Module) -> None:

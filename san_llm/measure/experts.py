@@ -10,8 +10,10 @@ from torch import nn
 
 from san_llm.architectures.decoders import DOWN, GATE_UP
 from san_llm.ops.experts import experts
+from san_llm.ops.scale import ScaledSwiGLU
 
 TOKENS = 5
+GATES = {"silu": False, "gelu tanh": True}  # by name of an activation: what ScaledSwiGLU calls it
 CLOSE = 1e-9  # of the largest output, in float64
 
 
@@ -85,3 +87,24 @@ def is_gated(module: Any) -> bool:
         one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * other.abs().max())
         for one, other in zip(theirs, ours, strict=True)
     )
+
+
+def gate_of(module: nn.Module) -> str | None:
+    """Return which of ``GATES`` a module is, bit for bit, or None."""
+    if any(True for _ in (*module.children(), *module.parameters())):
+        return None
+    with torch.no_grad():
+        return next((how for how in GATES if _is_gate(module, how)), None)
+
+
+def _is_gate(module: nn.Module, how: str) -> bool:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.linspace(-4, 4, 64).to(dtype)
+        try:
+            if not torch.equal(
+                module(x), ScaledSwiGLU.apply(x, x.new_ones(64), None, None, GATES[how])
+            ):
+                return False
+        except Exception:  # a model's own code, which takes other arguments
+            return False
+    return True

@@ -67,6 +67,26 @@ class MeasuredModule:
     kernel: int = 1
 
 
+FoldKind = Literal["norm", "attention", "rotation", "product", "gated", "activation"]
+
+
+@dataclass(frozen=True)
+class MeasuredFold:
+    """Where scales can move without changing what a model computes; see ``san.lean``.
+
+    Attributes:
+        kind: What lets them.
+        members: The modules whose scales they are, in the order of a forward.
+        at: The module that applies them instead; empty where one of the members does.
+        how: What it computes, where a kind has several.
+    """
+
+    kind: FoldKind
+    members: tuple[str, ...]
+    at: str = ""
+    how: str = ""
+
+
 @dataclass(frozen=True)
 class MeasuredGraph:
     """Who feeds whom in a model, in the order of a forward.
@@ -76,12 +96,14 @@ class MeasuredGraph:
         model_class: The class whose modules these are.
         modules: All modules that a forward runs.
         links: What feeds those that something feeds.
+        folds: Where their scales can move; none in what older versions have measured.
     """
 
     model_type: str
     model_class: str
     modules: tuple[MeasuredModule, ...]
     links: tuple[MeasuredLink, ...]
+    folds: tuple[MeasuredFold, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, MeasuredModule]:
@@ -116,6 +138,10 @@ def read_graph(values: Mapping[str, Any], where: str) -> MeasuredGraph:
             tuple(
                 MeasuredLink(**{**link, "channels": ChannelMap(**link["channels"])})
                 for link in values["links"]
+            ),
+            tuple(
+                MeasuredFold(**{**fold, "members": tuple(fold["members"])})
+                for fold in values.get("folds", ())
             ),
         )
     except (KeyError, TypeError) as error:

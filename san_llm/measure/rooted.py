@@ -76,8 +76,16 @@ def rooted(whole: Any, path: str, graph: MeasuredGraph) -> MeasuredGraph:
         for link in graph.links
         if link.posterior not in first
     )
+    folds = tuple(
+        replace(
+            fold,
+            members=tuple(f"{path}.{name}" for name in fold.members),
+            at=fold.at and f"{path}.{fold.at}",
+        )
+        for fold in graph.folds
+    )
     beside = tuple(_beside(whole, path))
-    return MeasuredGraph(model_type, type(whole).__name__, (*modules, *beside), links)
+    return MeasuredGraph(model_type, type(whole).__name__, (*modules, *beside), links, folds)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

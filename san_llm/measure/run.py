@@ -16,6 +16,7 @@ from san_llm.errors import InputError, first_line
 from san_llm.files import cache_folder, code_sha256, key_of, read_json, write_json
 from san_llm.measure.copies import Copy, small_copies, without_numbers
 from san_llm.measure.experts import expert_sizes, is_experts, is_gated
+from san_llm.measure.folds import find_folds
 from san_llm.measure.graph import (
     OUTSIDE,
     MeasuredGraph,
@@ -115,11 +116,13 @@ def _measured(config: Any, model_class: Any) -> MeasuredGraph:
     sizes = _sizes(config, model_class)
     if missing := [name for name in order if name not in sizes]:
         raise InputError(f"{what}: a small copy has a {missing[0]}, the model has none")
+    modules = tuple(_module(name, first, sizes[name], links, notes | kept) for name in order)
     graph = MeasuredGraph(
         config.model_type,
         model_class.__name__,
-        tuple(_module(name, first, sizes[name], links, notes | kept) for name in order),
+        modules,
         tuple(links.values()),
+        find_folds(first, links, modules),
     )
     for link in graph.links:
         writer, reader = graph.by_name[link.anterior], graph.by_name[link.posterior]

@@ -6,10 +6,11 @@ gradients. Shapes: features are (..., d), scales are (d,) and of fp32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 2**17  # numbers: 512 KB in fp32
@@ -94,6 +95,91 @@ class ScaledNorm(torch.autograd.Function):
             work.addcmul_(n, inner.div_(-n.shape[-1]))
             _times(work, rstd, d_x_, work)
         return d_x, d_weight.gradient(), None, None
+
+
+class ScaledLayerNorm(torch.autograd.Function):
+    """LayerNorm of another dtype than its weight's, rounded once; keeps x and two numbers a token.
+
+    torch's own takes two dtypes on a CPU alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """Return x (..., d), normalized, scaled by the weight and shifted by the bias (d,)."""
+        ctx.shape = x.shape[-1:]
+        wide = x.to(weight.dtype)
+        out, mean, rstd = torch.native_layer_norm(wide, ctx.shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        """Return the gradients to x, the weight and the bias."""
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        grad, wide = grads[0].to(weight.dtype), x.to(weight.dtype)
+        wanted = [True, True, bias is not None]
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, wide, ctx.shape, mean, rstd, weight, bias, wanted
+        )
+        return d_x.to(x.dtype), d_weight, d_bias, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Return x (..., d), normalized, scaled and shifted by (d,), in the dtype of x.
+
+    Args:
+        x: In any floating dtype.
+        weight: Of fp32 or wider.
+        bias: Likewise, or None for 0.
+        eps: What is added to the variance.
+    """
+    if x.dtype == weight.dtype or x.device.type == "cpu":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    out: Tensor = ScaledLayerNorm.apply(x, weight, bias, eps)
+    return out
+
+
+class ScaledActivation(torch.autograd.Function):
+    """``act(g * x) * c`` for an activation as a model has it; keeps x, and computes the rest again.
+
+    The activation is a function of each token alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        g: Tensor | None,
+        c: Tensor | None,
+        act: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return the hidden features (..., d) of an MLP; None stands for a scale of 1."""
+        ctx.save_for_backward(x, g, c)
+        ctx.act = act
+        out = _like(x)
+        for x_, h, work in _blocks(x, out, scratch=1, dtype=_widest(x, g, c)):
+            _times(act(_times(x_, g, h, work)), c, h, work)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        """Return the gradients to x, g and c."""
+        x, g, c = ctx.saved_tensors
+        d_x, d_g, d_c = _like(x), _Summed(), _Summed()
+        blocks = _blocks(x, grads[0], d_x, scratch=3, dtype=_widest(x, g, c))
+        for x_, d_h, d_x_, a, wide, work in blocks:
+            d_h = _wide(d_h, wide)
+            leaf = _times(x_, g, a, a).detach().requires_grad_()
+            with torch.enable_grad():
+                y = ctx.act(leaf)
+            if c is not None:
+                d_c.add(y.detach(), d_h)
+                d_h = _times(d_h, c, work, work)
+            (d_a,) = torch.autograd.grad(y, leaf, d_h)
+            if g is not None:
+                d_g.add(d_a, _wide(x_, wide))
+            _times(d_a, g, d_x_, work)
+        return d_x, d_g.gradient(), d_c.gradient(), None
 
 
 class ScaledSwiGLU(torch.autograd.Function):

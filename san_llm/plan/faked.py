@@ -161,10 +161,15 @@ def _kept(model: Any, base: Any, batch: Batch, masked: bool) -> int:
         given = taken(model, attention_mask=mask)
         beside = 0
         for layer in model.modules():
-            if isinstance(layer, SanExperts):  # which asks the router's numbers; it keeps besides
-                layer.enable_adapters(False)  # what it scales: of up, of down's input and output
+            if isinstance(layer, SanExperts):  # which asks the router's numbers
+                lean = layer.gelu_of(layer.working_adapters()) is not None
+                layer.enable_adapters(False)
                 chosen = tokens.numel() * getattr(base.config, "num_experts_per_tok", 1)
-                beside += chosen * (3 * layer.inside + layer.d_in) * base.dtype.itemsize
+                # It keeps besides what it scales: what all read, and in the plain form also what
+                # gate and up write, and what goes into down; in the lean form one of these less.
+                inside = -layer.inside if lean else 3 * layer.inside
+                outside = tokens.numel() if lean else chosen
+                beside += (chosen * inside + outside * layer.d_in) * base.dtype.itemsize
         with instead_of_logits(head, base.config, lambda hidden, *_: hidden.sum()):
             kept = saved_bytes(lambda: model(input_ids=tokens, use_cache=False, **given), weights)
     return kept + beside

@@ -40,6 +40,8 @@ class Plan:
         given: The dotted keys that its file or arguments give; all others are defaults.
         config_from: Where the base's sizes are from.
         graph: Who feeds whom; None unless the method is SAN.
+        form: How SAN is computed, and of a measured model what takes its scales over; None of
+            another method.
         trained: Trained numbers by module, over all blocks.
         rows: Rows that are trained on; None where a file of them is not here.
         missing: The file that is not here.
@@ -60,6 +62,7 @@ class Plan:
     given: frozenset[str]
     config_from: str
     graph: PropagationGraph | None
+    form: str | None
     trained: dict[str, int]
     rows: int | None
     missing: str | None
@@ -116,6 +119,7 @@ def as_values(plan: Plan, limit: int | None) -> dict[str, Any]:
         "links": None
         if plan.graph is None
         else [{"module": n.name, "anterior": n.anterior} for n in plan.graph],
+        "form": plan.form,
         "trained": plan.trained,
         "trained_numbers": sum(plan.trained.values()),
         "adapter_bytes": plan.adapter_bytes,

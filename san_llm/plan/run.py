@@ -45,6 +45,7 @@ from san_llm.recipe.schema import (
 )
 from san_llm.recipe.shipped import find_recipe
 from san_llm.recipe.steps import steps_of
+from san_llm.san.measured import form_of, measured_graph
 
 if TYPE_CHECKING:
     from san_llm.data.inspect import Inspection
@@ -192,6 +193,7 @@ def make_plan(
         given=frozenset(given),
         config_from=config_from,
         graph=graph_of(shape, method) if isinstance(method, SanMethod) else None,
+        form=_form(method, config) if isinstance(method, SanMethod) else None,
         trained=setting.trained,
         rows=rows,
         missing=missing,
@@ -207,6 +209,13 @@ def make_plan(
         traffic=traffic(setting, training.batch_size // (at_once * devices)),
         doubts=(*doubts(recipe, rows), *(() if looked else _of_the_context(recipe, config))),
     )
+
+
+def _form(method: SanMethod, config: Mapping[str, Any]) -> str:
+    """Return in which form SAN is computed on a base."""
+    if is_known(config["model_type"]):
+        return method.form
+    return form_of(measured_graph(config, method.options), method.options)
 
 
 def _bits(base: Base, config: Mapping[str, Any]) -> tuple[Bits | None, bool]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from san_llm.architectures.decoders import DOWN, GATE_UP
-from san_llm.measure.experts import expert_sizes
+from san_llm.measure.experts import GATES, expert_sizes, gate_of
 from san_llm.ops.experts import experts
 from san_llm.san.formulas import expert_factors, inner_scale
 from san_llm.san.layer import SanLayer
@@ -26,11 +26,13 @@ class SanExperts(SanLayer):
     ``san_gamma[adapter]`` is (E, 2 i + d): in each row an expert's gate, up and down.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: Any) -> None:
         """Wrap a module of experts."""
         d_out, d_in, self.experts = expert_sizes(base_layer)
         super().__init__(base_layer, d_out, d_in)
         self.inside = (d_out - d_in) // 2
+        gate = gate_of(base_layer.act_fn)
+        self.gelu = GATES[gate] if gate else None  # None: an activation that has no lean form
 
     def get_base_weight(self) -> Tensor:
         """Return one of the weights, whose device is that of the other."""
@@ -69,6 +71,10 @@ class SanExperts(SanLayer):
         columns, rows, inner = (prod(some[1:], start=some[0]) if some else None for some in vectors)
         return columns, rows, inner
 
+    def gelu_of(self, adapters: list[str]) -> bool | None:
+        """Return which activation these adapters' lean form computes; None in the plain form."""
+        return self.gelu if len(adapters) == 1 and self.san_options[adapters[0]].lean else None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what a router's choice makes of x (tokens, d); see ``ops.experts``."""
         active = self.working_adapters()
@@ -79,7 +85,10 @@ class SanExperts(SanLayer):
         columns, rows, inner = self._of(active)
         base = self.get_base_layer()
         wide, narrow = getattr(base, GATE_UP), getattr(base, DOWN)
-        return experts(wide, narrow, base.act_fn, x, index, weights, columns, rows, inner)
+        gelu = self.gelu_of(active)
+        return experts(
+            *(wide, narrow, base.act_fn, x, index, weights, columns, rows, inner), gelu=gelu
+        )
 
     def merged_tensors(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
         """Return the weights of gate and up, and those of down, with these adapters, in fp32.

@@ -44,6 +44,9 @@ class Fold(Protocol):
     def columns_left(self) -> Tensor | None:
         """Return what the posterior still multiplies its input by, (d_in,), or None for 1."""
 
+    def rows_left(self, layer: SanLayer, /) -> Tensor | None:
+        """Return what a layer still multiplies its output by, (d_out,), or None for 1."""
+
 
 class Feed(NamedTuple):
     """Where a synapse scale comes from.
@@ -265,11 +268,11 @@ class SanLayer(nn.Module, BaseTunerLayer):
             for adapter in active:
                 x = self._times(x, self.synapse_scale(adapter), adapter)
         y = self.base_layer(x, *args, **kwargs)
-        rows_elsewhere = self.rows_fold is not None and self.rows_fold.stands()
+        rows = self.rows_fold if self.rows_fold is not None and self.rows_fold.stands() else None
         bias = getattr(self.base_layer, "bias", None)
         for adapter in active:
             beta = self.neuron_shift(adapter)
-            row_scale = None if rows_elsewhere else self.row_scale(adapter)
+            row_scale = rows.rows_left(self) if rows else self.row_scale(adapter)
             if self.san_options[adapter].carrier == "scale":
                 y = self._times(y, row_scale, adapter)
                 bias = merged_bias(bias, row_scale, None)

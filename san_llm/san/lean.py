@@ -1,29 +1,33 @@
 """The lean form: SAN in about the memory of backpropagating through the frozen base.
 
-The plain form keeps the input and the output of every scale for the backward pass. Four
-identities move scales to where their factors are kept anyway, or where none is needed:
+The plain form keeps the input and the output of every scale for the backward pass. Identities move
+scales to where their factors are kept anyway, or where none is needed:
 
-- ``s * (w * n) = (s * w) * n``: readers of one RMSNorm that share s leave it to the norm's weight
-  (``NormFold``), whose backward pass recomputes n from the residual stream and one number a token.
+- ``s * (w * n + b) = (s * w) * n + s * b``: readers of one norm that share s leave it to the norm's
+  weight and bias (``NormFold``), whose backward pass recomputes n from the residual stream.
 - Attention mixes tokens, never channels: v's row scale and o's synapse scale become one factor on
   the attention output (``ValueFold``), which attention keeps itself.
 - Queries and keys are scaled as they are rotated (``RotaryFold``), which neither makes a copy of
-  them nor keeps more than their Linear made.
+  them nor keeps more than their Linear made. Without a rotation, of their row scales only the
+  product acts: q takes both (``ProductFold``).
 - SwiGLU and GeGLU are linear in up: gate's and up's row scales and down's column scale go into
   the activation (``GatedFold``), whose backward pass recomputes what the base's own would keep.
+- So do fc1's row scale and fc2's column scale around an activation between the two
+  (``ActivationFold``), whatever activation it is.
 
-A fold decides at every forward, by ``stands``, whether it applies: exactly one adapter computes in
-all of its members, none of them is merged, and the scales are of a kind that can move. Otherwise
-its members compute the plain form: so do readers of a norm, v and o under ``links: free``, where
-column scales are the targets' own. With a fold, a member's output alone is not the plain layer's
-output; the block's is. Forward values and gradients are the plain form's up to rounding, at
-gamma = 0 too: nothing is divided by gamma.
+Where a model allows which is data: its family's table says it, or it was measured beside its graph
+(``measure.folds``). A fold decides at every forward, by ``stands``, whether it applies: exactly one
+adapter computes in all of its members, none of them is merged, and the scales are of a kind that
+can move. Otherwise its members compute the plain form: so do readers of a norm, v and o under
+``links: free``, where column scales are the targets' own. With a fold, a member's output alone is
+not the plain layer's output; the block's is. Forward values and gradients are the plain form's up
+to rounding, at gamma = 0 too: nothing is divided by gamma.
 """
 
 from __future__ import annotations
 
-from functools import cache, partial
-from types import FunctionType
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +36,16 @@ from transformers.activations import ACT2FN
 
 from san_llm.architectures.decoders import DOWN, GATE, UP, K, O, Q, V
 from san_llm.architectures.entry import Family
-from san_llm.ops.scale import ScaledNorm, ScaledRotary, ScaledSwiGLU
+from san_llm.measure.graph import MeasuredFold
+from san_llm.measure.norms import LAYER, epsilon, scaled_norm
+from san_llm.measure.rotation import rotates_halves, with_rotation
+from san_llm.ops.scale import ScaledActivation, ScaledRotary, ScaledSwiGLU
 from san_llm.san.formulas import carried
-from san_llm.san.layer import SanLayer, SanLinear
+from san_llm.san.layer import SanLayer, SanLinear, SanTransposed
 
-ROTARY = "apply_rotary_pos_emb"  # transformers' name of it, in every family's module
-RENAMES = "transformers.utils.deprecation"  # its decorator stands before what it wraps
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _GELU = type(ACT2FN["gelu_pytorch_tanh"])
+GELU_TANH = "gelu tanh"
 
 
 def _together(members: tuple[SanLayer, ...]) -> str | None:
@@ -55,93 +61,91 @@ def _together(members: tuple[SanLayer, ...]) -> str | None:
     return adapter
 
 
-class NormFold:
-    """Readers of one RMSNorm that share a synapse scale: it goes into the norm's weight."""
+class _Fold:
+    """Scales of some layers that are applied elsewhere; see ``layer.Fold``."""
 
-    def __init__(self, norm: Any, readers: tuple[SanLayer, ...], offset: int) -> None:
-        """Hold a norm, which multiplies by ``offset + weight``, and all Linears that read it."""
-        self.norm, self.readers, self.offset = norm, readers, offset
+    def adapter(self) -> str | None:
+        """Return the adapter that it stands for in this forward, or None."""
+        raise NotImplementedError
+
+    def stands(self) -> bool:
+        """Whether it takes its layers' scales over in this forward."""
+        return self.adapter() is not None
+
+    def columns_left(self) -> Tensor | None:
+        """Return None: nothing is left for a reader."""
+        return None
+
+    def rows_left(self, _layer: SanLayer) -> Tensor | None:
+        """Return None: nothing is left for a writer."""
+        return None
+
+
+class NormFold(_Fold):
+    """Readers of one norm that share a synapse scale: it goes into the norm's weight and bias."""
+
+    def __init__(self, norm: Any, readers: tuple[SanLayer, ...], how: str) -> None:
+        """Hold a norm, which computes ``how`` (``measure.norms``), and all Linears that read it."""
+        self.norm, self.readers, self.how = norm, readers, how
 
     def adapter(self) -> str | None:
         """Return the adapter that it stands for in this forward, or None."""
         adapter = _together(self.readers)
-        if adapter is None or _drops_to_float32(self.norm):
+        if adapter is None or (self.how != LAYER and _drops_to_float32(self.norm)):
             return None
         feeds = [reader.san_feed.get(adapter) for reader in self.readers]
         return adapter if feeds[0] is not None and all(f == feeds[0] for f in feeds) else None
 
-    def stands(self) -> bool:
-        """Whether the norm applies the readers' synapse scale in this forward."""
-        return self.adapter() is not None
-
-    def columns_left(self) -> Tensor | None:
-        """Return None: nothing is left for the readers."""
-        return None
-
     def forward(self, x: Tensor) -> Tensor | None:
         """Return the normalized and scaled x (..., hidden), or None where the fold is off."""
         adapter = self.adapter()
-        if adapter is None:
-            return None
-        s = self.readers[0].synapse_scale(adapter)
-        if s is None:
-            return None
-        weight = self.norm.weight
-        wide = weight if weight.dtype == torch.float64 else weight.float()
-        wide = self.offset + wide if self.offset else wide
-        # Gemma's norm is the one with an offset, and rounds only once.
-        out: Tensor = ScaledNorm.apply(
-            x, wide * s.to(wide.device), _epsilon(self.norm, self.offset), self.offset != 0
-        )
-        return out
+        s = None if adapter is None else self.readers[0].synapse_scale(adapter)
+        return None if s is None else scaled_norm(self.norm, self.how, x, s)
 
 
-class ValueFold:
+class ValueFold(_Fold):
     """v's row scale and o's synapse scale as one factor on the attention output."""
 
     def __init__(self, v: SanLayer, o: SanLayer) -> None:
         """Hold the two ends of an attention link."""
         self.v, self.o = v, o
 
-    def stands(self) -> bool:
-        """Whether o applies v's row scale in this forward."""
+    def adapter(self) -> str | None:
+        """Return the adapter whose v's row scale o applies in this forward, or None."""
         adapter = _together((self.v, self.o))
-        return (
-            adapter is not None
-            and adapter in self.o.san_feed
-            and self.o.san_feed[adapter].anterior is self.v
-            and _row_scale_moves(self.v, adapter)
-        )
+        feed = None if adapter is None else self.o.san_feed.get(adapter)
+        if adapter is None or feed is None or feed.anterior is not self.v:
+            return None
+        return adapter if _row_scale_moves(self.v, adapter) else None
 
     def columns_left(self) -> Tensor | None:
         """Return v's row scale times its gamma, repeated over heads that share them: (d_in,)."""
         adapter = self.o.working_adapters()[0]
-        row_scale, gamma = self.v.scales(adapter)
-        both = row_scale if gamma is None else gamma if row_scale is None else gamma * row_scale
+        both = _product(*self.v.scales(adapter))
         return None if both is None else carried(both, self.o.san_feed[adapter].carry)
 
 
-class RotaryFold:
-    """q's and k's row scales, in the rotary embedding that reads them."""
+class _QueryKeyFold(_Fold):
+    """q's and k's row scales."""
 
     def __init__(self, q: SanLayer, k: SanLayer) -> None:
-        """Hold two Linears whose outputs go into the rotary embedding as they are."""
+        """Hold two Linears whose outputs meet in the attention's scores."""
         self.q, self.k = q, k
 
     def adapter(self) -> str | None:
         """Return the adapter that it stands for in this forward, or None."""
         adapter = _together((self.q, self.k))
-        if adapter is None or torch.compiler.is_compiling():
+        if adapter is None:
             return None
         return adapter if all(_row_scale_moves(x, adapter) for x in (self.q, self.k)) else None
 
-    def stands(self) -> bool:
-        """Whether the attention applies q's and k's row scales in this forward."""
-        return self.adapter() is not None
 
-    def columns_left(self) -> Tensor | None:
-        """Return None: it takes over nothing of the columns."""
-        return None
+class RotaryFold(_QueryKeyFold):
+    """q's and k's row scales, in the rotary embedding that reads their outputs as they are."""
+
+    def adapter(self) -> str | None:
+        """Return the adapter that it stands for in this forward, or None."""
+        return None if torch.compiler.is_compiling() else super().adapter()
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys, scaled and rotated (batch, heads, tokens, head_dim)."""
@@ -154,7 +158,18 @@ class RotaryFold:
         return q, k
 
 
-class GatedFold:
+class ProductFold(_QueryKeyFold):
+    """q's and k's row scales, where nothing stands between them and their product: q has both."""
+
+    def rows_left(self, layer: SanLayer) -> Tensor | None:
+        """Return both row scales for q, and None for k."""
+        adapter = self.adapter()
+        if adapter is None or layer is self.k:
+            return None
+        return _product(self.q.row_scale(adapter), self.k.row_scale(adapter))
+
+
+class GatedFold(_Fold):
     """The scales around SwiGLU or GeGLU, inside it."""
 
     def __init__(self, gate: SanLayer, up: SanLayer, down: SanLayer, gelu: bool) -> None:
@@ -163,21 +178,7 @@ class GatedFold:
 
     def adapter(self) -> str | None:
         """Return the adapter that it stands for in this forward, or None."""
-        adapter = _together((self.gate, self.up, self.down))
-        if adapter is None:
-            return None
-        if not all(_row_scale_moves(layer, adapter) for layer in (self.gate, self.up)):
-            return None
-        feed = self.down.san_feed.get(adapter)
-        return adapter if feed is None or feed.anterior is self.up else None
-
-    def stands(self) -> bool:
-        """Whether the MLP applies its projections' scales in this forward."""
-        return self.adapter() is not None
-
-    def columns_left(self) -> Tensor | None:
-        """Return None: nothing is left for down."""
-        return None
+        return _inside((self.gate, self.up), self.down)
 
     def forward(self, x: Tensor) -> Tensor | None:
         """Return the MLP of x (..., hidden), or None where the fold is off."""
@@ -192,9 +193,35 @@ class GatedFold:
             g = self.gate.row_scale(adapter)
             row_scale, gamma = self.up.scales(adapter)
         s = gamma if adapter in self.down.san_feed else self.down.synapse_scale(adapter)
-        c = row_scale if s is None else s if row_scale is None else s * row_scale
+        c = _product(row_scale, s)
         out: Tensor = self.down(ScaledSwiGLU.apply(gate, up, g, c, self.gelu))
         return out
+
+
+class ActivationFold(_Fold):
+    """fc1's row scale and fc2's column scale, around the activation between the two."""
+
+    def __init__(self, act: Any, first: SanLayer, second: SanLayer) -> None:
+        """Hold an activation, the Linear that it reads and the one that reads it."""
+        self.act, self.first, self.second = act, first, second
+
+    def adapter(self) -> str | None:
+        """Return the adapter that it stands for in this forward, or None."""
+        return None if torch.compiler.is_compiling() else _inside((self.first,), self.second)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Return the activation of x (..., inner), scaled, or None where the fold is off."""
+        adapter = self.adapter()
+        if adapter is None:
+            return None
+        g, c = self.first.row_scale(adapter), self.second.synapse_scale(adapter)
+        g, c = (None if scale is None else scale.to(x.device) for scale in (g, c))
+        out: Tensor = ScaledActivation.apply(x, g, c, partial(type(self.act).forward, self.act))
+        return out
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one * other
 
 
 def _halves(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -202,6 +229,15 @@ def _halves(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     gate, up = scale.chunk(2)
     return gate, up
+
+
+def _inside(writers: tuple[SanLayer, ...], reader: SanLayer) -> str | None:
+    """Return the adapter whose scales on an MLP's inner features can meet there, or None."""
+    adapter = _together((*writers, reader))
+    if adapter is None or not all(_row_scale_moves(layer, adapter) for layer in writers):
+        return None
+    feed = reader.san_feed.get(adapter)
+    return adapter if feed is None or feed.anterior is writers[-1] else None
 
 
 def _row_scale_moves(layer: SanLayer, adapter: str) -> bool:
@@ -222,56 +258,17 @@ def _drops_to_float32(norm: Any) -> bool:
     return stock and norm.weight.dtype == torch.float64
 
 
-def _norm_forward(norm: Any, x: Tensor) -> Tensor:
-    out: Tensor | None = norm.san_fold.forward(x)
-    return out if out is not None else type(norm).forward(norm, x)
-
-
-def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
-    out: Tensor | None = mlp.san_fold.forward(x)
-    return out if out is not None else type(mlp).forward(mlp, x)
+def _scaled_forward(module: Any, x: Tensor) -> Tensor:
+    out: Tensor | None = module.san_fold.forward(x)
+    return out if out is not None else type(module).forward(module, x)
 
 
 def _attention_forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the model's own forward, with ``RotaryFold.rotate`` for its function of that name."""
+    """Run the model's own forward, with ``RotaryFold.rotate`` for its rotation."""
     forward = type(attention).forward
     if attention.san_fold.stands():
-        own = _own_forward(attention)
-        names = {**own.__globals__, ROTARY: attention.san_fold.rotate}
-        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-        forward.__kwdefaults__ = own.__kwdefaults__
+        forward = with_rotation(attention, attention.san_fold.rotate)
     return forward(attention, *args, **kwargs)
-
-
-def _own_forward(attention: nn.Module) -> Any:
-    """Return its forward without what renames outdated arguments, which its block does not pass."""
-    forward: Any = type(attention).forward
-    while getattr(forward, "__globals__", {}).get("__name__") == RENAMES:
-        forward = forward.__wrapped__
-    return forward
-
-
-def _rotates_halves(attention: nn.Module) -> bool:
-    """Return whether its forward calls a function of that name that rotates as LLaMA's does."""
-    forward = _own_forward(attention)
-    rotary = getattr(forward, "__globals__", {}).get(ROTARY)
-    return rotary is not None and ROTARY in forward.__code__.co_names and _same_rotary(rotary)
-
-
-@cache
-def _same_rotary(rotary: Any) -> bool:
-    """Return whether a function gives the numbers of ``ScaledRotary`` on a few made up."""
-    features = torch.arange(1.0, 25.0, dtype=torch.float64).view(1, 2, 3, 4) / 7
-    cos, sin = (
-        tensor.repeat(1, 1, 2)
-        for tensor in (features[:, 0, :, :2].cos(), features[:, 1, :, :2].sin())
-    )
-    try:
-        rotated = rotary(features, -features, cos, sin)
-        wanted = (ScaledRotary.apply(tensor, None, cos, sin) for tensor in (features, -features))
-        return all(map(torch.equal, rotated, wanted))
-    except (TypeError, RuntimeError, IndexError):
-        return False
 
 
 def _take_over(module: Any, forward: Any, fold: Any) -> bool:
@@ -283,54 +280,99 @@ def _take_over(module: Any, forward: Any, fold: Any) -> bool:
     return True
 
 
-def _epsilon(norm: Any, offset: int) -> float | None:
-    """Return the epsilon of an RMSNorm of LLaMA's make, or Gemma's (offset 1), else None."""
-    if offset:
-        return getattr(norm, "eps", None) if hasattr(norm, "_norm") else None
-    return getattr(norm, "variance_epsilon", None)
+def fold(model: nn.Module, folds: Iterable[MeasuredFold]) -> None:
+    """Install the lean form in a wired model; adapters that cannot use it do not.
+
+    Args:
+        model: The model.
+        folds: Where its scales can move.
+    """
+    modules = dict(model.named_modules())
+    for found in folds:
+        layers: Any = [modules.get(name) for name in found.members]
+        if all(isinstance(layer, (SanLinear, SanTransposed)) for layer in layers):
+            _INSTALL[found.kind](modules.get(found.at), layers, found.how)
 
 
-def fold(model: nn.Module, family: Family) -> None:
-    """Install the lean form in every block of a wired model; adapters that cannot use it do not."""
-    for block in list(model.modules()):
+def _on_norm(norm: Any, readers: list[SanLayer], how: str) -> None:
+    norm_fold = NormFold(norm, tuple(readers), how)
+    if _take_over(norm, _scaled_forward, norm_fold):
+        for layer in readers:
+            layer.columns_fold = norm_fold
+
+
+def _on_values(_: Any, layers: list[SanLayer], _how: str) -> None:
+    v, o = layers
+    v.rows_fold = o.columns_fold = ValueFold(v, o)
+
+
+def _on_rotation(attention: Any, layers: list[SanLayer], _how: str) -> None:
+    q, k = layers
+    rotary = RotaryFold(q, k)
+    if _take_over(attention, _attention_forward, rotary):
+        q.rows_fold = k.rows_fold = rotary
+
+
+def _on_product(_: Any, layers: list[SanLayer], _how: str) -> None:
+    q, k = layers
+    q.rows_fold = k.rows_fold = ProductFold(q, k)
+
+
+def _on_mlp(mlp: Any, layers: list[SanLayer], how: str) -> None:
+    gate, up, down = layers
+    gated = GatedFold(gate, up, down, how == GELU_TANH)
+    if _take_over(mlp, _scaled_forward, gated):
+        gate.rows_fold = up.rows_fold = down.columns_fold = gated
+
+
+def _on_activation(act: Any, layers: list[SanLayer], _how: str) -> None:
+    first, second = layers
+    activated = ActivationFold(act, first, second)
+    if _take_over(act, _scaled_forward, activated):
+        first.rows_fold = second.columns_fold = activated
+
+
+_INSTALL = {
+    "norm": _on_norm,
+    "attention": _on_values,
+    "rotation": _on_rotation,
+    "product": _on_product,
+    "gated": _on_mlp,
+    "activation": _on_activation,
+}
+
+
+def folds_of(model: nn.Module, family: Family) -> Iterator[MeasuredFold]:
+    """Yield where scales can move in a model of a family, by its table."""
+    for name, block in model.named_modules():
         attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-        if attention is None or mlp is None:
-            continue
-        for name, readers in family.norms.items():
-            norm = getattr(block, name, None)
-            modules = [getattr(attention, r, None) or getattr(mlp, r, None) for r in readers]
-            layers = tuple(layer for layer in modules if isinstance(layer, SanLinear))
-            if _epsilon(norm, family.norm_offset) is None or len(layers) < len(readers):
-                continue
-            norm_fold = NormFold(norm, layers, family.norm_offset)
-            if _take_over(norm, _norm_forward, norm_fold):
-                for layer in layers:
-                    layer.columns_fold = norm_fold
-        q, k = getattr(attention, Q, None), getattr(attention, K, None)
-        if (
-            isinstance(q, SanLinear)
-            and isinstance(k, SanLinear)
-            and getattr(attention, "q_norm", None) is None
-            and _rotates_halves(attention)
-        ):
-            rotary = RotaryFold(q, k)
-            if _take_over(attention, _attention_forward, rotary):
-                q.rows_fold = k.rows_fold = rotary
-        v, o = getattr(attention, V, None), getattr(attention, O, None)
-        if isinstance(v, SanLinear) and isinstance(o, SanLinear):
-            v.rows_fold = o.columns_fold = ValueFold(v, o)
-        gate, up, down = (getattr(mlp, family.linear_of(name), None) for name in (GATE, UP, DOWN))
-        act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-        gelu = isinstance(act, _GELU) and isinstance(act.act, partial)  # else it is in Python
-        if (
-            isinstance(gate, SanLinear)
-            and isinstance(up, SanLinear)
-            and isinstance(down, SanLinear)
-            and (gelu or isinstance(act, _SILU))
-        ):
-            gated = GatedFold(gate, up, down, gelu)
-            if _take_over(mlp, _mlp_forward, gated):
-                gate.rows_fold = up.rows_fold = down.columns_fold = gated
+        if isinstance(attention, nn.Module) and isinstance(mlp, nn.Module):
+            yield from _of_block(f"{name}.", attention, mlp, block, family)
+
+
+def _of_block(
+    path: str, attention: Any, mlp: Any, block: Any, family: Family
+) -> Iterator[MeasuredFold]:
+    def inside(*projections: str) -> tuple[str, ...]:
+        linears = map(family.linear_of, projections)
+        return tuple(f"{path}{'mlp' if hasattr(mlp, n) else 'self_attn'}.{n}" for n in linears)
+
+    for name, readers in family.norms.items():
+        # Gemma's norm is the one with an offset, and rounds only once.
+        how = "1 + rms" if family.norm_offset else "rms"
+        norm = getattr(block, name, None)
+        made = hasattr(norm, "_norm") if family.norm_offset else hasattr(norm, "variance_epsilon")
+        if made and epsilon(norm) is not None:  # else of another make
+            yield MeasuredFold("norm", inside(*readers), f"{path}{name}", how)
+    if Q in family.targets:  # else one Linear computes q, k and v
+        if getattr(attention, "q_norm", None) is None and rotates_halves(attention):
+            yield MeasuredFold("rotation", inside(Q, K), f"{path}self_attn")
+        yield MeasuredFold("attention", inside(V, O))
+    act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    gelu = isinstance(act, _GELU) and isinstance(act.act, partial)  # else it is in Python
+    if gelu or isinstance(act, _SILU):
+        how = GELU_TANH if gelu else "silu"
+        yield MeasuredFold("gated", inside(GATE, UP, DOWN), f"{path}mlp", how)
 
 
 def unfold(model: nn.Module) -> None:

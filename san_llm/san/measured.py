@@ -14,7 +14,14 @@ from typing import Any
 from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.sizes import setting
 from san_llm.errors import InputError, did_you_mean, first_line
-from san_llm.measure.graph import TOWER, MeasuredGraph, MeasuredLink, MeasuredModule, read_graph
+from san_llm.measure.graph import (
+    TOWER,
+    MeasuredFold,
+    MeasuredGraph,
+    MeasuredLink,
+    MeasuredModule,
+    read_graph,
+)
 from san_llm.measure.units import path_of
 from san_llm.san.node import Node, Norm, matches, trains_gamma, unmatched
 from san_llm.san.options import Options
@@ -216,6 +223,47 @@ def joined(
             sizes = graph.by_name[link.anterior].d_out, graph.by_name[name].d_in
             links[name] = (link.anterior, _row(link), link.channels.carry(*sizes))
     return links
+
+
+_FOLDED = {
+    "norm": "norms",
+    "rotation": "rotation",
+    "product": "q times k",
+    "attention": "attention",
+    "gated": "gated MLP",
+    "activation": "activation",
+}  # in the order of a block
+
+
+def form_of(graph: MeasuredGraph, options: Options) -> str:
+    """Return in which form an adapter of a model is computed, and what takes its scales over.
+
+    Args:
+        graph: The model's.
+        options: Of the adapter.
+    """
+    if not options.lean:
+        return "plain"
+    names = {module.name for module in adapted(graph, options)}
+    fed = {name: link[0] for name, link in joined(graph, names, options).items()}
+    kinds = {
+        fold.kind
+        for fold in graph.folds
+        if names.issuperset(fold.members) and _moves(fold, fed, options)
+    }
+    told = [word for kind, word in _FOLDED.items() if kind in kinds]
+    told += ["experts"] if any(graph.by_name[name].experts for name in names) else []
+    return f"lean: {', '.join(told)}" if told else "plain: none of its scales can move"
+
+
+def _moves(fold: MeasuredFold, fed: Mapping[str, str], options: Options) -> bool:
+    """Return whether what a fold asks of links and shifts is there, for adapted members."""
+    if fold.kind == "norm":
+        anteriors = {fed.get(name) for name in fold.members}
+        return len(anteriors) == 1 and None not in anteriors
+    if fold.kind == "attention" and fed.get(fold.members[1]) != fold.members[0]:
+        return False
+    return not options.shift  # which stands behind the row scale
 
 
 def _row(link: MeasuredLink) -> Link:

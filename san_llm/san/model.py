@@ -19,6 +19,7 @@ from san_llm.architectures.entry import Carry, Link
 from san_llm.architectures.lookup import carry, family_targets, is_known
 from san_llm.errors import InputError
 from san_llm.measure.experts import expert_sizes, is_experts
+from san_llm.measure.graph import read_graph
 from san_llm.measure.probe import channels_out
 from san_llm.san.config import SanConfig
 from san_llm.san.experts import SanExperts
@@ -31,7 +32,7 @@ from san_llm.san.layer import (
     SanLinear,
     SanTransposed,
 )
-from san_llm.san.lean import fold, unfold
+from san_llm.san.lean import fold, folds_of, unfold
 from san_llm.san.measured import measured_graph, nodes, pattern
 from san_llm.san.merging import hold_biases
 from san_llm.san.node import Node, trains_gamma
@@ -146,7 +147,9 @@ class SanModel(BaseTuner):
             # Of a model for pictures with text the blocks are its language model's.
             blocks = (sizes.get("text_config") or sizes).get("model_type")
             if is_known(blocks):
-                fold(model, FAMILIES[blocks])
+                fold(model, folds_of(model, FAMILIES[blocks]))
+            elif config.graph is not None:
+                fold(model, read_graph(config.graph, "graph").folds)
 
     def _by_table(
         self, model: nn.Module, config: SanConfig, model_type: str

@@ -246,4 +246,4 @@ def test_a_model_that_is_not_understood_is_refused(family, said, record_property
     assert issubclass(class_of(config), nn.Module)
     with pytest.raises(InputError, match=f"model type '{family}': {said}") as refused:
         measure(config)
-    record_property("why", refused.value)
+    record_property("why", str(refused.value))

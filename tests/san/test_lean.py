@@ -15,14 +15,25 @@ from peft import get_peft_model
 from san.adapted import FAMILIES, adapt, family_model, shake, text
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.deprecation import deprecate_kwarg
 
 from san_llm import SanConfig
 from san_llm.architectures.decoders import TARGETS
 from san_llm.architectures.entry import KINDS
-from san_llm.ops.scale import Scaled, ScaledNorm, ScaledRotary, ScaledSwiGLU, scaled
-from san_llm.san.lean import GatedFold, NormFold, RotaryFold, ValueFold, _rotates_halves
+from san_llm.measure.rotation import rotates_halves
+from san_llm.ops.scale import (
+    Scaled,
+    ScaledActivation,
+    ScaledLayerNorm,
+    ScaledNorm,
+    ScaledRotary,
+    ScaledSwiGLU,
+    layer_norm,
+    scaled,
+)
+from san_llm.san.lean import GatedFold, NormFold, RotaryFold, ValueFold
 
 LOW_RANK = {"r": 4, "lora_alpha": 6}
 LENGTHS = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}
@@ -184,19 +195,19 @@ def test_only_a_rotation_of_halves_is_taken_over():
         return type("Attention", (nn.Module,), {"forward": names["forward"]})()
 
     called = "apply_rotary_pos_emb(x)"
-    assert _rotates_halves(attention(called, apply_rotary_pos_emb=apply_rotary_pos_emb))
-    assert _rotates_halves(attention(called, apply_rotary_pos_emb=stock))
-    assert not _rotates_halves(attention(called, apply_rotary_pos_emb=other))
-    assert not _rotates_halves(attention(called, apply_rotary_pos_emb=lambda q, k: (q, k)))
-    assert not _rotates_halves(attention("x", apply_rotary_pos_emb=stock)), "it does not call it"
-    assert not _rotates_halves(attention(called))
+    assert rotates_halves(attention(called, apply_rotary_pos_emb=apply_rotary_pos_emb))
+    assert rotates_halves(attention(called, apply_rotary_pos_emb=stock))
+    assert not rotates_halves(attention(called, apply_rotary_pos_emb=other))
+    assert not rotates_halves(attention(called, apply_rotary_pos_emb=lambda q, k: (q, k)))
+    assert not rotates_halves(attention("x", apply_rotary_pos_emb=stock)), "it does not call it"
+    assert not rotates_halves(attention(called))
     renaming = attention(called, apply_rotary_pos_emb=stock)
     rename = deprecate_kwarg("y", version="99", new_name="x")  # as transformers renames arguments
     type(renaming).forward = rename(type(renaming).forward)
-    assert _rotates_halves(renaming)
+    assert rotates_halves(renaming)
     # As one that is not in Python, and has no names.
     compiled = type("Attention", (nn.Module,), {"forward": partial(torch.relu)})
-    assert not _rotates_halves(compiled())
+    assert not rotates_halves(compiled())
 
 
 def kept_for_backward(model: Any) -> int:
@@ -360,6 +371,43 @@ def test_the_functions_pass_gradcheck(shape, on_strided):
     assert check(lambda *a: ScaledSwiGLU.apply(*a), (x, y, g, c))
     assert check(lambda a, b, g: ScaledSwiGLU.apply(a, b, g, None), (x, y, g))
     assert check(lambda a, b, c: ScaledSwiGLU.apply(a, b, None, c), (x, y, c))
+
+
+ACTIVATIONS = {"gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu"}
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_an_activation_that_is_computed_again_passes_gradcheck(name, monkeypatch):
+    monkeypatch.setattr("san_llm.ops.scale.BLOCK", 8)  # two tokens at a time, and one at last
+    generator = torch.Generator().manual_seed(0)
+    x, g, c = (
+        torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+        for size in ((5, 4), (4,), (4,))
+    )
+    act = ACT2FN[name]
+    torch.testing.assert_close(ScaledActivation.apply(x, g, c, act), act(g * x) * c)
+    torch.testing.assert_close(ScaledActivation.apply(x, None, None, act), act(x))
+    check = torch.autograd.gradcheck
+    assert check(lambda *a: ScaledActivation.apply(*a, act), (x, g, c))
+    assert check(lambda x, g: ScaledActivation.apply(x, g, None, act), (x, g))
+    assert check(lambda x, c: ScaledActivation.apply(x, None, c, act), (x, c))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_layer_norm_of_two_dtypes_is_torchs_own(biased):
+    """A GPU has none; on a CPU both can be had."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((3, 5, 8), (8,), (8,)))
+    bias = bias if biased else None
+    given = [t for t in (x.to(torch.bfloat16), weight, bias) if t is not None]
+    results = []
+    for function in (ScaledLayerNorm.apply, layer_norm):
+        leaves = [t.clone().requires_grad_() for t in given]
+        out = function(leaves[0], leaves[1], leaves[2] if biased else None, 1e-5)
+        (out.float() * out.float().detach().cos()).sum().backward()
+        results.append([out.float(), *(leaf.grad.float() for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
 def rotations(dtype: torch.dtype, positions: int) -> tuple[Tensor, ...]:

@@ -185,6 +185,9 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
     name = recipe(here, "gpt2", method=method)
     planned = cli("plan", name, "--json")
     assert planned.returncode == 0, planned.stderr
+    rows = "" if method.get("shift") else ", activation"
+    form = f"lean: norms{rows}" if method["name"] == "san" else None
+    assert json.loads(planned.stdout)["form"] == form
     trained = cli("train", name, "--json")
     assert trained.returncode == 0, trained.stderr
     result = json.loads(trained.stdout)
