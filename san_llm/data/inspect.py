@@ -408,10 +408,6 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
     if inspection.longer:
         why = f"more tokens than the model's context of {inspection.context:,}; train refuses them"
         facts.add_row("too long", _counted(inspection.longer, why, inspection.longer_at, files))
-    if inspection.controls:
-        why = "their own words have a control token; data.special_tokens says what becomes of it"
-        places = inspection.controls_at
-        facts.add_row("control tokens", _counted(inspection.controls, why, places, files))
     if inspection.thoughts:
         facts.add_row(
             "thinking", f"{inspection.thoughts:,} turns lose it: the chat template leaves it out"
@@ -456,6 +452,15 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
             overlap.add_row(task, f"{shared.test_rows:,}", f"{shared.exact:,}", f"{shared.grams:,}")
         yield overlap
 
+    yield from _examples(inspection, colour)
+    if inspection.controls:
+        why = "their own words have a control token; data.special_tokens says what becomes of it"
+        told = _counted(inspection.controls, why, inspection.controls_at, files)
+        yield Text.assemble("control tokens: ", told)
+
+
+def _examples(inspection: Inspection, colour: bool) -> Iterator[Text]:
+    """Give the first row of each shape, with what is learned of it marked."""
     for shape, example in inspection.examples.items():
         which = f"The first row of {shape}" if len(inspection.examples) > 1 else "The first row"
         text = Text(f"{which}; what is learned is {'green' if colour else 'between » and «'}:\n")

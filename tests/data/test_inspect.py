@@ -186,25 +186,23 @@ def test_the_example_is_the_first_rows_text_with_its_response_marked():
 
 
 REPORT = """\
-files           rows.json
-loss            response
-rows            43
-                a.json: 30 of 90 rows
-                b.csv: 13 of 13 rows
-read as         messages 30, text 13
-turns           2 in 28, 5 in 2
-tokens a row    min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.65
-learned         129 of 1,234 tokens (10.5 %)
-cut             1: the cutoff takes their response's end: row 3
-dropped         7: their prompt fills the cutoff, nothing of the response is left: row 1, row 2, ...
-too long        1: more tokens than the model's context of 1,024; train refuses them: row 9
-control tokens  2: their own words have a control token; data.special_tokens says what becomes of \
-it: row 7: </s>, ...
-thinking        3 turns lose it: the chat template leaves it out
-held out        40 rows of other.json
-twins           4 held-out rows are training rows, too
-duplicates      1,002
-disputed        5 with the question of another, answered otherwise
+files         rows.json
+loss          response
+rows          43
+              a.json: 30 of 90 rows
+              b.csv: 13 of 13 rows
+read as       messages 30, text 13
+turns         2 in 28, 5 in 2
+tokens a row  min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.65
+learned       129 of 1,234 tokens (10.5 %)
+cut           1: the cutoff takes their response's end: row 3
+dropped       7: their prompt fills the cutoff, nothing of the response is left: row 1, row 2, ...
+too long      1: more tokens than the model's context of 1,024; train refuses them: row 9
+thinking      3 turns lose it: the chat template leaves it out
+held out      40 rows of other.json
+twins         4 held-out rows are training rows, too
+duplicates    1,002
+disputed      5 with the question of another, answered otherwise
   tokens   rows
  10 - 19      1  ▏
  20 - 29      0
@@ -218,7 +216,9 @@ ARC-Easy                       9      0               0
 The first row of messages; what is learned is between » and «:
 Ask: [it]»yes«
 The first row of text; what is learned is between » and «:
-a»ll«"""
+a»ll«
+control tokens: 2: their own words have a control token; data.special_tokens says what becomes of \
+it: row 7: </s>, ..."""
 
 
 def test_every_line_of_the_report_is_as_it_is_meant():

@@ -36,10 +36,10 @@ from san.adapted import adapt, family_model, logits, relative, shake, text, vect
 from tiny import tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
-    CLIPConfig,
-    CLIPModel,
     LlamaForSequenceClassification,
     LlamaModel,
+    Siglip2Config,
+    Siglip2Model,
 )
 
 from san_llm import SanConfig, propagation_graph
@@ -686,11 +686,11 @@ def test_trainable_parameters_are_counted_once(capsys):
 def test_a_model_that_cannot_be_measured_is_refused_and_left_as_it_was(targets):
     width = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
              "num_attention_heads": 2}  # fmt: skip
-    clip = CLIPModel(CLIPConfig(text_config=width, vision_config=width, projection_dim=8))
-    names = [name for name, _ in clip.named_modules()]
-    with pytest.raises(InputError, match="'clip': no small copy of it can be made"):
-        get_peft_model(clip, SanConfig(target_modules=targets))
-    assert [name for name, _ in clip.named_modules()] == names
+    pair = Siglip2Model(Siglip2Config(text_config=width, vision_config=width))
+    names = [name for name, _ in pair.named_modules()]
+    with pytest.raises(InputError, match="'siglip2': no small copy of it can be made"):
+        get_peft_model(pair, SanConfig(target_modules=targets))
+    assert [name for name, _ in pair.named_modules()] == names
 
 
 def test_every_linear_can_be_asked_for_by_one_word():
