@@ -7,6 +7,7 @@ any other: a child of who started it, with the arguments, environment, directory
 session that it was to have, also to those that look at it from outside. One that will start others,
 such as a launcher, forks them in the same way, from a server of its own.
 
+Code after ``-c`` says in its first line which libraries it wants: ``# forked from: stock``.
 Whatever could make a difference starts a fresh interpreter: other ways to call Python, a variable
 that a library reads while it is imported, and every test with the mark ``fresh``.
 """
@@ -37,6 +38,7 @@ PADDING = "FORKING_PADDING"  # room for another environment
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 MODULES = ("san_llm", "san_llm.launch.launcher", "accelerate.commands.launch")
 MODULES += ("torch.distributed.run",)
+FORKED = "# forked from: "
 # What libraries read while they are imported; the server's has to be the same.
 READ_EARLY = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TQDM_", "OMP_", "MKL_", "CUDA_", "LD_")
 READ_EARLY += ("TORCH_", "PYTORCH_", "MALLOC_", "PYTHON", "HOME", "XDG_", "LANG", "LC_", "TZ")
@@ -74,7 +76,7 @@ class Server:
 
     @classmethod
     def start(cls, kind: str) -> Server:
-        """Start a server with the libraries of a kind: ``all``, or ``stock`` transformers."""
+        """Start a server with the libraries of a kind, a key of ``IMPORTS``."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import forking; forking.main()"
         Fresh(
@@ -141,7 +143,8 @@ def _kind(words: list[str]) -> str | None:
     if rest[:1] == ["-m"]:
         return "all" if rest[1] in MODULES else None
     if rest[:1] == ["-c"]:
-        return "all" if nested else None
+        wanted = rest[1].partition("\n")[0].partition(FORKED)[2]
+        return wanted or ("all" if nested else None)
     if rest[:1] == ["-P"]:
         return "stock" if rest[1].endswith("/stock_logits.py") else None
     return "all" if rest[:1] and rest[0].startswith(f"{TESTS}/launch/") else None
@@ -211,6 +214,14 @@ def _import_stock() -> None:
     del save_file, AutoModelForCausalLM, LlamaForCausalLM
 
 
+def _import_light() -> None:
+    """Import what a command has that needs no model: no torch, nor anything that stands on it."""
+    from importlib import import_module
+
+    for name in LIGHT:
+        import_module(name)
+
+
 def _import_all() -> None:
     import logging
     import warnings
@@ -237,6 +248,11 @@ LIBRARIES = [
 ]
 
 
+LIGHT = ["typer", "rich.progress", "rich.markup", "rich.table", "rich.syntax", "pydantic", "yaml"]
+LIGHT += ["psutil", "filelock", "numpy"]
+IMPORTS = {"all": _import_all, "stock": _import_stock, "light": _import_light}
+
+
 def main() -> None:
     """Import the libraries, and fork whenever asked."""
     global nested
@@ -244,7 +260,7 @@ def main() -> None:
     install()  # before a library takes it
     kind, number = sys.argv[1:3]
     del sys.path[0], os.environ[PADDING]  # the path of this file
-    {"all": _import_all, "stock": _import_stock}[kind]()
+    IMPORTS[kind]()
     threads = {path.read_text() for path in Path("/proc/self/task").glob("*/comm")}
     # Arrow's allocator has a thread of its own, which it looks after at a fork. Others were lost.
     assert len(threads - {"jemalloc_bg_thd\n"}) == 1, threads

@@ -348,7 +348,7 @@ def test_a_download_from_a_hub_that_cannot_be_reached_is_one_line(cli, here):
 
 @pytest.mark.fresh
 @pytest.mark.slow
-def test_results_go_to_stdout_as_json_and_no_library_litters_stderr(cli, here, recipe):
+def test_results_go_to_stdout_as_json_and_no_library_litters_stderr(cli, command, here, recipe):
     save_tiny(here / "model")
     trained = cli("train", recipe, "training.max_steps=2", "--json")
     assert trained.returncode == 0, trained.stderr
@@ -372,10 +372,10 @@ def test_results_go_to_stdout_as_json_and_no_library_litters_stderr(cli, here, r
         assert ANSI not in done.stdout + done.stderr
         assert len(done.stdout.splitlines()) == 1
 
-    shown = cli("eval", "--tasks", "boolq", "--data", data, "--limit", 1)
+    shown = command("eval", "--tasks", "boolq", "--data", data, "--limit", 1)
     assert shown.returncode == 0, shown.stderr
     assert "boolq" in shown.stdout
     assert ANSI not in shown.stdout
-    again = cli("train", result["run"], "--resume")
+    again = command("train", result["run"], "--resume")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"error: {result['run']}: is finished; there is nothing to go on with\n"

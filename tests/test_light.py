@@ -16,6 +16,7 @@ COMMANDS += ["recipes check", "recipes schema", "runs", "runs rm", "push", "show
 
 # What a command has loaded is written to stderr when it ends, whatever it ends with.
 SPY = (
+    "# forked from: light\n"
     "import atexit, json, sys\n"
     "def tell():\n"
     "    print('MODULES', json.dumps(sorted({m.split('.')[0] for m in sys.modules})), "

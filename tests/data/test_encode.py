@@ -683,6 +683,7 @@ def test_rows_that_are_refused_leave_nothing_in_the_cache(tokenizer):
 @pytest.mark.usefixtures("empty_cache")
 def test_two_processes_at_once_tokenize_once_and_get_the_same(tokenizer, tiny_base):
     script = (
+        "# forked from: all\n"
         "import json, sys\n"
         "from transformers import AutoTokenizer\n"
         "from san_llm.data.encode import Encoding\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -104,6 +103,15 @@ def recipe(here: Path, tiny_base: Path) -> Path:
 def long_recipe(here: Path, tiny_base: Path) -> Path:
     data = write_rows(here / "rows.json", rows(30))
     return write_recipe(here / "long.yaml", tiny_base, data, training=LONG)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A run of the long recipe that nothing stopped. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_rows(folder / "rows.json", rows(30))
+    reference(write_recipe(folder / "long.yaml", tiny_base, data, training=LONG), folder / "run")
+    return folder / "run"
 
 
 @pytest.fixture
@@ -393,10 +401,9 @@ def wait_for_run(here: Path, process: subprocess.Popen[str]) -> Path:
     [(signal.SIGINT, 2), (signal.SIGTERM, 2)],
 )
 def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(
-    spawn: Spawn, cli: Cli, here: Path, long_recipe: Path, number: int, processes: int
+    spawn: Spawn, cli: Cli, here: Path, long_recipe: Path, whole: Path, number: int, processes: int
 ) -> None:
     several = ("--processes", processes) if processes > 1 else ()
-    reference(long_recipe, here / "whole")
     process = spawn("train", long_recipe, "--output", "parts", *several)
     reach(here / "parts", 6, process)
     # Ctrl-C is for the command, which is in front; Slurm sends SIGTERM to all there are.
@@ -413,31 +420,8 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(
     done = cli("train", "parts", "--resume", *several)
     assert done.returncode == 0, done.stderr
     assert steps(here / "parts") == list(range(1, 41))
-    assert apart(here / "whole", here / "parts") <= (0 if processes == 1 else 1e-5)
+    assert apart(whole, here / "parts") <= (0 if processes == 1 else 1e-5)
     gone(long_recipe)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(
-    spawn: Spawn, cli: Cli, here: Path, long_recipe: Path
-) -> None:
-    reference(long_recipe, here / "whole")
-    dice = random.Random(5)
-    process = spawn("train", long_recipe, "--output", "parts")
-    for step in sorted(dice.sample(range(1, 38), 3)):
-        reach(here / "parts", step, process)
-        time.sleep(dice.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        assert not (here / "parts" / "adapter").exists()
-        process = spawn("train", "parts", "--resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert steps(here / "parts") == list(range(1, 41))
-    assert apart(here / "whole", here / "parts") == 0
-    again = cli("train", "parts", "--resume")
-    assert again.returncode == 2
-    assert "is finished" in again.stderr
 
 
 @pytest.mark.slow
@@ -494,11 +478,12 @@ def test_resume_finds_the_best_checkpoint_of_a_moved_run(
 ) -> None:
     # The loss gets worse at the end, so the best checkpoint lies before the stop.
     data = write_rows(here / "rows.json", rows(30))
-    training = LONG | {"learning_rate": 0.6, "warmup_steps": 20, "evaluate_every": 1}
+    training = LONG | {"max_steps": 20, "evaluate_every": 1}
+    training |= {"learning_rate": 0.6, "warmup_steps": 10}
     path = write_recipe(here / "r.yaml", tiny_base, data, training=training)
     reference(path, here / "whole")
     best = json.loads((here / "whole" / "metrics.json").read_text())["best_step"]
-    assert best < 34, best
+    assert best < 14, best
     process = spawn("train", path, "--output", "parts")
     reach(here / "parts", best + 2, process)
     process.send_signal(signal.SIGINT)

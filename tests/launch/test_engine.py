@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ from san_llm.launch.command import _free_port, accelerate_command
 from san_llm.launch.engine import engine_of, take_engine
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
-STEPS = 20
+FEW, STEPS = 9, 14  # and where one is stopped
 # 26 rows in batches of 8 end every epoch with fillers; 3 held-out rows leave processes without one.
-TRAINING = {"max_steps": STEPS, "epochs": 100.0, "batch_size": 8, "evaluate_every": 7}
+TRAINING = {"epochs": 100.0, "batch_size": 8, "evaluate_every": 7}
 LOW_RANK = {"rank": 4, "alpha": 8, "dropout": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "scale": {"training": {"micro_batch_size": 1}},
@@ -59,7 +61,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     }
 
 
-def recipe_of(case: str, here: Path, bases: dict[bool, Path]) -> Path:
+def recipe_of(case: str, here: Path, bases: dict[bool, Path], steps: int = FEW) -> Path:
     """Write the recipe of a case."""
     sections = CASES[case]
     return write_recipe(
@@ -69,8 +71,21 @@ def recipe_of(case: str, here: Path, bases: dict[bool, Path]) -> Path:
         base=sections.get("base", {}),
         method=sections.get("method", {}),
         data={"held_out": 3},
-        training=TRAINING | sections.get("training", {}),
+        training=TRAINING | {"max_steps": steps} | sections.get("training", {}),
     )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, bases: dict[bool, Path]) -> Callable[..., Path]:
+    """Return the run of a case in one process, which is made once."""
+
+    @cache
+    def run(case: str, steps: int = FEW) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        reference(recipe_of(case, folder, bases, steps), folder / "run")
+        return folder / "run"
+
+    return run
 
 
 def relative(first: Path, second: Path) -> float:
@@ -109,21 +124,24 @@ def skip_without(config: Path) -> None:
     ],
 )
 def test_an_engine_gives_the_weights_of_one_process(
-    here: Path, bases: dict[bool, Path], engine: str, processes: int, cases: list[str]
+    here: Path,
+    bases: dict[bool, Path],
+    alone: Callable[..., Path],
+    engine: str,
+    processes: int,
+    cases: list[str],
 ) -> None:
     config = CONFIGS / f"{engine}.yaml"
     skip_without(config)
     recipes = {case: recipe_of(case, here, bases) for case in cases}
     together(accelerate_command([], processes, config), here, recipes)
     found = {}
-    for case, recipe in recipes.items():
-        reference(recipe, here / f"one {case}")
-        found[case] = relative(here / f"one {case}", here / case)
+    for case in recipes:
+        one = alone(case)
+        found[case] = relative(one, here / case)
         facts = json.loads((here / case / "manifest.json").read_text())
         assert (facts["engine"], facts["processes"]) == (engine_of(config), processes)
-        ends = [
-            json.loads((here / run / "metrics.json").read_text()) for run in (f"one {case}", case)
-        ]
+        ends = [json.loads((run / "metrics.json").read_text()) for run in (one, here / case)]
         assert ends[0]["held_out_loss"] == pytest.approx(ends[1]["held_out_loss"], rel=1e-5)
     assert max(found.values()) < 1e-5, found
 
@@ -149,7 +167,9 @@ def start_nodes(here: Path, *arguments: object) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_two_nodes_give_the_weights_of_one_process(here: Path, bases: dict[bool, Path]) -> None:
+def test_two_nodes_give_the_weights_of_one_process(
+    here: Path, bases: dict[bool, Path], alone: Callable[..., Path]
+) -> None:
     path = recipe_of("scale", here, bases)
     nodes = start_nodes(here, path, "--output", "two")
     said = [process.communicate(timeout=120) for process in nodes]
@@ -157,8 +177,7 @@ def test_two_nodes_give_the_weights_of_one_process(here: Path, bases: dict[bool,
     assert said[0][0].count("held-out loss") == 1
     assert said[1][0] == ""  # the first alone speaks and writes
     assert not list((here / "second").iterdir())
-    reference(path, here / "one")
-    assert relative(here / "one", here / "two") < 1e-5
+    assert relative(alone("scale"), here / "two") < 1e-5
 
 
 @pytest.mark.slow
@@ -184,14 +203,19 @@ def test_a_node_that_dies_ends_the_other(here: Path, bases: dict[bool, Path], lo
     [("fsdp2", "dora"), ("deepspeed_zero2", "lora"), ("deepspeed_zero3", "scale")],
 )
 def test_a_sharded_run_is_stopped_and_goes_on(
-    cli: Cli, here: Path, bases: dict[bool, Path], engine: str, case: str
+    cli: Cli,
+    here: Path,
+    bases: dict[bool, Path],
+    alone: Callable[..., Path],
+    engine: str,
+    case: str,
 ) -> None:
     config = CONFIGS / f"{engine}.yaml"
     skip_without(config)
-    path = recipe_of(case, here, bases)
+    path = recipe_of(case, here, bases, STEPS)
     how = ("--accelerate", config, "--processes", 2)
     process = start(here, "train", path, "--output", "two", *how)
-    reach(here / "two", 9, process)
+    reach(here / "two", 5, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -200,8 +224,7 @@ def test_a_sharded_run_is_stopped_and_goes_on(
     done = cli("train", "two", "--resume", *how)
     assert done.returncode == 0, done.stderr
     assert steps(here / "two") == list(range(1, STEPS + 1))
-    reference(path, here / "one")
-    assert relative(here / "one", here / "two") < 1e-5
+    assert relative(alone(case, STEPS), here / "two") < 1e-5
 
 
 # --- what is refused --------------------------------------------------------------------------

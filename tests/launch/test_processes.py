@@ -8,7 +8,7 @@ import sys
 
 from san_llm.launch.command import _free_port
 
-WAITING = """
+WAITING = """# forked from: all
 import time
 from datetime import timedelta
 from torch import distributed

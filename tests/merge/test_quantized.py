@@ -79,7 +79,7 @@ def load(folder, **how):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=FP32, **how).eval()
 
 
-STOCK = """
+STOCK = """# forked from: stock
 import json, sys
 import torch
 from safetensors.torch import save_file

@@ -94,7 +94,7 @@ def load(folder, dtype=FP32, **how):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
 
 
-STOCK = """
+STOCK = """# forked from: stock
 import json, sys
 import torch
 from safetensors.torch import save_file

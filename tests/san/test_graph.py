@@ -263,6 +263,7 @@ def test_a_terminal_gets_colours_and_a_file_none():
 
 def test_printing_to_a_pipe_is_plain_whole_lines():
     script = (
+        "# forked from: all\n"
         "import rich; from transformers import LlamaConfig; from san_llm import *;"
         "rich.print(propagation_graph(LlamaConfig(hidden_size=4096, intermediate_size=14336,"
         "num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),"

@@ -180,22 +180,22 @@ def recipe(folder, base, **more):
     ],
     ids=lambda method: "-".join(map(str, method.values())),
 )
-def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, method):
+def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(command, here, method):
     save(here / "gpt2", "gpt2", **GPT, n_positions=1024)
     name = recipe(here, "gpt2", method=method)
-    planned = cli("plan", name, "--json")
+    planned = command("plan", name, "--json")
     assert planned.returncode == 0, planned.stderr
     rows = "" if method.get("shift") else ", activation"
     form = f"lean: norms{rows}" if method["name"] == "san" else None
     assert json.loads(planned.stdout)["form"] == form
-    trained = cli("train", name, "--json")
+    trained = command("train", name, "--json")
     assert trained.returncode == 0, trained.stderr
     result = json.loads(trained.stdout)
     assert result["trained_numbers"] == json.loads(planned.stdout)["trained_numbers"]
     run = here / result["run"]
-    scored = cli("eval", "--tasks", "boolq", "--limit", 2, "--json")
+    scored = command("eval", "--tasks", "boolq", "--limit", 2, "--json")
     assert scored.returncode == 0, scored.stderr
-    merged = cli("merge", *(() if method["name"] == "full" else ("--verify",)))
+    merged = command("merge", *(() if method["name"] == "full" else ("--verify",)))
     assert merged.returncode == 0, merged.stderr
     whole = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
     base = AutoModelForCausalLM.from_pretrained(here / "gpt2").eval()
@@ -210,22 +210,22 @@ def test_a_recipe_over_gpt2_ends_in_a_stock_model_that_answers_alike(cli, here, 
             adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
             assert torch.allclose(found, adapted(**tokens).logits, atol=1e-5)
     if method["name"] == "san":
-        shown = cli("show", "--output", "pictures", "--json")
+        shown = command("show", "--output", "pictures", "--json")
         assert shown.returncode == 0, shown.stderr
-        changed = cli("diff", "--json")
+        changed = command("diff", "--json")
         assert changed.returncode == 0, changed.stderr
         modules = {change["module"] for change in json.loads(changed.stdout)["modules"]}
         assert modules == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 
 
-def test_a_plan_draws_the_tree_that_graph_draws(cli, here):
+def test_a_plan_draws_the_tree_that_graph_draws(command, here):
     save(here / "gpt2", "gpt2", **GPT, n_positions=1024)
     options = (recipe(here, "gpt2"), "method.links=[attention, mlp]")
-    drawn = cli("graph", *options).stdout
+    drawn = command("graph", *options).stdout
     tree, left = drawn.split("not adapted:", 1)
     assert "attn.c_proj (32 x 32) gamma <- c_attn (attention)" in tree
     assert "residual" not in tree
-    assert f"\n\n{tree}\n" in cli("plan", *options).stdout
+    assert f"\n\n{tree}\n" in command("plan", *options).stdout
     assert left.count("\n") == 3  # what is left alone is told by graph alone
 
 

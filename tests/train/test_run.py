@@ -67,7 +67,7 @@ def recipe(here: Path, tiny_base: Path) -> Path:
 
 def test_sixteen_by_one_and_one_by_sixteen_give_the_same_gammas(here: Path, recipe: Path) -> None:
     # 26 rows in batches of 16: the second batch of an epoch has 10 rows, so fillers are in play.
-    how = ("training.batch_size=16", "training.max_steps=5")
+    how = ("training.batch_size=16", "training.max_steps=3")
     for size in (16, 4, 1, 3):
         start(recipe, here / f"by{size}", *how, f"training.micro_batch_size={size}")
     assert moved(here / "by16") > 0.02
@@ -221,11 +221,12 @@ def test_a_warmup_longer_than_the_run_is_told_and_cut_off_by_its_end(
 
 def test_epochs_count_whole_batches_and_max_steps_wins(here: Path, recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace('"max_steps": 4', '"max_steps": null'))
-    assert start(recipe, here / "one").steps == 7  # 26 rows in batches of 4
-    assert start(recipe, here / "two", "training.epochs=2.0").steps == 14
-    result = start(recipe, here / "three", "training.epochs=5.0", "training.max_steps=3")
-    assert (result.steps, result.max_steps, result.best_step) == (3, 3, 3)
-    assert start(recipe, here / "four", "training.max_steps=9").steps == 9  # beyond the one epoch
+    how = ("training.batch_size=12", "training.micro_batch_size=12")
+    assert start(recipe, here / "one", *how).steps == 3  # 26 rows in batches of 12
+    assert start(recipe, here / "two", *how, "training.epochs=2.0").steps == 6
+    result = start(recipe, here / "three", *how, "training.epochs=5.0", "training.max_steps=2")
+    assert (result.steps, result.max_steps, result.best_step) == (2, 2, 2)
+    assert start(recipe, here / "four", *how, "training.max_steps=4").steps == 4  # beyond the epoch
 
 
 def test_without_held_out_rows_the_last_step_is_kept(here: Path, recipe: Path) -> None:
@@ -572,19 +573,38 @@ class _StopAfter(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+NINE = ("training.max_steps=9", "training.evaluate_every=2", "training.epochs=9.0")
+
+
+def dropping(folder: Path, base: Path) -> Path:
+    """Write a recipe that throws dice."""
+    data = write_rows(folder / "rows.json", rows(30))
+    return write_recipe(folder / "r.yaml", base, data, method={"name": "lora", "dropout": 0.1})
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, TrainResult]:
+    """Nine steps of it which nothing stopped. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("nine")
+    return folder / "run", start(dropping(folder, tiny_base), folder / "run", *NINE)
+
+
 @pytest.mark.parametrize(
     ("step", "number", "kept"),
     [(1, signal.SIGINT, 2), (3, signal.SIGTERM, 1), (4, signal.SIGINT, 2), (7, signal.SIGINT, 2)],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    here: Path, tiny_base: Path, step: int, number: int, kept: int, monkeypatch: pytest.MonkeyPatch
+    here: Path,
+    tiny_base: Path,
+    nine: tuple[Path, TrainResult],
+    step: int,
+    number: int,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # 26 rows in batches of 4 are 7 steps: the stops are at an epoch's begin, inside, and its end.
-    data = write_rows(here / "rows.json", rows(30))
-    path = write_recipe(here / "r.yaml", tiny_base, data, method={"name": "lora", "dropout": 0.1})
-    how = ("training.max_steps=9", "training.evaluate_every=2", "training.epochs=9.0")
-    how += (f"training.keep_checkpoints={kept}",)
-    whole = start(path, here / "whole", *how)
+    path, (unstopped, whole) = dropping(here, tiny_base), nine
+    how = (*NINE, f"training.keep_checkpoints={kept}")
     build = SanTrainer.__init__
 
     def stopping(self: SanTrainer, **arguments: Any) -> None:
@@ -602,23 +622,25 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert result.finished
     assert (whole.resumed_at, result.resumed_at) == (0, step)
     assert (result.best_step, result.held_out_loss) == (whole.best_step, whole.held_out_loss)
-    assert apart(here / "whole", here / "parts") == 0
-    assert log(here / "parts") == log(here / "whole")
+    assert apart(unstopped, here / "parts") == 0
+    assert log(here / "parts") == log(unstopped)
 
 
 @pytest.mark.parametrize(("step", "where"), [(3, "step"), (4, "judging"), (9, "judging")])
 def test_a_stop_inside_a_long_step_or_judging_changes_nothing(
-    here: Path, tiny_base: Path, step: int, where: str, monkeypatch: pytest.MonkeyPatch
+    here: Path,
+    tiny_base: Path,
+    nine: tuple[Path, TrainResult],
+    step: int,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class StopBeforeJudging(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    data = write_rows(here / "rows.json", rows(30))
-    path = write_recipe(here / "r.yaml", tiny_base, data, method={"name": "lora", "dropout": 0.1})
-    how = ("training.max_steps=9", "training.evaluate_every=2", "training.epochs=9.0")
-    whole = start(path, here / "whole", *how)
+    path, (unstopped, whole) = dropping(here, tiny_base), nine
     build = SanTrainer.__init__
     stopper = _StopAfter(step, signal.SIGTERM) if where == "step" else StopBeforeJudging()
 
@@ -629,15 +651,15 @@ def test_a_stop_inside_a_long_step_or_judging_changes_nothing(
         patch.setattr(SanTrainer, "__init__", stopping)
         for module in ("callbacks", "trainer"):
             patch.setattr(f"san_llm.train.{module}.SLOW", -1.0)  # whatever it takes is too long
-        stopped = start(path, here / "parts", *how)
+        stopped = start(path, here / "parts", *NINE)
     assert (stopped.finished, stopped.stopped_by) == (False, "SIGTERM")
     assert stopped.steps == (step - 1 if where == "step" else step)
     judged = {entry["step"] for entry in log(here / "parts") if "eval_loss" in entry}
     assert step not in judged
     result = train(recipe_of(here / "parts"), here / "parts")
     assert (result.best_step, result.held_out_loss) == (whole.best_step, whole.held_out_loss)
-    assert apart(here / "whole", here / "parts") == 0
-    assert log(here / "parts") == log(here / "whole")
+    assert apart(unstopped, here / "parts") == 0
+    assert log(here / "parts") == log(unstopped)
 
 
 def test_a_stop_in_the_last_step_changes_nothing(
