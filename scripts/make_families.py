@@ -62,6 +62,7 @@ class Held:
 
     def __init__(self) -> None:
         """Start with nothing held."""
+        self.places: dict[str, int] = {}
         self.rows: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
 
     @pytest.hookimpl(wrapper=True)
@@ -71,7 +72,11 @@ class Held:
         mark = item.get_closest_marker("holds")
         if mark is not None and (report.when == "call" or report.outcome != "passed"):
             why = dict(item.user_properties).get("why")
+            file = item.path.relative_to(ROOT / "tests").as_posix()
+            place = FIRST.index(file) if file in FIRST else len(FIRST)
             for family in mark.kwargs.get("families") or (item.callspec.params["family"],):
+                family = family.split()[0]  # of one type there may be several
+                self.places[family] = min(place, self.places.get(family, place))
                 for what in mark.args:
                     self.rows[family][what].append(why or report.outcome)
         return report
@@ -106,7 +111,8 @@ def main() -> int:
     code = pytest.main(["-q", "-m", "holds", "-p", "no:cacheprovider", *where], plugins=[held])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    text = f"{before}{START}\n\n{table(held.rows)}\n\n{END}{after}"
+    rows = dict(sorted(held.rows.items(), key=lambda row: held.places[row[0]]))
+    text = f"{before}{START}\n\n{table(rows)}\n\n{END}{after}"
     PAGE.write_text(text, encoding="utf-8")
     return int(code)
 
