@@ -68,7 +68,7 @@ MISTAKES = [
         "train smollm2_demo data.train=bad.json",
         2,
         "error: bad.json: row 2: key 'output' is missing; found 'instruction', 'outptu' "
-        "(did you mean 'outptu'?)\n",
+        "(did you mean 'outptu'?); data.columns says which column is which\n",
     ),
     ("train --resume", 2, NO_RUN),
     ("train . --resume", 2, "error: .: not a run: no recipe.yaml in it\n"),

@@ -124,7 +124,7 @@ def test_a_run_that_trained_every_weight_is_taken_by_every_command(
     said(command, "eval", run, "--protocol", "loglik", "--base-only")
     (listed,) = said(command, "runs")
     assert (listed["status"], listed["method"]) == ("finished", "full")
-    assert [score["of"] for score in listed["scores"]] == ["base", "adapter"]
+    assert {score["of"] for score in listed["scores"]} == {"base", "adapter"}
     base, tuned = sorted((run / "eval").iterdir(), key=lambda folder: folder.name[-5:] != "-base")
     assert tuned.name.endswith("-trained")
     said(command, "compare", base, run)
