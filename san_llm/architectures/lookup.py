@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from san_llm.architectures.decoders import EMBEDDING, FAMILIES, PARENTS
-from san_llm.architectures.entry import KINDS, Carry, Link
+from san_llm.architectures.entry import KINDS, Carry, Family, Link
 from san_llm.architectures.sizes import projection_shapes, setting
 from san_llm.errors import InputError, did_you_mean
 
@@ -116,15 +117,42 @@ def family_targets(targets: Any, model_type: str) -> Any:
     return list(dict.fromkeys(family.linear_of(name) for name in targets))
 
 
+def family_of(model_type: str, table: Mapping[str, Any] | None = None) -> Family:
+    """Return a family's entry; with the wiring that an adapter brings along, if it does.
+
+    Args:
+        model_type: A supported family.
+        table: What ``table_of`` made, of this version or another.
+
+    Raises:
+        InputError: when it is none.
+    """
+    family = FAMILIES[model_type]
+    if table is None:
+        return family
+    try:
+        links = tuple(Link(**row) for row in table["links"])
+        fused = {name: tuple(parts) for name, parts in table["fused"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"adapter_config.json: table: not a propagation table: {error}") from None
+    return replace(family, links=links, fused=fused)
+
+
+def table_of(family: Family) -> dict[str, Any]:
+    """Return a family's wiring as JSON has it."""
+    fused = {name: list(parts) for name, parts in family.fused.items()}
+    return {"links": [asdict(link) for link in family.links], "fused": fused}
+
+
 def link_into(
-    posterior: str, kinds: tuple[str, ...] = KINDS, model_type: str = "llama"
+    posterior: str, kinds: tuple[str, ...] = KINDS, family: Family = FAMILIES["llama"]
 ) -> tuple[str, Link] | None:
     """Return the full name of the module that feeds ``posterior``, and the table's row.
 
     Args:
         posterior: A module name such as ``model.layers.3.mlp.down_proj``, with any prefix.
         kinds: The link kinds that are switched on.
-        model_type: The family, whose table is read.
+        family: The family, whose table is read.
 
     Returns:
         ``(anterior name, row)``, or None where nothing feeds it or its kind is off.
@@ -132,7 +160,7 @@ def link_into(
     match = LINEAR.fullmatch(posterior)
     if match is None:
         return None
-    for link in FAMILIES[model_type].links:
+    for link in family.links:
         if link.posterior != match["name"] or link.kind not in kinds:
             continue
         block = int(match["block"]) - link.blocks_back
@@ -144,8 +172,8 @@ def link_into(
     return None
 
 
-def carry(link: Link, config: Any) -> Carry:
-    """Return how a row of the propagation table maps its vector in a model of this config."""
+def carry(link: Link, config: Any, family: Family) -> Carry:
+    """Return how a row of a family's table maps its vector in a model of this config."""
     sizes = {name: d_out for name, (d_out, _) in projection_shapes(config).items()}
     heads = setting(config, "num_attention_heads")
     groups, head_dim = 1, sizes["q_proj"] // heads
@@ -153,7 +181,7 @@ def carry(link: Link, config: Any) -> Carry:
         groups = sizes["q_proj"] // sizes["v_proj"]
     if link.projection is None:
         return Carry(0, sizes[link.anterior], groups, head_dim)
-    projections = FAMILIES[setting(config, "model_type")].fused[link.anterior]
+    projections = family.fused[link.anterior]
     start = sum(
         sizes[projection] for projection in projections[: projections.index(link.projection)]
     )

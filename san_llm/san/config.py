@@ -76,6 +76,7 @@ class SanConfig(PeftConfig):
             ``san.lean``; ``plain``: as the formula stands.
         graph: The propagation graph that was measured, of a model that no table knows; filled in
             when the model is adapted, and saved, so that the adapter means the same for ever.
+        table: The rows of a family's table, likewise.
         how_to_load: For whoever opens the saved file: what PEFT needs to load it. Always the same.
 
     Raises:
@@ -96,6 +97,7 @@ class SanConfig(PeftConfig):
     lora_dropout: float = field(default=Options.dropout)
     form: str = field(default=Options.form)
     graph: dict[str, Any] | None = field(default=None)
+    table: dict[str, Any] | None = field(default=None)
     how_to_load: str = field(default=HOW_TO_LOAD)
 
     # The names of those that ``train_norms`` trains, of the model that is adapted; never saved.

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from san_llm.architectures.decoders import EMBEDDING, PARENTS
-from san_llm.architectures.entry import Link
+from san_llm.architectures.entry import Family, Link
 from san_llm.architectures.lookup import (
     carry,
+    family_of,
     family_targets,
     is_known,
     link_into,
@@ -75,7 +76,7 @@ def check_matched(targets: Any, names: list[str]) -> None:
 
 
 def wire(
-    names: list[str], kinds: tuple[str, ...], mode: str, model_type: str
+    names: list[str], kinds: tuple[str, ...], mode: str, family: Family
 ) -> tuple[dict[str, tuple[str, Link]], set[str]]:
     """Return how targets are joined: a link exists only if both of its ends are targets.
 
@@ -83,7 +84,7 @@ def wire(
         names: The full names of the adapted modules (the embedding included, if adapted).
         kinds: The link kinds that are switched on.
         mode: ``both``, ``neuron`` (no links at all) or ``synapse``.
-        model_type: The family, whose table is read.
+        family: The family, whose table is read.
 
     Returns:
         ``(links, anteriors)``: the feeding module and table row for each linked posterior, and the
@@ -93,7 +94,7 @@ def wire(
     links: dict[str, tuple[str, Link]] = {}
     if mode != "neuron":
         for name in names:
-            link = link_into(name, kinds, model_type)
+            link = link_into(name, kinds, family)
             if link is not None and link[0] in present:
                 links[name] = link
     return links, {anterior for anterior, _ in links.values()}
@@ -141,7 +142,8 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
             if matches(targets, name):
                 shapes[name] = shape
     check_matched(targets, list(shapes))
-    links, anteriors = wire(list(shapes), options.kinds, options.mode, model_type)
+    family = family_of(model_type, options.table)
+    links, anteriors = wire(list(shapes), options.kinds, options.mode, family)
     return PropagationGraph(
         tuple(
             Node(
@@ -152,7 +154,7 @@ def propagation_graph(model: Any, san_config: Any = None) -> PropagationGraph:
                 beta=options.shift and d_in > 0,
                 anterior=links[name][0] if name in links else None,
                 link=links[name][1] if name in links else None,
-                carry=carry(links[name][1], config) if name in links else None,
+                carry=carry(links[name][1], config, family) if name in links else None,
                 carrier=options.carrier if d_in else "scale",
                 rank=options.rank if d_in and options.carrier != "scale" else 0,
                 sigma=options.free and d_in > 0,

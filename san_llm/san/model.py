@@ -16,7 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from san_llm.architectures.decoders import BIAS_FLAGS, EMBEDDING, FAMILIES
 from san_llm.architectures.entry import Carry, Link
-from san_llm.architectures.lookup import carry, family_targets, is_known
+from san_llm.architectures.lookup import (
+    carry,
+    family_of,
+    family_targets,
+    is_known,
+    table_of,
+)
 from san_llm.errors import InputError
 from san_llm.measure.experts import expert_sizes, is_experts
 from san_llm.measure.graph import read_graph
@@ -165,9 +171,11 @@ class SanModel(BaseTuner):
             if name and not name.startswith(inside) and self._is_target(config, name)
         ]
         self._check_every_target_matched(config, names, FAMILIES[model_type].targets)
-        links, _ = wire(names, options_of(config).kinds, config.mode, model_type)
+        family = family_of(model_type, config.table)
+        config.table = table_of(family)
+        links, _ = wire(names, options_of(config).kinds, config.mode, family)
         sizes = self.get_model_config(model)
-        return names, {name: (*link, carry(link[1], sizes)) for name, link in links.items()}
+        return names, {name: (*link, carry(link[1], sizes, family)) for name, link in links.items()}
 
     def _by_measurement(self, model: nn.Module, config: SanConfig) -> tuple[list[str], _Links]:
         """Return the targets and what feeds them, in any model; the config gets the graph."""

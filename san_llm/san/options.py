@@ -52,6 +52,7 @@ class Options:
             ``plain``.
         graph: The measured propagation graph that the adapter was made with, as JSON; None where
             the family's table says who feeds whom.
+        table: That table's rows, as the adapter was made with them; None: this version's.
 
     Raises:
         InputError: naming the option that is none, or which do not go together.
@@ -71,6 +72,7 @@ class Options:
     dropout: float = 0.0
     form: str = "lean"
     graph: Mapping[str, Any] | None = None
+    table: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check every option, and bring targets and links into one order."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from reference import ALL_LINKS, SEVEN, module_name, synapse_source
 from rich.console import Console
-from san.adapted import adapt, family_model, vectors
+from san.adapted import adapt, family_model, logits, vectors
 from tiny import tiny_config, tiny_model
 from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
@@ -275,3 +277,26 @@ def test_printing_to_a_pipe_is_plain_whole_lines():
     assert "2,752,512 trained numbers" in text
     # one line a projection, none broken at the 80 columns of a pipe
     assert len(text.splitlines()) == 1 + 2 * (1 + 7)
+
+
+def test_an_adapter_means_what_its_own_table_says(tmp_path):
+    """A later version's table may be another; adapters of before it were saved have none."""
+    adapt(tiny_model()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    values = json.loads(file.read_text())
+    rows = values["table"]["links"]
+    assert {row["kind"] for row in rows} == {"attention", "mlp", "residual"}
+
+    def loaded(**changes):
+        file.write_text(json.dumps(values | changes))
+        return PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+    without = {"links": [row for row in rows if row["kind"] != "residual"], "fused": {}}
+    other = loaded(table=without)
+    assert torch.equal(logits(other), logits(loaded(links=["attention", "mlp"])))
+    assert not torch.equal(logits(other), logits(loaded()))
+    kinds = {node.link.kind for node in propagation_graph(other) if node.link}
+    assert kinds == {"attention", "mlp"}
+    assert torch.equal(logits(loaded(table=None)), logits(loaded()))
+    with pytest.raises(InputError, match=r"adapter_config.json: table: not a propagation table"):
+        loaded(table={"links": [{"kind": "mlp"}], "fused": {}})
