@@ -9,8 +9,8 @@ prompt, completion  two texts, or two lists of messages
 text                ``text``, which is learned whole
 ==================  ===========================================================================
 
-What a row says besides is honoured or refused, never dropped: a key that is known to mean something
-has a place in the row, and one that is not known is only told (``inspect``).
+What a row says besides is honoured or refused, never dropped, where it means something to what is
+learned; other keys (ids, sources, scores) say nothing of it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ BESIDE = {
 KEYS = tuple(dict.fromkeys(key for shape, keys in SHAPES.items() for key in keys + BESIDE[shape]))
 SPEAKERS = {
     **{role: role for role in ROLES},
+    "developer": "system",  # OpenAI's newer name of it
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function", "ipython"), "tool"),
     "function_call": "function_call",
 }
 # Of a turn: what makes it learned or not, what templates know of it, and what says nothing.
