@@ -3,15 +3,16 @@
 Templates are programs: they trim, split off what was thought, move a system prompt, rewrite earlier
 turns. So a conversation is rendered once as it is and once with marks, characters that no text has,
 around what each turn says; where the marks come out, the turn stands. Where the second text is not
-the first without them, since a template looks at what a turn begins with, the turns are searched
-for in their order. What stands nowhere would be lost, and its row is refused.
+the first without them, since a template looks at what is said, the answers alone are marked, and
+what others say is searched for; and where that does not do, all turns are, in their order. What
+stands nowhere would be lost, and its row is refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,7 +69,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a turn that has to come out: its text, and the marks around it."""
+    """A part of a turn that has to come out: its text, and the marks around it if it has some."""
 
     turn: int
     kind: Kind
@@ -190,9 +191,21 @@ def _found(
     tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], row: Row, *, ask: bool
 ) -> tuple[str, list[_Piece], _Found]:
     """Return the text of turns, their pieces, and the characters where those stand in it."""
-    marked, pieces = _marked(turns, row.where)
     text = render(tokenizer, turns, row.where, ask=ask, tools=row.tools)
-    with_marks = render(tokenizer, marked, row.where, ask=ask, tools=row.tools)
+    for roles in (None, ("assistant",)):
+        marked, pieces = _marked(turns, row.where, roles)
+        with_marks = render(tokenizer, marked, row.where, ask=ask, tools=row.tools)
+        found = _places(text, with_marks, pieces)
+        if found is not None:
+            return text, pieces, found
+    return text, pieces, _searched(text, pieces)
+
+
+def _places(text: str, with_marks: str, pieces: Sequence[_Piece]) -> _Found | None:
+    """Return where pieces stand, by their marks; None if these have changed the text.
+
+    A piece without marks stands where it is found first.
+    """
     marks = {mark for piece in pieces for mark in (piece.first, piece.last)}
     places: dict[str, list[int]] = {}
     without: list[str] = []
@@ -202,13 +215,18 @@ def _found(
         else:
             without.append(character)
     if "".join(without) != text:
-        return text, pieces, _searched(text, pieces)
+        return None
     found = {}
     for piece in pieces:
+        if not piece.first:
+            begin = text.find(piece.text)
+            if begin >= 0:
+                found[piece] = (begin, begin + len(piece.text))
+            continue
         begins, ends = places.get(piece.first, []), places.get(piece.last, [])
         if len(begins) == len(ends) == 1:
             found[piece] = (begins[0], ends[0])
-    return text, pieces, found
+    return found
 
 
 def _searched(text: str, pieces: Iterable[_Piece]) -> _Found:
@@ -251,8 +269,16 @@ def _lost(pieces: Iterable[_Piece], found: _Found) -> _Piece | None:
     return next((p for p in pieces if p.kind != "thought" and p not in found), None)
 
 
-def _marked(turns: Sequence[Message], where: str) -> tuple[list[Message], list[_Piece]]:
-    """Return turns with marks around what they say: inside of white space, which templates trim."""
+def _marked(
+    turns: Sequence[Message], where: str, roles: Collection[str] | None
+) -> tuple[list[Message], list[_Piece]]:
+    """Return turns with marks around what they say: inside of white space, which templates trim.
+
+    Args:
+        turns: All of them.
+        where: What the conversation is, for messages.
+        roles: Whose turns are marked; None: everybody's.
+    """
     used = json.dumps(turns, ensure_ascii=False)
     free = (at for at in PLANES if not any(at <= ord(c) < at + PLANE for c in used))
     plane = next(free, None)
@@ -264,7 +290,8 @@ def _marked(turns: Sequence[Message], where: str) -> tuple[list[Message], list[_
         core = text.strip()
         if not core:
             return text
-        first, last = (chr(plane + 2 * len(pieces) + add) for add in (0, 1))
+        bare = roles is not None and turns[turn]["role"] not in roles
+        first, last = ("" if bare else chr(plane + 2 * len(pieces) + add) for add in (0, 1))
         pieces.append(_Piece(turn, kind, core, first, last))
         lead = text[: len(text) - len(text.lstrip())]
         return f"{lead}{first}{core}{last}{text[len(lead) + len(core) :]}"

@@ -13,17 +13,22 @@ from datetime import datetime
 
 A_DATE = "2024-07-26"  # in messages; what Llama 3.2's chat template writes where it knows none
 ASKS = "strftime_now"
+_MACRO, _END = f"{{%- macro {ASKS}(format) -%}}", "{%- endmacro %}\n"
 
 
 def with_date(template: str, date: str | None) -> str:
     """Return a chat template that writes a date, at midnight; one that asks for none as it is.
 
     Args:
-        template: The template.
+        template: The template; one that was saved with a date has that until another is said.
         date: As ``check_date`` gives it; None: the template refuses to be rendered.
     """
     if ASKS not in template:
         return template
+    if template.startswith(_MACRO):
+        if date is None:
+            return template
+        template = template.partition(_END)[2]
     if date is None:
         says = (
             f"it writes today's date, which makes another text each day; say which one: "
@@ -41,4 +46,4 @@ def with_date(template: str, date: str | None) -> str:
             "{%- endfor -%}{{- written.text -}}"
         )
     # The line break behind a block is not written: what follows begins a text and a line, as ever.
-    return f"{{%- macro {ASKS}(format) -%}}{body}{{%- endmacro %}}\n{template}"
+    return f"{_MACRO}{body}{_END}{template}"
