@@ -210,7 +210,9 @@ def test_a_classifier_that_a_base_does_not_have_comes_with_the_adapter(here):
     plain = AutoModel.from_config(made)
     plain.save_pretrained("base")
     Path("base", "preprocessor_config.json").write_text("{}")
-    model = kind.from_pretrained("base", num_labels=5)
+    model, said = kind.from_pretrained("base", num_labels=5, output_loading_info=True)
+    if set(said["missing_keys"]) != {"classifier.weight", "classifier.bias"}:
+        pytest.skip("this version of transformers does not take a bare tower for a classifier's")
     adapted = get_peft_model(model, SanConfig(modules_to_save=["classifier"]))
     moved(adapted)
     adapted.save_pretrained("adapter")

@@ -317,5 +317,7 @@ def test_the_lean_form_is_that_of_the_language_model(family):
         folded = {*norms, "input_layernorm", "mlp", "self_attn"}
         if family == "gemma3":  # whose queries and keys pass a norm before they are rotated
             folded -= {"self_attn"}
+        if family == "qwen2_vl":  # which transformers has rotated in another way before
+            folded, stand = folded - {"self_attn"}, stand - {"self_attn"}
         assert stand == (folded if form == "lean" else set())
     torch.testing.assert_close(logits["lean"], logits["plain"], rtol=1e-9, atol=1e-9)
