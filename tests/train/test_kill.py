@@ -208,7 +208,7 @@ def test_sigterm_before_the_first_step_says_try_again(here: Path, recipe: Path) 
 def test_a_second_run_into_a_folder_is_refused_with_the_first_ones_process(
     here: Path, recipe: Path, command: Cli
 ) -> None:
-    process = start(here, "train", recipe, "training.max_steps=4000", "--output", "run")
+    process = start(here, "train", recipe, "training.max_steps=400", "--output", "run")
     lock = here / "run" / "lock"
     try:
         assert wait_until(process, lambda: lock.is_file() and lock.read_text())
