@@ -20,7 +20,7 @@ from bad_inputs.table import GOOD, HERE, all_cases
 from tiny import rows, save_tiny, write_rows
 
 CASES = all_cases()
-FRESH = 25  # every so many cases a process of its own instead of a fork
+FRESH = 100  # every so many cases a process of its own instead of a fork
 GIB = 2**30
 
 

@@ -14,7 +14,9 @@ import resource
 import signal
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
 GIB = 2**30
@@ -30,12 +32,11 @@ def import_everything() -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    import san_llm.cli
-    import san_llm.evaluate.run
-    import san_llm.look.diff
-    import san_llm.merge.verify
-    import san_llm.train.run
+    import san_llm
 
+    for module in walk_packages(san_llm.__path__, "san_llm."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
     datasets.disable_progress_bars()
     del accelerate, gguf, peft, transformers, san_llm
     del AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
