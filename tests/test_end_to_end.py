@@ -9,7 +9,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-GENERATE = """
+GENERATE = """# forked from: stock
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,19 +28,18 @@ assert not {"san_llm", "peft"} & set(sys.modules)
 """
 
 
-@pytest.mark.fresh
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_train_eval_merge_and_a_stock_answer(cli, here, smollm2):
     trained = cli(
-        *("train", "smollm2_demo", f"base.model={smollm2}", "training.max_steps=3"),
-        *("training.batch_size=4", "training.micro_batch_size=4", "training.warmup_steps=0"),
-        *("training.evaluate_every=3", "data.held_out=2", "--json"),
+        *("train", "smollm2_demo", f"base.model={smollm2}", "training.max_steps=2"),
+        *("training.batch_size=2", "training.micro_batch_size=2", "training.warmup_steps=0"),
+        *("training.evaluate_every=2", "data.held_out=1", "--json"),
     )
     assert trained.returncode == 0, trained.stderr
     result = json.loads(trained.stdout)
     run = here / result["run"]
-    assert (result["finished"], result["steps"]) == (True, 3)
+    assert (result["finished"], result["steps"]) == (True, 2)
     assert result["trained_numbers"] == 155_520
     assert math.isfinite(result["held_out_loss"])
     assert (here / "runs" / "latest").resolve() == run

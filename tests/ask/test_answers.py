@@ -311,7 +311,7 @@ def test_the_real_model_says_what_transformers_generate_makes_it_say(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     task = TASKS["ARC-Easy"]
-    rows = read_task(POCKET / task.name / "test.json", task, 4)
+    rows = read_task(POCKET / task.name / "test.json", task, 2)
     prompts = [evaluation_text("llm-adapters", row, tokenizer)[1] for row in rows]
     width = max(map(len, prompts))
     padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in prompts]
