@@ -43,7 +43,7 @@ def cache(here, monkeypatch):
 def data(here):
     write_rows(here / "data" / "boolq" / "test.json", rows(48))
     write_rows(
-        here / "data" / "piqa" / "test.json", [row | {"answer": "solution1"} for row in rows(1600)]
+        here / "data" / "piqa" / "test.json", [row | {"answer": "solution1"} for row in rows(400)]
     )
     return here / "data"
 
@@ -172,7 +172,7 @@ def test_a_progress_says_what_it_is_of_and_vanishes_where_nothing_was_answered(c
     ("stop", "options", "count"),
     [
         (signal.SIGKILL, ("--protocol", "generate", "--tasks", "boolq"), 48),
-        (signal.SIGINT, ("--protocol", "loglik", "--tasks", "piqa"), 1600),
+        (signal.SIGINT, ("--protocol", "loglik", "--tasks", "piqa"), 400),
         (signal.SIGKILL, ("--protocol", "generate", "--tasks", "boolq", "--processes", 2), 48),
     ],
     ids=["kill", "ctrl-c", "kill-2-processes"],

@@ -595,12 +595,14 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(
 
 def test_without_the_package_lm_eval_is_told_how_to_get_it(cli, here, data, tiny_base):
     # An import hook stands for an environment without it.
-    (here / "sitecustomize.py").write_text(
+    site = here / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'lm_eval' else find(name, *a)\n"
     )
     asked = ("eval", "--model", tiny_base, "--data", data, "--tasks", "boolq", "--output", "out")
-    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     done = cli(*asked, "--protocol", "lm-eval", PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (

@@ -5,6 +5,7 @@ each merge is looked at by the command itself, as every merge is.
 """
 
 import json
+from copy import deepcopy
 from itertools import chain, combinations, product
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from reference import ALL_LINKS, dense_parameters, low_rank_parameters, trained_
 from safetensors.torch import load_file
 from san.adapted import adapt, columns, vectors
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
 
 LINKS = list(chain.from_iterable(combinations(ALL_LINKS, n) for n in range(len(ALL_LINKS) + 1)))
 CARRIERS = {
@@ -28,7 +28,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base of two blocks with biases; tied, so that an adapted embedding unties it."""
+    """A base of two blocks with biases, and its folder; tied: an adapted embedding unties it."""
     folder = tmp_path_factory.mktemp("base")
     model = tiny_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **SIZES)
     for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def base(tmp_path_factory):
             parameter.data.normal_(std=0.3)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return model, folder
 
 
 def expected(plain, adapted, carrier, mode, links, embedding):
@@ -59,20 +59,19 @@ def expected(plain, adapted, carrier, mode, links, embedding):
     ids=lambda links: links if isinstance(links, str) else "+".join(links) or "no links",
 )
 def test_every_weight_is_that_of_the_dense_reference(command, base, links):
+    plain, folder = base
     for number, (carrier, mode, embedding) in enumerate(
         product(CARRIERS, ("both", "neuron", "synapse"), (False, True))
     ):
         name = f"{carrier}, {mode}, embedding {embedding}"
-        plain = AutoModelForCausalLM.from_pretrained(base)
         options = {"mode": mode, "links": links, "adapt_embedding": embedding}
         if (mode == "synapse" and not links) or (mode != "both" and links == "free"):
             continue  # refused: nothing would be trained, or only one of the two scales
-        adapted = adapt(plain, seed=number, **options, **CARRIERS[carrier])
+        adapted = adapt(deepcopy(plain), seed=number, **options, **CARRIERS[carrier])
         adapted.save_pretrained(f"adapter{number}")
-        plain = AutoModelForCausalLM.from_pretrained(base)
         with torch.no_grad():
             wanted = expected(plain, adapted, carrier, mode, links, embedding)
-        asked = ("--adapter", f"adapter{number}", "--model", base, "--output", f"out{number}")
+        asked = ("--adapter", f"adapter{number}", "--model", folder, "--output", f"out{number}")
         done = command("merge", *asked, "--json")
         assert done.returncode == 0, (name, done.stderr)
         assert json.loads(done.stdout)["checked"]["apart"] < 1e-5, name

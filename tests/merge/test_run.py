@@ -608,21 +608,15 @@ def test_an_adapter_without_its_numbers_or_with_a_broken_config_is_refused(comma
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
-def test_a_full_disk_leaves_nothing(pair, method):
+def test_a_full_disk_leaves_nothing(pair, command, method):
     lora_of(pair)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "san_llm", "merge"),
-            *("--adapter", method, "--model", "base", "--output", "out"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        # No file may grow beyond 64 KiB: the kernel's own error, as on a disk that is full.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond 64 KiB: the kernel's own error, as on a disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    try:
+        done = command("merge", "--adapter", method, "--model", "base", "--output", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     refused(done, 1, "File too large")
 
 

@@ -63,9 +63,7 @@ def check(folder, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.fresh), "float16"]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_right_merge_passes_however_far_rounding_moves_it(pair, dtype):
     result = merge(MergeRequest(pair, Path("out"), dtype, verified=True)).verified
     assert 0 <= result.relative <= result.bound
@@ -136,7 +134,6 @@ def test_a_checkpoint_that_is_not_the_whole_model_fails(pair, how, said):
         check("out", "float32")
 
 
-@pytest.mark.fresh
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_load_is_one_line(pair):
     merge(MergeRequest(pair, Path("out")))
