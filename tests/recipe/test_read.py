@@ -623,8 +623,8 @@ def own_fields() -> set[str]:
 def test_the_san_section_has_the_options_of_the_tuner():
     section = {IN_CONFIG.get(name, name) for name in SanMethod.model_fields} - {"name"}
     # modules_to_save would train whole weights: not SAN. how_to_load is a note, and no option; the
-    # graph is measured, not chosen.
-    assert section == own_fields() - {"modules_to_save", "how_to_load", "graph"}
+    # graph is measured, not chosen, and the table's rows are written into an adapter.
+    assert section == own_fields() - {"modules_to_save", "how_to_load", "graph", "table"}
 
 
 def test_the_san_section_has_the_defaults_of_the_tuner():
