@@ -50,7 +50,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
             "san/test_formulas.py",
         ],
     ),
-    "gguf": (["merge/gguf.py"], ["merge/test_gguf.py", "merge/test_expected.py"]),
+    "gguf": (["export/gguf.py"], ["merge/test_gguf.py", "merge/test_expected.py"]),
     "data": (["data/*.py"], ["data", "protocol", "evaluate/test_own_tasks.py"]),
     "loss, packing": (
         ["train/loss.py", "train/packed_attention.py", "train/batches.py"],

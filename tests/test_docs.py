@@ -55,6 +55,8 @@ NOT_HERE = {
     'pip install "transformers[serving]"': "asks a package index",
     "transformers serve merged --port 8000": "needs transformers[serving], and stays",
     "llama-server -m merged/model.gguf --port 8000": "needs llama.cpp, and stays",
+    "ollama create mine -f merged/Modelfile": "needs Ollama",
+    'ollama run mine "Is ice frozen water?"': "needs Ollama",
     'curl localhost:8000/v1/completions -H "Content-Type: application/json" -d @ask.json': (
         "needs one of the two servers"
     ),

@@ -57,6 +57,7 @@ def test_train_eval_merge_and_a_stock_answer(cli, here, smollm2):
     merged = cli("merge", "--verify")
     assert merged.returncode == 0, merged.stderr
     assert re.search(r"verified +logits differ from base \+ adapter by ", merged.stdout)
+    assert re.search(r"frame +chat_template.jinja: the [\d,]+ tokens of .* as they", merged.stdout)
     assert "134,515,008 in bfloat16" in merged.stdout
 
     answered = subprocess.run(
@@ -67,3 +68,9 @@ def test_train_eval_merge_and_a_stock_answer(cli, here, smollm2):
     )
     assert answered.returncode == 0, answered.stderr
     assert "Paris" in answered.stdout
+    ours = cli(
+        *("generate", "What is the capital of France?", "--model", run / "merged", "--json"),
+        *("--dtype", "bfloat16", "--max-new-tokens", 12),
+    )
+    assert ours.returncode == 0, ours.stderr
+    assert json.loads(ours.stdout)["answers"][0]["text"] == answered.stdout.removesuffix("\n")

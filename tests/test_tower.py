@@ -23,6 +23,7 @@ ROWS = (
     ("evaluate",),
     ("ask",),
     ("merge",),
+    ("export",),
     ("plan",),
     ("data",),
     ("models",),

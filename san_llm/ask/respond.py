@@ -26,9 +26,10 @@ from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.load import load_config
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject, checked_date
-from san_llm.models.tokenizer import load_tokenizer
+from san_llm.models.tokenizer import begins_texts, load_tokenizer
 from san_llm.protocol.prompts import PromptStyle, prompt_style
 from san_llm.protocol.template_date import ASKS
+from san_llm.protocol.templates import system_of, template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -112,6 +113,7 @@ class Posed:
         text: The exact text.
         tokens: The text's tokens.
         date: What the chat template wrote as today's; None where it wrote none.
+        system: The system prompt that the chat template begins with, as all training rows did.
     """
 
     found: FoundBase
@@ -120,6 +122,7 @@ class Posed:
     text: str
     tokens: list[int]
     date: str | None
+    system: str | None = None
 
 
 def words_of(
@@ -138,7 +141,12 @@ def words_of(
 
 
 def posed(
-    subject: Subject, words: str, style: str | None, context: str = "", date: str | None = None
+    subject: Subject,
+    words: str,
+    style: str | None,
+    context: str = "",
+    date: str | None = None,
+    system: str | None = None,
 ) -> Posed:
     """Return a prompt in the style a model was trained in, checked before its weights are loaded.
 
@@ -148,10 +156,11 @@ def posed(
         style: The prompt style, instead of the usual one.
         context: What a training row has as ``input``.
         date: What a chat template writes as today's; see :func:`words_of`.
+        system: The system prompt, instead of the one that the chat template begins with if any.
 
     Raises:
-        InputError: when the style has no place for the context, there is no chat template, or the
-            prompt leaves no room for an answer.
+        InputError: when the style has no place for the context or the system prompt, there is no
+            chat template, or the prompt leaves no room for an answer.
     """
     found = find_base(subject.base)
     tokenizer, told = words_of(found, subject, date)
@@ -159,14 +168,34 @@ def posed(
     if context and style == NO_STYLE:
         raise InputError("--input: prompt style none has no place for one; put it in the prompt")
     named = None if style == NO_STYLE else prompt_style(style)
-    text, tokens = question(words, named, tokenizer, context)
+    if system is None:
+        text, tokens = question(words, named, tokenizer, context)
+    elif style == "chat":
+        asked = f"{words}\n\n{context}" if context else words
+        refuse_no_template(tokenizer)
+        text, tokens = talk([*system_turns(system), {"role": "user", "content": asked}], tokenizer)
+    else:
+        raise InputError(f"--system: prompt style {style} has no place for one")
     room(tokens, load_config(found, subject.adapter), tokenizer)
-    return Posed(found, tokenizer, style, text, tokens, told if style == "chat" else None)
+    own = system_of(str(tokenizer.chat_template)) if style == "chat" and system is None else None
+    return Posed(found, tokenizer, style, text, tokens, told if style == "chat" else None, own)
+
+
+def system_turns(system: str | None) -> list[dict[str, str]]:
+    """Return what a conversation begins with: the system prompt if one is said."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
     """Return a conversation's text in the chat template, and its tokens."""
     return chat_prompt(turns, tokenizer, "the conversation")
+
+
+def in_frame(style: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the chat template writes the text of a prompt style."""
+    if style in ("chat", NO_STYLE):
+        return True
+    return bool(tokenizer.chat_template == template(prompt_style(style), begins_texts(tokenizer)))
 
 
 def refuse_no_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from san_llm.ask.respond import Answer
 
 
+LINE = 60  # characters of a system prompt that are told
+
+
 def voices(subject: Subject, compare: bool) -> list[str]:
     """Return who answers: ``model`` or ``adapted``, or ``base`` and ``adapted``.
 
@@ -37,6 +40,14 @@ def voices(subject: Subject, compare: bool) -> list[str]:
             raise InputError("--compare: there is no adapter to leave out; name one with --adapter")
         return ["base", "adapted"]
     return ["adapted" if subject.adapter else "model"]
+
+
+def tell_system(prompt: str | None) -> None:
+    """Say which system prompt a model is asked with that nobody said, if there is one."""
+    if prompt is not None:
+        line = " ".join(prompt.split())
+        words = line if len(line) <= LINE else f"{line[:LINE]}..."
+        say(f'system prompt of its training: "{shown(words)}" (--system says another)')
 
 
 def show(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from san_llm.ask.voices import show, voices
+from san_llm.ask.voices import show, tell_system, voices
 from san_llm.commands.options import (
     Adapter,
     BaseOnly,
@@ -19,11 +19,13 @@ from san_llm.commands.options import (
     NewTokens,
     Run,
     Seed,
+    System,
     Temperature,
 )
 from san_llm.errors import InputError
 from san_llm.models.subject import find_subject
 from san_llm.progress import quiet_libraries, say
+from san_llm.protocol.templates import system_of
 
 if TYPE_CHECKING:
     from san_llm.ask.respond import Answer
@@ -50,6 +52,7 @@ def chat(
     adapter: Adapter = None,
     base_only: BaseOnly = False,
     compare: Compare = False,
+    system: System = None,
     date: Date = None,
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,
@@ -63,8 +66,10 @@ def chat(
 
     from san_llm.ask.respond import (
         Sampling,
+        in_frame,
         refuse_no_template,
         respond,
+        system_turns,
         talk,
         usual_style,
         words_of,
@@ -76,13 +81,15 @@ def chat(
     tokenizer, told = words_of(found, subject, date)
     refuse_no_template(tokenizer)
     trained = usual_style(subject, tokenizer)
-    if trained != "chat":
+    if not in_frame(trained, tokenizer):
         say(f"trained in prompt style {trained}, as `san-llm generate` asks; this is chat")
     if told is not None:
         say(f"the chat template is told that today is {told}")
+    if system is None:
+        tell_system(system_of(str(tokenizer.chat_template)))
     loaded = load_model(found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
-    turns: dict[str, list[dict[str, str]]] = {voice: [] for voice in names}
+    turns = {voice: system_turns(system) for voice in names}
 
     def ask(by: str, on_text: Callable[[str], None]) -> Answer:
         _, tokens = talk(turns[by], tokenizer)
@@ -92,7 +99,7 @@ def chat(
         if line == "/exit":
             return
         if line == "/clear":
-            turns = {voice: [] for voice in names}
+            turns = {voice: system_turns(system) for voice in names}
             continue
         before = {voice: list(history) for voice, history in turns.items()}
         for history in turns.values():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from san_llm.ask.voices import show, voices
+from san_llm.ask.voices import show, tell_system, voices
 from san_llm.commands.options import (
     Adapter,
     BaseOnly,
@@ -22,6 +22,7 @@ from san_llm.commands.options import (
     Model,
     NewTokens,
     Seed,
+    System,
     Temperature,
     run_folders,
 )
@@ -75,6 +76,7 @@ def generate(
             "stands. Default: the run's, else chat where the model has a template, else none.",
         ),
     ] = None,
+    system: System = None,
     date: Date = None,
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
@@ -93,10 +95,11 @@ def generate(
     from san_llm.ask.respond import Sampling, posed, respond
     from san_llm.models.load import load_model
 
-    question = posed(subject, words, style, context, date)
+    question = posed(subject, words, style, context, date, system)
     if not as_json:
         day = f", told that today is {question.date}" if question.date else ""
         say(f"asking {subject} in prompt style {question.style}{day}")
+        tell_system(question.system)
     loaded = load_model(question.found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
 

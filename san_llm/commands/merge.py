@@ -143,6 +143,7 @@ def _table(result: MergeResult, gguf: str | None) -> Table:
             ("adapter moved", f"logits by {check.adapter_moved:.3g} at most"),
             ("same top word", f"in {100 * check.same_top_word:.1f} % of positions"),
             ("same greedy text", f"{100 * check.same_greedy:.1f} % of the words written"),
+            *([("frame", check.frame)] if check.frame else []),
         ]
         if check.quantization_moved is not None:
             about = f"merged and trained model ({result.trained_over} base) differ by"

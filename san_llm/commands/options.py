@@ -87,6 +87,13 @@ Date = Annotated[
         help="What a chat template writes as today's date. Default: the training's.",
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="The system prompt. Default: the one that all training rows began with, if any.",
+    ),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[
     float,

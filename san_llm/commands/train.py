@@ -95,7 +95,8 @@ def _product(run: str) -> tuple[str, str]:
 
 
 def _table(result: TrainResult) -> Table:
-    loss = result.held_out_loss
+    loss, early = result.held_out_loss, result.steps < result.max_steps
+    steps = f"{result.steps:,}{f' of {result.max_steps:,}' if early else ''}"
     return pairs(
         [
             ("trained numbers", f"{result.trained_numbers:,}"),
@@ -103,8 +104,9 @@ def _table(result: TrainResult) -> Table:
                 "rows",
                 f"{result.rows:,} ({result.dropped_rows:,} dropped, {result.cut_rows:,} cut)",
             ),
-            ("steps", f"{result.steps:,}; the checkpoint of step {result.best_step:,} is kept"),
+            ("steps", f"{steps}; the checkpoint of step {result.best_step:,} is kept"),
             ("held-out loss", "-" if loss is None else f"{loss:.4f} a token"),
+            *((f"  {name}", f"{part:.4f}") for name, part in result.held_out_losses.items()),
             ("time", f"{result.seconds:.0f} s"),
             _product(result.run),
         ]

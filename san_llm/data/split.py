@@ -57,6 +57,23 @@ class Split:
     duplicates: int = 0
     twins: int = 0
 
+    def part_of(self, row: Row) -> str:
+        """Return what a held-out row is judged apart by: its file, or what it was taken out of.
+
+        Empty where all have one.
+        """
+        names = list(self.parts) or [taken.source for taken in self.taken]
+        own = [name for name in names if len(names) > 1 and row.where.startswith(f"{name}: ")]
+        return max(own, key=len, default="")
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that every training row begins with; None where it is not one."""
+        first = {row.messages[0] if row.messages else None for row in self.train}
+        turn = first.pop() if len(first) == 1 else None
+        said = turn is not None and turn.role == "system" and turn.content.strip()
+        return turn.content if turn is not None and said else None
+
 
 def held_out_count(data: Data, rows: int) -> int:
     """Return how many of the training rows are held out.

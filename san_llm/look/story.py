@@ -215,16 +215,19 @@ def _losses(facts: Facts) -> Grid | None:
     trained = {entry["step"]: entry for entry in facts.log if "loss" in entry}
     judged = {entry["step"]: entry for entry in facts.log if "eval_loss" in entry}
     chosen = evenly(sorted(judged or trained), LOSSES)
+    prefix = "eval_loss_"  # of a file or source of held-out rows
+    parts = sorted({key for entry in judged.values() for key in entry if key.startswith(prefix)})
     rows = tuple(
         (
             f"{step:,}",
             _number(trained.get(step, {}), "loss", ".4f"),
-            _number(judged.get(step, {}), "eval_loss", ".4f"),
+            *(_number(judged.get(step, {}), key, ".4f") for key in ("eval_loss", *parts)),
             _number(trained.get(step, {}), "learning_rate", ".2e"),
         )
         for step in chosen
     )
-    header = ("step", "training loss", "held-out loss", "learning rate")
+    names = (key.removeprefix(prefix) for key in parts)
+    header = ("step", "training loss", "held-out loss", *names, "learning rate")
     return Grid("Losses, a token", header, rows) if rows else None
 
 

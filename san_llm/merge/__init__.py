@@ -1,1 +1,1 @@
-"""An adapter and its base become one stock checkpoint, streamed, quantized or GGUF."""
+"""An adapter and its base become one stock checkpoint, streamed or quantized."""

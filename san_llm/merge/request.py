@@ -8,8 +8,8 @@ from pathlib import Path
 
 from san_llm.architectures.decoders import FAMILIES
 from san_llm.errors import InputError, check_one_of
+from san_llm.export.gguf import KINDS, check_exportable
 from san_llm.files import read_json, refuse_files
-from san_llm.merge.gguf import KINDS, check_exportable
 from san_llm.merge.whole import WholeTask
 from san_llm.models.adapter import Adapter, open_adapter
 from san_llm.models.agree import check_base

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from san_llm.errors import InputError, SanError, first_line
+from san_llm.export.gguf import export_gguf
 from san_llm.files import sha256_of, whole_folder, write_json, write_text
 from san_llm.merge.checked import check_rows
-from san_llm.merge.gguf import export_gguf
+from san_llm.merge.frame import FILE as FRAME
+from san_llm.merge.frame import keep_recipes_frame
 from san_llm.merge.in_range import check_files, in_range
 from san_llm.merge.request import (
     SHARD_SIZE,
@@ -70,6 +72,8 @@ def merge(request: MergeRequest) -> MergeResult:
             base, trained_over = task.found.base.model, task.trained_over
             sums, parameters, checked = merge_weights(task, folder)
             sources = {"adapter": sha256_of(task.adapter.weights)}
+        if recipe is not None and not (made_from / FRAME).is_file():  # made before it was kept
+            keep_recipes_frame(recipe, task.found, folder)
         copy_companions(task.found.folder, folder, made_from)
         result = MergeResult(
             output=str(output),

@@ -1,6 +1,6 @@
-"""What a model folder answers in stock transformers: a script that imports none of ours.
+"""What a model folder answers and writes in stock transformers: a script that imports none of ours.
 
-``python -P stock_logits.py FOLDER PROMPTS.json OUT.safetensors [DEVICE [DTYPE]]``
+``python -P stock_logits.py FOLDER ASKED.json OUT.safetensors [DEVICE [DTYPE]]``
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW_TOKENS = 32
 
 
-def main(folder: str, prompts: str, out: str, device: str = "cpu", dtype: str = "float32") -> None:
-    """Write the fp32 logits (tokens, vocabulary) of each prompt, named by its number.
+def main(folder: str, asked: str, out: str, device: str = "cpu", dtype: str = "float32") -> None:
+    """Write the fp32 logits (tokens, vocabulary) of each of the ``prompts``, named by its number.
 
-    Beside them, as ``new.NUMBER``, the likeliest next tokens. The weights are held in ``dtype``.
+    Beside them, as ``new.NUMBER``, the likeliest next tokens, and as ``written.FILE`` those of a
+    ``conversation`` in the chat template of each file. The weights are held in ``dtype``.
     """
     model, problems = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -35,13 +36,45 @@ def main(folder: str, prompts: str, out: str, device: str = "cpu", dtype: str = 
     in_fp32(model) if dtype == "float32" else in_fp32_by_block(model)
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # as SDPA leaves the scores uncapped
-    with open(prompts, encoding="utf-8") as file:
-        tokens = json.load(file)
+    with open(asked, encoding="utf-8") as file:
+        request = json.load(file)
+    tokens = request["prompts"]
     tensors = {str(number): logits(model, ids).contiguous() for number, ids in enumerate(tokens)}
     tensors |= {f"new.{n}": torch.tensor(new) for n, new in enumerate(greedy(model, tokens))}
+    if request["conversation"] is not None:
+        for name, ids in written(folder, **request["conversation"]).items():
+            tensors[f"written.{name}"] = torch.tensor(ids)
     save_file(tensors, out)
     if "san_llm" in sys.modules:
         sys.exit("san_llm was imported: this was not a stock load")
+
+
+def written(
+    folder: str, files: list[str], turns: list[dict[str, Any]], tools: list[Any] | None
+) -> dict[str, list[int]]:
+    """Return the tokens of a conversation in the chat template of each file of a model folder.
+
+    Args:
+        folder: With its tokenizer.
+        files: ``.gguf`` files, which say theirs in their metadata; any other name is the folder's.
+        turns: The conversation.
+        tools: Those that may be called.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    templates: dict[str, str | None] = {}
+    for file in files:
+        templates[file] = None
+        if file.endswith(".gguf"):
+            from gguf import GGUFReader
+
+            field = GGUFReader(f"{folder}/{file}").fields["tokenizer.chat_template"]
+            templates[file] = field.contents()
+    return {
+        file: tokenizer.apply_chat_template(
+            turns, tools=tools, chat_template=template, return_dict=False
+        )
+        for file, template in templates.items()
+    }
 
 
 def place_in_fp32(numbers: int) -> torch.device:

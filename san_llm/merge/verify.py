@@ -25,6 +25,7 @@ from san_llm.errors import SanError
 from san_llm.files import read_json
 from san_llm.measure.in_files import UntranslatedError
 from san_llm.merge.expected import BaseRows, check_errors, stored_rows, weight_errors
+from san_llm.merge.frame import FILE, Taught, check_frame, taught
 from san_llm.merge.peft import fold
 from san_llm.merge.quantized import keep
 from san_llm.merge.request import MergeTask, as_trained
@@ -74,7 +75,9 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
         # In a process that has ended before the other model is loaded: there is one at a time.
         known = is_known(found.config.get("model_type"))
-        got, new = _stock_answers(merged, tokens, by_block=known)
+        recipe = task.request.subject.recipe
+        row = taught(recipe, task.found) if recipe is not None else "no run says what was learned"
+        got, new, written = _stock_answers(merged, tokens, row, by_block=known)
         progress.advance(note="merged model computed")
         place = place_in_fp32(numbers_in(found))
         held = _held_in(found.folder, place) if _only_scales(task) else "float32"
@@ -124,6 +127,7 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
             same_greedy=same_greedy,
             quantization_moved=None if task.trained is None else _moved(task, got, tokens),
             weight_errors=errors,
+            frame=_frame(merged, row, written, tokenizer),
         )
         progress.advance(note="compared")
     # A NaN is above no bound: ask for what must be true, not for what must not.
@@ -136,6 +140,17 @@ def verify(merged: Path, task: MergeTask) -> VerifyResult:
     if errors is not None:
         check_errors(merged, errors, dtype)
     return result
+
+
+def _frame(
+    merged: Path, row: Taught | str, written: Mapping[str, list[int]], tokenizer: Any
+) -> str:
+    """Return what the exported chat templates were held to, in words."""
+    if isinstance(row, str):
+        return f"not compared: {row}"
+    for file, tokens in written.items():
+        count = check_frame(file, row, tokens, tokenizer)
+    return f"{' and '.join(written)}: the {count:,} tokens of {row.where}, as they were learned"
 
 
 def _weight_errors(adapted: Any, task: MergeTask, merged: Path) -> dict[str, float] | None:
@@ -265,29 +280,46 @@ def _shared(model: Any, prompt: list[int], new: list[int]) -> int:
 
 
 def _stock_answers(
-    merged: Path, tokens: list[list[int]], by_block: bool = True
-) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Return the logits of each prompt and the words after it, from a process of their own.
+    merged: Path, tokens: list[list[int]], row: Taught | str, by_block: bool = True
+) -> tuple[list[torch.Tensor], list[list[int]], dict[str, list[int]]]:
+    """Return what a process of its own makes of a merged model.
 
     Args:
         merged: The merged model's folder.
         tokens: Of each prompt.
+        row: What the chat templates in it write; words: nothing.
         by_block: Hold 16-bit weights as they are, and widen a block while it computes.
+
+    Returns:
+        The logits of each prompt, the words after it, and the row's tokens in the template of each
+        file that has one.
     """
     from safetensors.torch import load_file
 
-    script = Path(__file__).with_name("stock_logits.py")
+    script, conversation = Path(__file__).with_name("stock_logits.py"), None
+    if isinstance(row, Taught):
+        conversation = {
+            "files": [FILE, *(file.name for file in merged.glob("*.gguf"))],
+            "turns": row.turns,
+            "tools": json.loads(row.tools) if row.tools else None,
+        }
     with tempfile.TemporaryDirectory() as temporary:
-        prompts, out = Path(temporary) / "prompts.json", Path(temporary) / "logits.safetensors"
-        prompts.write_text(json.dumps(tokens), encoding="utf-8")
+        asked, out = Path(temporary) / "asked.json", Path(temporary) / "answers.safetensors"
+        asked.write_text(json.dumps({"prompts": tokens, "conversation": conversation}), "utf-8")
         # -P keeps the script's folder, which is this package, out of the import path.
         device = place_in_fp32(numbers_in(find_base(Base(model=str(merged), dtype="float32"))))
-        command = [sys.executable, "-P", str(script), str(merged), str(prompts), str(out)]
+        command = [sys.executable, "-P", str(script), str(merged), str(asked), str(out)]
         command += [str(device), _held_in(merged, device) if by_block else "float32"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SanError(f"{merged}: stock transformers cannot load it: {last}")
         tensors = load_file(out)
-        numbers = range(len(tokens))
-        return [tensors[str(n)] for n in numbers], [tensors[f"new.{n}"].tolist() for n in numbers]
+    numbers, prefix = range(len(tokens)), "written."
+    written = {
+        name.removeprefix(prefix): tensor.tolist()
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    new = [tensors[f"new.{number}"].tolist() for number in numbers]
+    return [tensors[str(number)] for number in numbers], new, written

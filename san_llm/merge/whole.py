@@ -6,19 +6,15 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from san_llm.data.ends import turn_end
-from san_llm.files import read_json, refuse_link, sha256_of, write_json, write_text
+from san_llm.files import read_json, refuse_link, sha256_of, write_json
 from san_llm.merge.in_range import in_range
 from san_llm.merge.write import Output, write_weights
 from san_llm.models.locate import FoundBase
-from san_llm.models.tokenizer import tokenizer_files
+from san_llm.models.tokenizer import tokenizer_files, tokenizer_folder
 from san_llm.models.weights import DTYPES, read_weights
 from san_llm.progress import bar
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 GENERATION = "generation_config.json"
 COMPANIONS = (GENERATION, "*processor_config.json", "LICENSE*", "NOTICE*")
@@ -85,23 +81,12 @@ def save_weights(model: Any, folder: Path, shard_size: int, **how: Any) -> None:
     (folder / GENERATION).unlink(missing_ok=True)
 
 
-def keep_frame(tokenizer: PreTrainedTokenizerFast, base: Path, folder: Path) -> None:
-    """Write the chat template that a model was trained in, and that its turns' end ends an answer.
-
-    Args:
-        tokenizer: With that template.
-        base: The base's folder, whose settings are taken along.
-        folder: The adapter's or the model's.
-    """
-    if isinstance(tokenizer.chat_template, str):
-        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
-    file = base / GENERATION
-    settings = read_json(file) if file.is_file() else {}
-    own = settings.get("eos_token_id", tokenizer.eos_token_id)
-    ends = own if isinstance(own, list) else [own]
-    turn = turn_end(tokenizer).token
-    if turn is not None and turn not in ends:
-        write_json(folder / GENERATION, settings | {"eos_token_id": [*ends, turn]})
+def copy_tokenizer(adapter: Path, folder: Path) -> None:
+    """Copy the tokenizer of an adapter that has its own to one that goes on from it."""
+    if tokenizer_folder(folder, adapter) == adapter:
+        for file in tokenizer_files(folder, adapter):
+            refuse_link(file)
+            shutil.copyfile(file, folder / file.name)
 
 
 def copy_companions(source: Path, folder: Path, adapter: Path) -> None:

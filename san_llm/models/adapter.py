@@ -290,8 +290,13 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder), state_dict=adapter_state(model))
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
     """Return a base with a saved adapter on it.
+
+    Args:
+        model: The base.
+        folder: The adapter's.
+        trainable: Go on training what it holds.
 
     Raises:
         InputError: when the folder has no adapter in safetensors, or one of another base's shape.
@@ -310,7 +315,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if trained != rows:  # every row comes from the adapter
         model.resize_token_embeddings(trained, mean_resizing=False)
     adapted: PeftModel = load_or_refuse(
-        "adapter", str(folder), lambda name: PeftModel.from_pretrained(model, name)
+        "adapter",
+        str(folder),
+        lambda name: PeftModel.from_pretrained(model, name, is_trainable=trainable),
     )
     keep_dtype(adapted)
     # PEFT warns of what is missing, and goes on with the numbers that an adapter begins with.

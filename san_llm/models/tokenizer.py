@@ -14,7 +14,8 @@ from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.locate import FoundBase
 from san_llm.models.reading import load_or_refuse
 from san_llm.protocol.template_date import with_date
-from san_llm.protocol.templates import TEMPLATES
+from san_llm.protocol.templates import NAMES
+from san_llm.protocol.templates import template as named_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,7 +92,7 @@ def load_tokenizer(
     for file in template_files(found.folder, adapter):
         if file.parent != folder and file.suffix == ".jinja":
             tokenizer.chat_template = file.read_text(encoding="utf-8")
-    chat: Any = tokenizer.chat_template if template is None else _template(template)
+    chat: Any = tokenizer.chat_template if template is None else _template(template, tokenizer)
     if isinstance(chat, dict):
         tokenizer.chat_template = {name: with_date(text, date) for name, text in chat.items()}
     elif chat:
@@ -101,9 +102,15 @@ def load_tokenizer(
     return tokenizer
 
 
-def _template(name: str) -> str:
-    if name in TEMPLATES:
-        return TEMPLATES[name]
+def begins_texts(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether a tokenizer puts its first token before every text."""
+    tokens = tokenizer("a")["input_ids"]
+    return bool(tokens) and tokens[0] == tokenizer.bos_token_id
+
+
+def _template(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    if name in NAMES:
+        return named_template(name, begins_texts(tokenizer))
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

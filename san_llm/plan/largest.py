@@ -14,6 +14,7 @@ from san_llm.models.locate import find_base
 from san_llm.models.tokenizer import load_tokenizer
 from san_llm.plan.memory import Batch
 from san_llm.plan.planned import Seen
+from san_llm.recipe.carried_on import adapter_folder
 from san_llm.recipe.schema import Recipe
 
 
@@ -29,8 +30,9 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     """
     rows = split_held_out(recipe).train
     found = find_base(recipe.base)
-    tokenizer = load_tokenizer(found, date=recipe.data.date, template=recipe.data.chat_template)
-    encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
+    before, data = adapter_folder(recipe.base.adapter), recipe.data
+    tokenizer = load_tokenizer(found, before, date=data.date, template=data.chat_template)
+    encoding = encoding_of(data, tokenizer, found.vocabulary)
     encoded = encode_rows(rows, encoding).rows
     lengths = [len(row) for row in encoded["input_ids"]]
     longest = nlargest(micro_batch, range(len(lengths)), key=lengths.__getitem__)

@@ -25,10 +25,9 @@ def with_date(template: str, date: str | None) -> str:
     """
     if ASKS not in template:
         return template
-    if template.startswith(_MACRO):
-        if date is None:
-            return template
-        template = template.partition(_END)[2]
+    own, bare = split_date(template)
+    if own and date is None:
+        return template
     if date is None:
         says = (
             f"it writes today's date, which makes another text each day; say which one: "
@@ -46,4 +45,12 @@ def with_date(template: str, date: str | None) -> str:
             "{%- endfor -%}{{- written.text -}}"
         )
     # The line break behind a block is not written: what follows begins a text and a line, as ever.
-    return f"{_MACRO}{body}{_END}{template}"
+    return f"{_MACRO}{body}{_END}{bare}"
+
+
+def split_date(template: str) -> tuple[str, str]:
+    """Return what :func:`with_date` has put in front of a template, and the template behind it."""
+    if not template.startswith(_MACRO):
+        return "", template
+    before, end, behind = template.partition(_END)
+    return before + end, behind

@@ -47,7 +47,7 @@ def _of_the_rate(recipe: Recipe) -> list[str]:
     times = round(rate / usual, 6)
     if 1 / FAR < times < FAR:
         return []
-    share = f"{times:.3g} times" if times > 1 else f"a {1 / times:.0f}th of"
+    share = f"{times:.3g} times" if times > 1 else f"a {usual / rate:.3g}th of"
     return [f"training.learning_rate is {rate:g}, {share} what {trained} usually take, {usual:g}"]
 
 

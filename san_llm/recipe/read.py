@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from san_llm.errors import InputError
+from san_llm.recipe.carried_on import adapter_folder, method_of
 from san_llm.recipe.mistakes import PathInProject, Source, dotted, explained
 from san_llm.recipe.schema import Recipe, Section, leaves
 from san_llm.shown import masked
@@ -128,7 +130,16 @@ def text_of(path: Path, kind: str = "a recipe") -> str:
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe from its text; ``file`` names it in messages. See :func:`load_recipe`."""
     source = Source(file)
-    return checked(Recipe, _raw(text, source, overrides), source)
+    raw = _raw(text, source, overrides)
+    base = raw.get("base")
+    if isinstance(base, dict) and isinstance(base.get("adapter"), str) and "method" not in raw:
+        try:
+            folder = adapter_folder(os.path.expanduser(base["adapter"]))
+            assert folder is not None
+            raw["method"] = method_of(folder)
+        except InputError as error:
+            raise InputError(f"{source.of(('base', 'adapter'))}: {error}") from None
+    return checked(Recipe, raw, source)
 
 
 def checked(

@@ -31,7 +31,7 @@ from san_llm.errors import InputError, not_one_of
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.tasks import TASKS, find_tasks, is_task_file
 from san_llm.protocol.template_date import A_DATE
-from san_llm.protocol.templates import TEMPLATES
+from san_llm.protocol.templates import NAMES as TEMPLATE_NAMES
 from san_llm.san.options import FREE, Options, check_links, check_targets
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -73,6 +73,10 @@ class Base(Section):
         description="a directory, a .gguf file, a name known to `san-llm download`, or a hub id",
     )
     revision: _Name | None = Field(default=None, description="branch, tag or commit of a hub id")
+    adapter: _Path | None = Field(
+        default=None,
+        description="an adapter over it, or its run, that training goes on from; the method is its",
+    )
     dtype: DType = Field(
         default="bfloat16",
         description="dtype of the weights; with 4 or 8 bits, of the arithmetic; float16 answers, "
@@ -497,7 +501,7 @@ class Data(Section):
     chat_template: _Name | None = Field(
         default=None,
         description="a template for a base that has none, or instead of its own: "
-        f"{', '.join(TEMPLATES)}, or a .jinja file",
+        f"{', '.join(TEMPLATE_NAMES)}, or a .jinja file",
     )
     date: str | None = Field(
         default=None,
@@ -524,8 +528,8 @@ class Data(Section):
     @field_validator("chat_template")
     @classmethod
     def _template(cls, value: str | None) -> str | None:
-        if value is not None and value not in TEMPLATES and not value.endswith(".jinja"):
-            known = (*TEMPLATES, "a .jinja file")
+        if value is not None and value not in TEMPLATE_NAMES and not value.endswith(".jinja"):
+            known = (*TEMPLATE_NAMES, "a .jinja file")
             raise ValueError(not_one_of(value, known))
         return None if value is None else os.path.expanduser(value)
 
@@ -610,10 +614,24 @@ class Training(Section):
         description="AdamW's, at the end of the warmup; scales take about 2e-3, low-rank matrices "
         "2e-4: ten times that, or a tenth, is a warning",
     )
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = Field(
         default="linear",
-        description="the rate after the warmup: linear and cosine fall to 0 by the end, "
-        "constant_with_warmup stays",
+        description="the rate after the warmup: linear and cosine fall by the end, "
+        "constant_with_warmup stays, warmup_stable_decay stays and falls in the last steps",
+    )
+    rate_floor: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="what the rate falls to, as a share of it; of cosine and warmup_stable_decay, "
+        "0 unless told",
+    )
+    decay_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="in which share of the run's steps, its last, warmup_stable_decay falls, along "
+        "a cosine; 0.2 unless told",
     )
     warmup_steps: int | None = Field(
         default=None,
@@ -641,6 +659,12 @@ class Training(Section):
         ge=1,
         le=MOST,
         description="steps between checkpoints, each judged by held-out loss",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST,
+        description="end when so many held-out losses in a row were none below the best",
     )
     save_minutes: float = Field(
         default=5.0, gt=0, le=MOST, description="save a checkpoint at least this often, too"
@@ -686,6 +710,19 @@ class Training(Section):
     def _one_warmup(self) -> Training:
         if self.warmup_steps is not None and self.warmup_share is not None:
             raise ValueError("warmup_steps and warmup_share say the same: take one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _falls_so(self) -> Training:
+        falling = {
+            "rate_floor": ("cosine", "warmup_stable_decay"),
+            "decay_share": ("warmup_stable_decay",),
+        }
+        for key, schedules in falling.items():
+            if getattr(self, key) is not None and self.schedule not in schedules:
+                raise ValueError(f"{key}: only of schedule {' and '.join(schedules)}")
+        if (self.decay_share or 0) + (self.warmup_share or 0) > 1:
+            raise ValueError("decay_share and warmup_share are more than all steps together")
         return self
 
 

@@ -18,7 +18,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -548,6 +548,8 @@ class TrainResult:
         seconds: Training time of this process.
         resumed_at: The step after which this process went on; 0 if it began the run.
         peak_memory: Bytes that this process held at most, on its GPU if it has one.
+        held_out_losses: That checkpoint's loss on each file or source of held-out rows, by its
+            name; empty where there is one.
     """
 
     run: str
@@ -566,6 +568,7 @@ class TrainResult:
     seconds: float
     resumed_at: int
     peak_memory: int
+    held_out_losses: dict[str, float] = field(default_factory=dict)
 
 
 class Metrics(_Record):
@@ -574,6 +577,7 @@ class Metrics(_Record):
     Attributes:
         resumed_at: 0, too, for a run of a version that did not write it.
         peak_memory: None for a run of a version that did not write it.
+        held_out_losses: Likewise empty.
     """
 
     steps: int
@@ -588,6 +592,7 @@ class Metrics(_Record):
     seconds: float
     resumed_at: int = 0
     peak_memory: int | None = None
+    held_out_losses: dict[str, float] = {}
 
 
 def write_metrics(run: Path, result: TrainResult) -> None:
@@ -710,6 +715,8 @@ class VerifyResult:
         weight_errors: The error of each tensor against the formula in fp64, relative to the largest
             number of a row; None where there is no such formula: PEFT's methods, and weights in 4
             bits.
+        frame: What of the training the chat templates of the merged model's files were held to, or
+            why nothing, in words.
     """
 
     largest_difference: float
@@ -720,6 +727,7 @@ class VerifyResult:
     same_greedy: float
     quantization_moved: float | None = None
     weight_errors: dict[str, float] | None = None
+    frame: str | None = None
 
     @property
     def largest_weight_error(self) -> tuple[str, float] | None:

@@ -121,6 +121,37 @@ class Checkpoints(TrainerCallback):
         self._saved, self._saved_step = time.monotonic(), state.global_step
 
 
+class Patience(TrainerCallback):
+    """Ends a run whose held-out loss has not fallen for so many evaluations.
+
+    By the log alone, which a resumed run has, too.
+    """
+
+    def __init__(self, evaluations: int) -> None:
+        """Wait for so many ``evaluations`` after the best."""
+        self._evaluations = evaluations
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """End a run that had come to its end and was killed before it had said so."""
+        self._look(state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Look at the losses so far."""
+        self._look(state, control)
+
+    def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        since = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        if since >= self._evaluations and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                say(f"step {state.global_step}: {since} held-out losses, none below the best: ends")
+
+
 class BadBatches:
     """Stops a run before its weights learn from a batch whose loss has run away, or skips it.
 

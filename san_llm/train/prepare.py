@@ -18,19 +18,20 @@ from san_llm.data.ends import turn_end
 from san_llm.data.rows import Row
 from san_llm.data.split import Split, split_held_out
 from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
-from san_llm.errors import SanError
+from san_llm.errors import InputError, SanError
 from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
 from san_llm.launch.malloc import spares_memory, without_holes
 from san_llm.launch.processes import is_first, world_size
-from san_llm.models.adapter import add_adapter, trainable_parameters
+from san_llm.models.adapter import add_adapter, load_adapter, trainable_parameters
 from san_llm.models.load import load_base
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.rotary import alike_to
 from san_llm.models.tokenizer import load_tokenizer
 from san_llm.progress import say
+from san_llm.recipe.carried_on import adapter_folder, refuse_other_method
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.schema import Data, Recipe, micro_batch
-from san_llm.recipe.steps import steps_of, warmup_of
+from san_llm.recipe.steps import rates_of, steps_of, warmup_of
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.train.samples import Samples
 
@@ -44,12 +45,17 @@ class TokenRows:
         held_out: The rows that judge; None where none are held out.
         sha256: The checksum of each file that they are from.
         names: Returns the rows of ``train`` as they were read, which say where they stand.
+        system: The system prompt that every row of ``train`` begins with, or None.
+        parts: Of each row of ``held_out`` the file or source whose loss is told apart; empty where
+            there is one.
     """
 
     train: Encoded
     held_out: Encoded | None
     sha256: dict[str, str]
     names: Callable[[], list[Row]]
+    system: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Prepared:
         vocabulary: How many tokens the base knows.
         collator: Makes batches of rows: packed, or padded.
         trained_numbers: How many numbers are trained.
+        before: The folder of the adapter that training goes on from, if it does.
     """
 
     engine: Engine
@@ -79,6 +86,7 @@ class Prepared:
     vocabulary: int
     collator: Pack | Pad
     trained_numbers: int
+    before: Path | None = None
 
 
 def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
@@ -94,7 +102,11 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     micro_batch(recipe.training, world_size())  # before anything is loaded
     found = found or find_base(recipe.base)
     recipe.method.targets(found.config["model_type"])  # refuses what no such model has
-    tokenizer = load_tokenizer(found, date=recipe.data.date, template=recipe.data.chat_template)
+    before = adapter_folder(recipe.base.adapter)
+    if before is not None:
+        refuse_other_method(recipe, before, found.config["model_type"])
+    date, template = recipe.data.date, recipe.data.chat_template
+    tokenizer = load_tokenizer(found, before, date=date, template=template)
     samples = Samples(recipe, tokenizer)
     data = token_rows(recipe, tokenizer, found)
     arguments = trainer_arguments(recipe, run, data)
@@ -108,6 +120,8 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     set_seed(recipe.training.seed)  # here, so that every method's dice begin alike
     if recipe.method.name == "full":
         model: Any = base.requires_grad_(True)
+    elif before is not None:
+        model = load_adapter(base, before, trainable=True)
     else:
         model = add_adapter(base, recipe.method)
     collator: Pack | Pad = Pad(pad_id(tokenizer))
@@ -118,7 +132,8 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
         collator = Pack(share=not draws)
     trained = trainable_parameters(model)
     return Prepared(
-        engine, found, data, tokenizer, samples, arguments, model, vocabulary, collator, trained
+        *(engine, found, data, tokenizer, samples, arguments, model, vocabulary, collator, trained),
+        before,
     )
 
 
@@ -148,7 +163,12 @@ def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundB
         for doubt in doubts(recipe, len(train.rows)):
             say(f"warning: {doubt}")
     names = partial(kept_rows, train, split.train, encoding)
-    return TokenRows(train, held_out, split.sha256, names)
+    parts: tuple[str, ...] = ()
+    if held_out and len(split.parts or split.taken) > 1:
+        parts = tuple(map(split.part_of, kept_rows(held_out, split.held_out, encoding)))
+    if recipe.training.patience is not None and held_out is None:
+        raise InputError("training.patience: there are no held-out rows to wait for")
+    return TokenRows(train, held_out, split.sha256, names, split.system, parts)
 
 
 def _tell_rows(train: Encoded, held_out: Encoded | None, split: Split, data: Data) -> None:
@@ -168,6 +188,8 @@ def _tell_rows(train: Encoded, held_out: Encoded | None, split: Split, data: Dat
         + (f"; {len(held_out.rows):,} held out" if held_out else "")
         + ("; " + ", ".join(lost) if lost else "")
     )
+    if split.system is not None:
+        say("  all begin with one system prompt, which the model will be asked with, too")
     if split.duplicates:
         say(
             f"  {split.duplicates:,} rows say the same as one before; data.drop_duplicates=true "
@@ -190,6 +212,8 @@ def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArg
     """Return what Trainer is told: the recipe's ``training``, by its own names."""
     training, judged = recipe.training, data.held_out is not None
     micro = micro_batch(training, world_size())
+    steps = steps_of(training, len(data.train.rows))
+    schedule, told = rates_of(training, steps)
     # Of one thing the newer name, and that of transformers before 5.23.
     kept = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     arguments = TrainingArguments(
@@ -199,8 +223,9 @@ def trainer_arguments(recipe: Recipe, run: Path, data: TokenRows) -> TrainingArg
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=training.batch_size // (micro * world_size()),
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        warmup_steps=warmup_of(training, steps_of(training, len(data.train.rows))),
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=told,
+        warmup_steps=warmup_of(training, steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,

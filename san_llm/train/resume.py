@@ -6,12 +6,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 from san_llm.errors import InputError
-from san_llm.files import folder_sha256
+from san_llm.files import folder_sha256, sha256_of
 from san_llm.launch.engine import Engine
 from san_llm.launch.processes import world_size
 from san_llm.progress import say
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.record import (
+    ADAPTER_WEIGHTS,
     Hashes,
     RunManifest,
     manifest,
@@ -30,6 +31,10 @@ def facts_of(recipe: Recipe, prepared: Prepared) -> RunManifest:
         f"{recipe.method.kind}: {prepared.trained_numbers:,} trained numbers on "
         f"{recipe.base.model} ({device}, {_processes(engine)})"
     )
+    base, before = folder_sha256(prepared.found.folder), prepared.before
+    if before is not None:
+        say(f"goes on from {before}")
+        base |= {f"adapter's {ADAPTER_WEIGHTS}": sha256_of(before / ADAPTER_WEIGHTS)}
     return RunManifest(
         **manifest(),
         recipe=recipe.name,
@@ -37,7 +42,7 @@ def facts_of(recipe: Recipe, prepared: Prepared) -> RunManifest:
         device=str(device),
         processes=world_size(),
         engine=engine if world_size() > 1 else None,
-        sha256=Hashes(base=folder_sha256(prepared.found.folder), data=prepared.data.sha256),
+        sha256=Hashes(base=base, data=prepared.data.sha256),
     )
 
 

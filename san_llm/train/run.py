@@ -19,8 +19,9 @@ from san_llm.files import sha256_of, whole_folder
 from san_llm.launch.heartbeat import peers_watched
 from san_llm.launch.notes import tell_stopped
 from san_llm.launch.processes import agree, is_first, rank, told_once, world_size
+from san_llm.merge.frame import keep_frame
 from san_llm.merge.request import SHARD_SIZE
-from san_llm.merge.whole import keep_frame, save_whole
+from san_llm.merge.whole import copy_tokenizer, save_whole
 from san_llm.models.adapter import save_adapter
 from san_llm.models.cards import write_card
 from san_llm.models.locate import FoundBase
@@ -36,7 +37,7 @@ from san_llm.runs.record import (
     write_run_manifest,
 )
 from san_llm.train.batches import batch_names
-from san_llm.train.callbacks import BadBatches, Checkpoints, Log
+from san_llm.train.callbacks import BadBatches, Checkpoints, Log, Patience
 from san_llm.train.checkpoint import step_of
 from san_llm.train.prepare import Prepared, prepare
 from san_llm.train.resume import facts_of, resume_point
@@ -108,12 +109,14 @@ def fit(recipe: Recipe, run: Path, prepared: Prepared, resume: Path | None) -> T
                 engine=prepared.engine,
                 samples=prepared.samples,
                 view=view,
+                parts=data.parts,
                 train_dataset=rows,
                 eval_dataset=None if data.held_out is None else Rows(data.held_out),
                 data_collator=prepared.collator,
                 callbacks=[
                     Log(run / "log.jsonl", view),
                     Checkpoints(judged, recipe.training.save_minutes * 60, stop),
+                    *([Patience(recipe.training.patience)] if recipe.training.patience else []),
                 ],
             )
             if first and "tensorboard" in recipe.training.report_to:
@@ -156,8 +159,10 @@ def keep(
             save_adapter(prepared.model, folder)
             digest = sha256_of(folder / ADAPTER_WEIGHTS)
             write_run_manifest(run, facts.with_product(adapter=digest))
-        if recipe.data.prompt == "chat":
-            keep_frame(prepared.tokenizer, prepared.found.folder, folder)
+        if prepared.before is not None:
+            copy_tokenizer(prepared.before, folder)
+        system, base = prepared.data.system, prepared.found.folder
+        keep_frame(prepared.tokenizer, recipe.data.prompt, system, base, folder)
         write_metrics(run, result)
         write_card(run, folder)  # instead of PEFT's, which is a form to be filled in
     for path in (run / "checkpoints").glob(".checkpoint-*"):  # what kills left
@@ -175,6 +180,11 @@ def _result(
 ) -> TrainResult:
     steps = [entry for entry in state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in steps if "skipped" not in entry]
+    judged: dict[str, float] = {}
+    prefix = "eval_loss_"
+    for entry in state.log_history:
+        if entry["step"] == state.best_global_step:
+            judged |= {k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix)}
     best, encoded = state.best_model_checkpoint, prepared.data.train
     return TrainResult(
         run=str(run),
@@ -183,6 +193,7 @@ def _result(
         max_steps=state.max_steps,
         best_step=step_of(Path(best)) if best else state.global_step,
         held_out_loss=state.best_metric,
+        held_out_losses=judged,
         train_loss=sum(losses) / max(len(losses), 1),
         trained_numbers=prepared.trained_numbers,
         rows=len(encoded.rows),

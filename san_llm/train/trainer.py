@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,13 @@ class SanTrainer(Trainer):
         engine: Engine,
         samples: Samples,
         view: View,
+        parts: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
-        """Train as ``recipe.training`` says; ``keywords`` goes to Trainer."""
+        """Train as ``recipe.training`` says; ``keywords`` goes to Trainer.
+
+        ``parts`` names of each held-out row what its loss is told apart by.
+        """
         self._sharded = engine == "FSDP2"
         # Trainer does not believe that a run over a sharded base can resume. But what is trained,
         # and its optimizer's state, is whole in every process.
@@ -70,6 +75,7 @@ class SanTrainer(Trainer):
         super().__init__(args=args, **keywords)
         args.save_only_model = False
         self._recipe, self._stop, self._bad = recipe, stop, bad
+        self._parts = parts
         self._samples, self._view, self._drift = samples, view, Drift(self.model)
         self._batches = GroupedByLength(
             self.train_dataset.lengths,
@@ -242,19 +248,24 @@ class SanTrainer(Trainer):
         """Return the held-out loss per token, over all processes' shares of the rows."""
         rows: Rows = self.eval_dataset
         model = self.model.eval()
-        mine = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
-        mine = mine[self.args.process_index :: self.args.world_size]
-        size = self.args.per_device_train_batch_size
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        parts: dict[str, list[int]] = {}
+        for row in sorted(range(len(rows)), key=lambda row: rows.lengths[row]):
+            parts.setdefault(self._parts[row] if self._parts else "", []).append(row)
+        size, world = self.args.per_device_train_batch_size, self.args.world_size
+        total = torch.zeros(len(parts), 2, dtype=torch.float64, device=self.args.device)
         began = time.monotonic()
+        # All processes make as many turns, so that they can stop together.
+        turns = [
+            (number, part[self.args.process_index :: world][start : start + size])
+            for number, part in enumerate(parts.values())
+            for start in range(0, -(-len(part) // world), size)
+        ]
         with torch.no_grad():
-            # All processes make as many turns, so that they can stop together.
-            for start in range(0, -(-len(rows) // self.args.world_size), size):
+            for number, turn in turns:
                 long = time.monotonic() - began > SLOW
                 if self._stop.asked_anywhere(self.args, long):
                     model.train()
                     raise StoppedJudging
-                turn = mine[start : start + size]
                 if not turn and not self._sharded:
                     continue
                 # A sharded base needs all processes for every forward.
@@ -262,11 +273,16 @@ class SanTrainer(Trainer):
                 batch = self._prepare_inputs(batch)
                 loss = token_losses(model, batch).double()
                 if turn:
-                    total[0] += loss
-                    total[1] += learned_tokens(batch)
+                    total[number, 0] += loss
+                    total[number, 1] += learned_tokens(batch)
         total = self.accelerator.reduce(total, reduction="sum")
         model.train()
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+        both = total.sum(0)
+        metrics = {f"{metric_key_prefix}_loss": (both[0] / both[1]).item()}
+        if len(parts) > 1:
+            each = (total[:, 0] / total[:, 1]).tolist()
+            named = zip(parts, each, strict=True)
+            metrics |= {f"{metric_key_prefix}_loss_{part}": loss for part, loss in sorted(named)}
         self.log(metrics)
         mean = metrics[f"{metric_key_prefix}_loss"]
         self._bad.check_held_out(self.state, mean, self._get_learning_rate())

@@ -80,6 +80,7 @@ class View:
         self._curve = Curve()
         self._logged: dict[str, float] = {}
         self._held_out: tuple[float, ...] = ()  # the last, the best, the best one's step
+        self._parts: dict[str, float] = {}  # the last of each file or source
         self._counts: deque[tuple[float, int, int]] = deque(maxlen=SPEED_STEPS + 1)
         self._memory = 0
         self._samples: dict[str, str] = {}
@@ -119,6 +120,10 @@ class View:
             loss, before = logged["eval_loss"], self._held_out
             best = before[1:] if before and before[1] <= loss else (loss, step)
             self._held_out = (loss, *best)
+            prefix = "eval_loss_"
+            self._parts = {
+                k.removeprefix(prefix): v for k, v in logged.items() if k.startswith(prefix)
+            }
         self._samples |= {k: text for k, text in logged.items() if k.startswith("sample_")}
 
     def _speed(self) -> tuple[float, float] | None:
@@ -156,6 +161,7 @@ class View:
             lines.append(
                 _line("held-out", f"{loss:<9.4f} ", (f"best {best:.4f} at step {step:,.0f}", "dim"))
             )
+            lines += [_line("", f"{part:<9.4f} ", name) for name, part in self._parts.items()]
         if self._logged:
             speed = self._speed()
             rates = [f"{self._logged.get('learning_rate', 0):<9.3g} "]

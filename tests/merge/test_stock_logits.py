@@ -68,7 +68,7 @@ def test_capped_scores_are_capped_also_where_sdpa_would_be_taken(tmp_path, monke
     model.save_pretrained(tmp_path / "model")
     model.set_attn_implementation("eager")  # some versions would take SDPA here, too
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as in some versions
-    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    (tmp_path / "prompts.json").write_text(json.dumps({"prompts": PROMPTS, "conversation": None}))
     with pytest.raises(SystemExit, match="san_llm was imported"):
         main(str(tmp_path / "model"), str(tmp_path / "prompts.json"), str(tmp_path / "out"))
     found = load_file(tmp_path / "out")
@@ -142,7 +142,7 @@ def test_never_more_than_one_block_is_in_fp32(monkeypatch, tied):
 
 def test_what_it_writes(tmp_path):
     save_tiny(tmp_path / "model")
-    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    (tmp_path / "prompts.json").write_text(json.dumps({"prompts": PROMPTS, "conversation": None}))
     out = tmp_path / "out.safetensors"
     assert "san_llm" in sys.modules
     with pytest.raises(SystemExit, match="san_llm was imported"):

@@ -145,7 +145,7 @@ def test_a_checkpoint_that_does_not_load_is_one_line(pair):
 
 def stock(folder, *options, **environment):
     script = Path(san_llm.merge.run.__file__).with_name("stock_logits.py")
-    Path("prompts.json").write_text("[[5, 6, 7]]")
+    Path("prompts.json").write_text('{"prompts": [[5, 6, 7]], "conversation": null}')
     return subprocess.run(
         [sys.executable, "-P", *options, script, folder, "prompts.json", "logits.safetensors"],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -362,7 +362,7 @@ def test_a_thousandth_of_the_spread_and_a_tenth_of_rounding_are_allowed(pair, mo
     def check_with(share):
         answers = all_logits(model)
         answers[2][1, 7] += share * allowed * spread
-        monkeypatch.setattr(verifying, "_stock_answers", lambda *_, **__: (answers, new))
+        monkeypatch.setattr(verifying, "_stock_answers", lambda *_, **__: (answers, new, {}))
         return check("out", dtype)
 
     assert check_with(0.9).same_greedy == right.same_greedy
@@ -432,7 +432,10 @@ def test_the_script_is_told_all_and_its_last_line_is_the_error(pair, monkeypatch
 
     def run(command, **_how):
         commands.append(command)
-        assert json.loads(Path(command[4]).read_text()) == [[5, 6], [7]]
+        assert json.loads(Path(command[4]).read_text()) == {
+            "prompts": [[5, 6], [7]],
+            "conversation": None,
+        }
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
     def place(numbers):
@@ -442,7 +445,7 @@ def test_the_script_is_told_all_and_its_last_line_is_the_error(pair, monkeypatch
     monkeypatch.setattr(verifying, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(verifying, "place_in_fp32", place)
     with pytest.raises(SanError) as caught:
-        verifying._stock_answers(Path("base"), [[5, 6], [7]])
+        verifying._stock_answers(Path("base"), [[5, 6], [7]], "no row")
     assert str(caught.value) == f"base: stock transformers cannot load it: {said}"
     ((python, option, script, folder, prompts, out, device, dtype),) = commands
     assert (python, option, folder) == (sys.executable, "-P", "base")

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from merge.stock import verify_in_this_process
 from tiny import save_tiny, tiny_tokenizer, write_recipe
 from transformers import AutoTokenizer
 
-from san_llm.ask.respond import Sampling, question, respond
-from san_llm.errors import InputError
+from san_llm.ask.respond import Sampling, in_frame, posed, question, respond
+from san_llm.errors import InputError, SanError
 from san_llm.merge.request import MergeRequest
 from san_llm.merge.run import merge
 from san_llm.models.load import load_model
 from san_llm.models.locate import find_base
 from san_llm.models.subject import find_subject
 from san_llm.models.tokenizer import load_tokenizer
+from san_llm.protocol.templates import template
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run
 from san_llm.train.run import train
@@ -86,6 +90,80 @@ def test_the_template_and_what_ends_a_turn_go_with_adapter_and_model(here, base)
     asked = stock.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     tokenizer = load_tokenizer(find_base(recipe(here, base).base), adapter)
     assert question("Colour of snow?", "chat", tokenizer)[1] == asked
+
+
+def merged(here: Path, **how: Any) -> Any:
+    return merge(MergeRequest(find_subject(run=here / "run"), here / "out", verified=True, **how))
+
+
+def test_a_style_of_instructions_goes_with_the_model_as_a_template(here, base, monkeypatch):
+    verify_in_this_process(monkeypatch)
+    rows = [{"instruction": "Why?", "input": "", "output": f"So {n}."} for n in range(4)]
+    rows[0]["input"] = "which no chat template has a place for"
+    (here / "rows.json").write_text(json.dumps(rows))
+    data = {"prompt": "alpaca", "held_out": 0}
+    path = write_recipe(here / "r.yaml", base, here / "rows.json", data=data)
+    adapter = trained(load_recipe(path, []))
+    result = merged(here)
+    second = "rows.json: row 2"
+    assert re.fullmatch(
+        rf"chat_template.jinja: the [\d,]+ tokens of .*{second}, as they were learned",
+        result.verified.frame,
+    )
+    stock = AutoTokenizer.from_pretrained(here / "out")
+    turns = [{"role": "user", "content": "Why?"}]
+    written = stock.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    found = find_base(load_recipe(path, []).base)
+    assert question("Why?", "alpaca", load_tokenizer(found))[1] == written
+    assert in_frame("alpaca", load_tokenizer(found, adapter))
+    assert not in_frame("alpaca", load_tokenizer(found))
+    # One that was made before it was kept gets it all the same, and another frame is found out.
+    (adapter / "chat_template.jinja").unlink()
+    shutil.rmtree(here / "out")
+    assert merged(here).verified.frame == result.verified.frame
+    (adapter / "chat_template.jinja").write_text(template("llm-adapters", begins=True))
+    shutil.rmtree(here / "out")
+    with pytest.raises(SanError, match=rf"chat_template.jinja: its chat .*{second} otherwise than"):
+        merged(here)
+    assert not (here / "out").exists()
+    (here / "rows.json").unlink()
+    assert merged(here).verified.frame == f"not compared: {here / 'rows.json'} is not here"
+
+
+def test_one_system_prompt_of_all_rows_is_what_the_model_is_asked_with(here, base, monkeypatch):
+    verify_in_this_process(monkeypatch)
+    (here / "mine.jinja").write_text(TEMPLATE)
+    made = recipe(here, base)
+    rows = [json.loads(line) for line in (here / "rows.jsonl").read_text().splitlines()]
+    system = {"role": "system", "content": 'You "know"\ncolours.'}
+    with_it = [{"messages": [system, *row["messages"]]} for row in rows]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, with_it)))
+    adapter = trained(made)
+    tokenizer = load_tokenizer(find_base(made.base), adapter)
+    text = "user: Colour of snow?<pad>\nassistant: "
+    prompted = f"system: {system['content']}<pad>\n{text}"
+    assert question("Colour of snow?", "chat", tokenizer)[0] == prompted
+    subject = find_subject(run=here / "run")
+    assert posed(subject, "Colour of snow?", None).system == system["content"]
+    other = posed(subject, "Colour of snow?", None, system="Other.")
+    assert (other.text, other.system) == (f"system: Other.<pad>\n{text}", None)
+    assert "as they were learned" in merged(here).verified.frame
+    # Where one row has none, no prompt is everybody's.
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, [*with_it[1:], rows[0]])))
+    shutil.rmtree(here / "run")
+    assert question("?", "chat", load_tokenizer(find_base(made.base), trained(made)))[0] == (
+        "user: ?<pad>\nassistant: "
+    )
+
+
+def test_a_system_prompt_needs_a_place(here, base):
+    rows = [{"instruction": "Why?", "input": "", "output": f"So {n}."} for n in range(4)]
+    (here / "rows.json").write_text(json.dumps(rows))
+    data = {"prompt": "alpaca", "held_out": 0}
+    path = write_recipe(here / "r.yaml", base, here / "rows.json", data=data)
+    trained(load_recipe(path, []))
+    with pytest.raises(InputError, match="--system: prompt style alpaca has no place for one"):
+        posed(find_subject(run=here / "run"), "Why?", None, system="Be brief.")
 
 
 def test_an_answer_ends_with_its_turn(here, base):

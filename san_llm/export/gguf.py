@@ -16,10 +16,11 @@ import numpy as np
 
 from san_llm.architectures.decoders import K, Q
 from san_llm.errors import InputError, SanError
+from san_llm.export.modelfile import write_modelfile
+from san_llm.export.tokenizer import add_tokenizer, readable_tokenizer
 from san_llm.files import read_json
-from san_llm.merge.gguf_tokenizer import add_tokenizer, readable_tokenizer
 from san_llm.models.weights import Numbers, Stored, read_rows, read_weights
-from san_llm.progress import bar
+from san_llm.progress import bar, say
 
 KINDS = ("f16", "bf16", "q8_0")
 FILE = "model.gguf"
@@ -94,6 +95,8 @@ def rope_factors(config: Mapping[str, Any]) -> Numbers | None:
 def export_gguf(folder: Path, kind: str) -> Path:
     """Write a model of the Llama family as ``model.gguf`` beside its weights; return that file.
 
+    Beside it, a ``Modelfile`` for Ollama.
+
     Args:
         folder: A model folder in full precision, with its tokenizer.
         kind: ``f16``, ``bf16`` or ``q8_0``: how matrices are stored; vectors stay fp32.
@@ -120,7 +123,8 @@ def export_gguf(folder: Path, kind: str) -> Path:
     if kind == "q8_0":
         writer.add_quantization_version(2)  # of ggml's block formats
     _add_shape(writer, config)
-    add_tokenizer(writer, readable_tokenizer(folder, config), config)
+    tokenizer = readable_tokenizer(folder, config)
+    add_tokenizer(writer, tokenizer, config)
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
@@ -145,6 +149,9 @@ def export_gguf(folder: Path, kind: str) -> Path:
         writer.write_tensors_to_file()
         writer.close()
     _compare(folder / FILE, written, config)
+    why = write_modelfile(folder, FILE, tokenizer)
+    if why is not None:
+        say(f"Modelfile: without a template: {why}")
     return folder / FILE
 
 

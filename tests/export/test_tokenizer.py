@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
 from san_llm.errors import InputError
-from san_llm.merge.gguf_tokenizer import LLAMA_3, add_tokenizer, readable_tokenizer
+from san_llm.export.tokenizer import LLAMA_3, add_tokenizer, readable_tokenizer
 
 WHOLE, BYTES = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
 CONFIG = {"vocab_size": len(VOCABULARY), "eos_token_id": None}
