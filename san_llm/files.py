@@ -193,6 +193,22 @@ def refuse_files(folder: Path, overwrite: bool) -> None:
     refuse_no_place(folder)
 
 
+def refuse_file(file: Path, overwrite: bool) -> None:
+    """Refuse to write a file where something stands, or where no file can be.
+
+    Raises:
+        InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
+            its folder should be.
+    """
+    above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise InputError(f"{file}: {above.name} is not a folder")
+    if file.is_dir():
+        raise InputError(f"{file}: a folder stands there; expected a file to write to")
+    if os.path.lexists(file) and not overwrite:
+        raise InputError(f"{file}: is there already; add --overwrite to replace it")
+
+
 def refuse_no_place(folder: Path) -> None:
     """Refuse a folder that cannot be made, by making it and taking it away again.
 

@@ -82,7 +82,7 @@ NOT_HERE = {
     "make gpu": "needs a GPU; benchmarks/gpu.py runs anywhere by --device cpu",
 }
 # What a reader of the page has done before.
-BEFORE = {"docs/evaluation.md": "san-llm train smollm2_demo"}
+BEFORE = dict.fromkeys(("docs/asking.md", "docs/evaluation.md"), "san-llm train smollm2_demo")
 # Options after a command line that make it small, or give it a base that is here.
 TINY = (
     *("base.model=models/smollm2-135m", "base.dtype=float32", "data.cutoff=2048"),

@@ -27,7 +27,7 @@ from san_llm.models.load import load_config
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject, checked_date
 from san_llm.models.tokenizer import load_tokenizer
-from san_llm.protocol.prompts import PromptStyle, prompt_style
+from san_llm.protocol.prompts import Frame, PromptStyle, prompt_style
 from san_llm.protocol.template_date import ASKS
 
 if TYPE_CHECKING:
@@ -102,24 +102,27 @@ def question(
 
 
 @dataclass(frozen=True)
-class Posed:
-    """A prompt as a model goes on from it.
+class Way:
+    """How prompts are put to a model.
 
     Attributes:
         found: The base, whose weights are not loaded yet.
         tokenizer: The base's tokenizer.
+        config: The model's config.
         style: The prompt style, or ``none``.
-        text: The exact text.
-        tokens: The text's tokens.
-        date: What the chat template wrote as today's; None where it wrote none.
+        date: What the chat template writes as today's; None where it writes none.
     """
 
     found: FoundBase
     tokenizer: PreTrainedTokenizerFast
+    config: Any
     style: str
-    text: str
-    tokens: list[int]
     date: str | None
+
+    @property
+    def frame(self) -> Frame:
+        """The style as what stands around a row."""
+        return "none" if self.style == NO_STYLE else prompt_style(self.style)
 
 
 def words_of(
@@ -137,31 +140,44 @@ def words_of(
     return tokenizer, told if ASKS in str(tokenizer.chat_template) else None
 
 
-def posed(
-    subject: Subject, words: str, style: str | None, context: str = "", date: str | None = None
-) -> Posed:
-    """Return a prompt in the style a model was trained in, checked before its weights are loaded.
+def way_of(subject: Subject, style: str | None, date: str | None = None) -> Way:
+    """Return how a model is asked, in the style it was trained in; its weights are not loaded.
 
     Args:
         subject: The model, with its adapter if any.
-        words: What is asked.
         style: The prompt style, instead of the usual one.
-        context: What a training row has as ``input``.
-        date: What a chat template writes as today's; see :func:`words_of`.
+        date: What a chat template writes as today's date; see :func:`words_of`.
 
     Raises:
-        InputError: when the style has no place for the context, there is no chat template, or the
-            prompt leaves no room for an answer.
+        InputError: when the style is ``chat`` and there is no chat template.
     """
     found = find_base(subject.base)
     tokenizer, told = words_of(found, subject, date)
     style = style or usual_style(subject, tokenizer)
-    if context and style == NO_STYLE:
+    if style == "chat":
+        refuse_no_template(tokenizer)
+    config = load_config(found, subject.adapter)
+    return Way(found, tokenizer, config, style, told if style == "chat" else None)
+
+
+def posed(way: Way, words: str, context: str = "") -> tuple[str, list[int]]:
+    """Return the text that a model goes on from, and its tokens.
+
+    Args:
+        way: How it is asked.
+        words: What is asked.
+        context: What a training row has as ``input``.
+
+    Raises:
+        InputError: when the style has no place for the context, or the prompt leaves no room for
+            an answer.
+    """
+    if context and way.style == NO_STYLE:
         raise InputError("--input: prompt style none has no place for one; put it in the prompt")
-    named = None if style == NO_STYLE else prompt_style(style)
-    text, tokens = question(words, named, tokenizer, context)
-    room(tokens, load_config(found, subject.adapter), tokenizer)
-    return Posed(found, tokenizer, style, text, tokens, told if style == "chat" else None)
+    named = None if way.style == NO_STYLE else prompt_style(way.style)
+    text, tokens = question(words, named, way.tokenizer, context)
+    room(tokens, way.config, way.tokenizer)
+    return text, tokens
 
 
 def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
