@@ -108,6 +108,12 @@ def cache_folder(kind: str) -> Path:
     return Path(home) / kind
 
 
+def state_folder(kind: str) -> Path:
+    """Return where things of a kind are kept that are the user's alone: ``chat``."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "san-llm" / kind
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: under a temporary name beside it, then renamed.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from san_llm.ask.conversations import Turns, keep, last_conversation
 from san_llm.ask.voices import show, voices
 from san_llm.commands.options import (
     Adapter,
@@ -42,6 +43,8 @@ chat_app = typer.Typer(rich_markup_mode=None)
 
     san-llm chat runs/mine
 
+    san-llm chat --continue
+
     san-llm chat --model runs/latest/merged"""
 )
 def chat(
@@ -50,6 +53,9 @@ def chat(
     adapter: Adapter = None,
     base_only: BaseOnly = False,
     compare: Compare = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the last conversation with this model.")
+    ] = False,
     date: Date = None,
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,
@@ -60,6 +66,7 @@ def chat(
     quiet_libraries()
     subject = find_subject(model, adapter, base_only, dtype, run)
     names = voices(subject, compare)
+    turns: Turns = last_conversation(subject, names) if go_on else {voice: [] for voice in names}
 
     from san_llm.ask.respond import (
         Sampling,
@@ -82,7 +89,6 @@ def chat(
         say(f"the chat template is told that today is {told}")
     loaded = load_model(found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
-    turns: dict[str, list[dict[str, str]]] = {voice: [] for voice in names}
 
     def ask(by: str, on_text: Callable[[str], None]) -> Answer:
         _, tokens = talk(turns[by], tokenizer)
@@ -109,6 +115,7 @@ def chat(
             continue
         for answer in answers:
             turns[answer.by].append({"role": "assistant", "content": answer.text.strip()})
+        keep(subject, turns)
 
 
 def _lines(subject: Subject) -> Iterator[str]:

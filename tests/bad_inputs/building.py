@@ -1317,6 +1317,11 @@ def asked_together(here: Path) -> None:
     asked(here, prompt="Why?")
 
 
+@bad("chat --continue", "--continue: no conversation with model + runs/done/adapter so far")
+def chat_that_never_was(here: Path) -> None:
+    pass
+
+
 @bad(
     "generate --rows held-out", "the rows of runs/done have changed since, so that which were held"
 )

@@ -375,6 +375,43 @@ def test_chat_keeps_the_conversation_until_it_is_cleared(ask, folder):
     assert first != second
 
 
+def test_a_conversation_goes_on_where_it_stopped(ask, folder, here, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(here / "state"))
+    which = ("--adapter", folder / "adapter", "--model", folder / "base")
+    whole = ask("chat", *which, said="Hello\nAnd then?\nSo?\n").stdout
+    parts = [ask("chat", *which, said="Hello\n").stdout]
+    assert ask("chat", "--model", folder / "base", said="Something else\n").returncode == 0
+    (here / "linked").symlink_to(folder)  # the same model by another path
+    again = ("--adapter", here / "linked" / "adapter", "--model", here / "linked" / "base")
+    for text, count in (("And then?", 1), ("So?", 2)):
+        done = ask("chat", *again, "--continue", said=f"{text}\n")
+        assert f" (answers so far: {count})\n" in done.stderr
+        parts.append(done.stdout)
+    assert "".join(parts) == whole
+    kept = sorted((here / "state" / "san-llm" / "chat").iterdir())
+    assert len(kept) == 2  # a file a model
+    assert oct((here / "state" / "san-llm" / "chat").stat().st_mode)[-3:] == "700"
+    # Of a compared conversation either side may go on alone, but not the other way round.
+    done = ask("chat", *which, "--compare", "--continue", said="So?\n")
+    assert done.returncode == 2
+    assert "was not compared: base had no part in it\n" in done.stderr
+    ask("chat", *which, "--compare", said="Hello\n")
+    assert "(answers so far: 1)" in ask("chat", *which, "--continue").stderr
+    for file in kept:
+        file.write_text('{"turns": {"adapted": [{"role": "user"}]}}')
+    done = ask("chat", *which, "--continue")
+    assert done.returncode == 2
+    assert done.stderr.endswith(".json: not a conversation that `san-llm chat` has kept\n")
+
+
+def test_a_conversation_that_cannot_be_kept_goes_on(ask, folder, here, monkeypatch):
+    (here / "state").write_text("a file")
+    monkeypatch.setenv("XDG_STATE_HOME", str(here / "state"))
+    done = ask("chat", "--model", folder / "base", said="Hello\n")
+    assert done.returncode == 0
+    assert done.stderr.endswith("san-llm/chat: the conversation cannot be kept: Not a directory\n")
+
+
 def test_both_sides_of_a_compared_chat_keep_their_own_answers(ask, folder):
     which = ("--adapter", folder / "adapter", "--model", folder / "base")
     done = ask("chat", *which, "--compare", said="Hello\nAnd then?\n")
