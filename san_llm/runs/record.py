@@ -228,7 +228,8 @@ class EvaluationResults(_Record):
         average: The mean over the tasks; None where there are none.
         losses: The loss of each task that is judged by it.
         forgetting: What training made the model forget; None where that was not asked.
-        task_files: The file of each task of one's own, by its name.
+        task_files: The file of each task of one's own, by its name; of lm_eval's what it was
+            asked by.
         unparseable_examples: Some outputs without an answer.
         notes: What a reader of the scores should know.
         sha256: The sha256 of each test file.

@@ -1212,7 +1212,10 @@ def task_file_that_is_not_there(here: Path) -> None:
     own_task(here)
 
 
-@bad("eval --model model --tasks mine.yaml --protocol lm-eval", "it asks the eight alone, not mine")
+@bad("eval --model model --tasks mine.yaml --protocol lm-eval", "its own tasks, not mine.yaml")
+@bad(
+    "eval --model model --tasks boolq,gsm8k --protocol lm-eval", "gsm8k is lm_eval's, boolq is not"
+)
 def task_of_ones_own_for_the_harness(here: Path) -> None:
     own_task(here)
 
