@@ -204,7 +204,7 @@ def refuse_file(file: Path, overwrite: bool) -> None:
 
     Raises:
         InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
-            its folder should be.
+            its folder should be, or a folder that takes none.
     """
     above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
@@ -213,6 +213,8 @@ def refuse_file(file: Path, overwrite: bool) -> None:
         raise InputError(f"{file}: a folder stands there; expected a file to write to")
     if os.path.lexists(file) and not overwrite:
         raise InputError(f"{file}: is there already; add --overwrite to replace it")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{file}: {above} takes no file of yours; name another place")
 
 
 def refuse_no_place(folder: Path) -> None:
