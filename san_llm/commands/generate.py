@@ -244,7 +244,7 @@ def _output(rows: str, output: Path | None, subject: Subject, overwrite: bool) -
     Raises:
         InputError: when there is none, it is not named as JSONL is, or something is in the way.
     """
-    if output is None and rows == HELD_OUT and subject.run is not None:
+    if output is None and rows == HELD_OUT and subject.run is not None and subject.trained:
         output = subject.run / HELD_OUT_ANSWERS
     if output is None:
         raise InputError("--rows: name the file to write, --output answers.jsonl")

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticKnownError
@@ -527,6 +527,10 @@ def read_run_manifest(run: Path) -> RunManifest:
     return _checked(RunManifest, read_json(path), path) if path.is_file() else RunManifest()
 
 
+# What a run's rows are: of the eight tasks, of one's own, or texts, which ask nothing.
+RowKind = Literal["tasks", "own", "texts"]
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run came to.
@@ -549,6 +553,7 @@ class TrainResult:
         seconds: Training time of this process.
         resumed_at: The step after which this process went on; 0 if it began the run.
         peak_memory: Bytes that this process held at most, on its GPU if it has one.
+        row_kind: What the rows are.
     """
 
     run: str
@@ -567,6 +572,7 @@ class TrainResult:
     seconds: float
     resumed_at: int
     peak_memory: int
+    row_kind: RowKind
 
 
 class Metrics(_Record):
@@ -575,6 +581,7 @@ class Metrics(_Record):
     Attributes:
         resumed_at: 0, too, for a run of a version that did not write it.
         peak_memory: None for a run of a version that did not write it.
+        row_kind: That of the published rows for a run of a version that did not write it.
     """
 
     steps: int
@@ -589,6 +596,7 @@ class Metrics(_Record):
     seconds: float
     resumed_at: int = 0
     peak_memory: int | None = None
+    row_kind: RowKind = "tasks"
 
 
 def write_metrics(run: Path, result: TrainResult) -> None:

@@ -17,6 +17,7 @@ from san_llm.data.encode import encoding_of
 from san_llm.data.ends import turn_end
 from san_llm.data.rows import Row
 from san_llm.data.split import Split, split_held_out
+from san_llm.data.task_rows import kind_of
 from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import SanError
 from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
@@ -31,6 +32,7 @@ from san_llm.progress import say
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.schema import Data, Recipe, micro_batch
 from san_llm.recipe.steps import steps_of, warmup_of
+from san_llm.runs.record import RowKind
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.train.samples import Samples
 
@@ -44,12 +46,14 @@ class TokenRows:
         held_out: The rows that judge; None where none are held out.
         sha256: The checksum of each file that they are from.
         names: Returns the rows of ``train`` as they were read, which say where they stand.
+        kind: What the rows are.
     """
 
     train: Encoded
     held_out: Encoded | None
     sha256: dict[str, str]
     names: Callable[[], list[Row]]
+    kind: RowKind
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundB
         for doubt in doubts(recipe, len(train.rows)):
             say(f"warning: {doubt}")
     names = partial(kept_rows, train, split.train, encoding)
-    return TokenRows(train, held_out, split.sha256, names)
+    return TokenRows(train, held_out, split.sha256, names, kind_of(split.train))
 
 
 def _tell_rows(train: Encoded, held_out: Encoded | None, split: Split, data: Data) -> None:

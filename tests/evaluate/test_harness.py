@@ -128,7 +128,9 @@ def test_a_run_is_asked_in_its_frame_and_compared_with_its_base(command, here, t
     train = write_rows(here / "rows.json", rows(12))
     training = {"max_steps": 1, "evaluate_every": 1}
     write_recipe(here / "r.yaml", tiny_base, train, training=training)
-    assert command("train", "r.yaml", "--output", "run").returncode == 0
+    done = command("train", "r.yaml", "--output", "run")
+    assert done.returncode == 0
+    assert "next: `san-llm generate --rows held-out --limit 10 --compare`, `san-llm" in done.stderr
     file = theirs("ask", **ASK)
     asked = ("eval", "run", "--protocol", "lm-eval", "--tasks", file)
     plain = [f"Q: 1?\nA: 2\n\nQ: {n} {'x' * n}?\nA:" for n in range(4)]
