@@ -108,6 +108,12 @@ def cache_folder(kind: str) -> Path:
     return Path(home) / kind
 
 
+def state_folder(kind: str) -> Path:
+    """Return where things of a kind are kept that are the user's alone: ``chat``."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "san-llm" / kind
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: under a temporary name beside it, then renamed.
 
@@ -191,6 +197,24 @@ def refuse_files(folder: Path, overwrite: bool) -> None:
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder}: has files in it; add --overwrite to replace them")
     refuse_no_place(folder)
+
+
+def refuse_file(file: Path, overwrite: bool) -> None:
+    """Refuse to write a file where something stands, or where no file can be.
+
+    Raises:
+        InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
+            its folder should be, or a folder that takes none.
+    """
+    above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise InputError(f"{file}: {above.name} is not a folder")
+    if file.is_dir():
+        raise InputError(f"{file}: a folder stands there; expected a file to write to")
+    if os.path.lexists(file) and not overwrite:
+        raise InputError(f"{file}: is there already; add --overwrite to replace it")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{file}: {above} takes no file of yours; name another place")
 
 
 def refuse_no_place(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -22,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from san_llm.errors import debugging
 from san_llm.shown import plain
 
 # Progress, notes and errors go here; results go to stdout.
@@ -100,6 +103,28 @@ def bar(what: str, total: int, unit: str = "steps", quiet: bool = False) -> Iter
         )
         with Progress(*columns, console=stderr) as progress:
             yield Bar(what, total, unit, (progress, progress.add_task(what, total=total, note="")))
+
+
+@contextmanager
+def silenced(library: str) -> Iterator[None]:
+    """Keep the bars and notices of a library, and of what it starts, out of ours."""
+    if debugging():
+        yield
+        return
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        logger.setLevel(level)
 
 
 def quiet_libraries(bars: bool = False) -> None:

@@ -24,9 +24,10 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test, nor what several share, reads or writes the user's cache."""
+    """No test, nor what several share, reads or writes the user's cache or state."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAN_LLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
         yield
 
 

@@ -50,6 +50,9 @@ PAGES = [
 WORKERS = "tests/launch/test_command.py::test_two_processes_give_the_weights_of_one"
 LAUNCHERS = "tests/launch/test_command.py::test_a_launcher_of_the_users_own_trains_as_one"
 ENGINES = "tests/launch/test_engine.py::test_an_engine_gives_the_weights_of_one_process"
+HARNESS = (
+    "tests/evaluate/test_harness.py::test_a_run_is_asked_in_its_frame_and_compared_with_its_base"
+)
 NOT_HERE = {
     "python -m pip install pip-audit": "asks a package index",
     'pip install "transformers[serving]"': "asks a package index",
@@ -65,6 +68,8 @@ NOT_HERE = {
     "san-llm data build commonsense --from hub": (
         "tests/data/test_build.py::test_the_hubs_parquet_files_give_the_same_rows"
     ),
+    "san-llm eval --protocol lm-eval --tasks gsm8k,mmlu": HARNESS,
+    "san-llm eval --protocol lm-eval --tasks my_harness_task.yaml --base-only": HARNESS,
     "san-llm train mine.yaml --processes 8": WORKERS,
     "san-llm train mine.yaml --accelerate fsdp2": ENGINES,
     "san-llm train mine.yaml --accelerate config.yaml": ENGINES,
@@ -84,7 +89,7 @@ NOT_HERE = {
     "make gpu": "needs a GPU; benchmarks/gpu.py runs anywhere by --device cpu",
 }
 # What a reader of the page has done before.
-BEFORE = {"docs/evaluation.md": "san-llm train smollm2_demo"}
+BEFORE = dict.fromkeys(("docs/asking.md", "docs/evaluation.md"), "san-llm train smollm2_demo")
 # Options after a command line that make it small, or give it a base that is here.
 TINY = (
     *("base.model=models/smollm2-135m", "base.dtype=float32", "data.cutoff=2048"),

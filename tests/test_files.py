@@ -19,6 +19,7 @@ from san_llm.files import (
     folder_sha256,
     key_of,
     read_json,
+    refuse_file,
     refuse_link,
     write_json,
     write_text,
@@ -184,3 +185,12 @@ def test_a_key_does_not_depend_on_the_order_of_names_and_code_has_one_hash():
     assert key_of({"a": 1, "b": {"c": 2, "d": 3}}) == key_of({"b": {"d": 3, "c": 2}, "a": 1})
     assert key_of({"a": 1}) != key_of({"a": 2})
     assert len(code_sha256()) == 64
+
+
+def test_a_folder_that_takes_no_file_is_told_before_there_is_one_to_write(here, monkeypatch):
+    refuse_file(here / "new" / "a.jsonl", overwrite=False)
+    closed = []
+    monkeypatch.setattr(os, "access", lambda path, how: closed.append(path))  # root may all
+    with pytest.raises(InputError, match=r"a.jsonl: .* takes no file of yours; name another place"):
+        refuse_file(here / "new" / "a.jsonl", overwrite=False)
+    assert closed == [here]

@@ -1022,13 +1022,24 @@ add("gguf", "", "GGUFReader", GGUF, takes("path"))
 add("gguf", "quants", "quantize dequantize", GGUF, takes("data qtype"))
 add("datasets", "Dataset", "data", "rows are measured in Arrow's memory", does(columns_are_arrow))
 harness = functools.partial(add, "lm_eval")
-EVALUATE = takes("model", keywords="tasks task_manager bootstrap_iters")
+ASKED = "tasks limit task_manager bootstrap_iters apply_chat_template fewshot_as_multiturn"
+EVALUATE = takes("model", keywords=ASKED)
 harness("", "simple_evaluate", HARNESS, where_installed(EVALUATE))
 SAMPLES = where_installed(is_in("lm_eval.evaluator"))
-harness("evaluator", "samples doc_id filtered_resps", HARNESS, SAMPLES)
+SAID = "samples doc_id doc target arguments resps filtered_resps filter"
+harness("evaluator", SAID, HARNESS, SAMPLES)
 SCORED = takes("pretrained", keywords="tokenizer batch_size softmax_dtype")
 harness("models.huggingface", "HFLM", HARNESS, where_installed(SCORED))
 harness("tasks", "TaskManager", HARNESS, where_installed(takes(keywords="include_defaults")))
+NAMES = "load all_tasks"
+harness("tasks.TaskManager", NAMES, HARNESS, where_installed(is_there))
+MADE = "OUTPUT_TYPE eval_docs aggregation dump_config doc_to_choice"
+harness("api.task.ConfigurableTask", MADE, HARNESS, where_installed(is_there))
+harness("api.metrics", "mean", HARNESS, where_installed(is_there))
+FRAMED = takes("chat_history add_generation_prompt")
+harness("models.huggingface.HFLM", "apply_chat_template", HARNESS, where_installed(FRAMED))
+KNOWS = "max_length max_gen_toks tok_encode"
+harness("models.huggingface.HFLM", KNOWS, HARNESS, where_installed(is_there))
 TASK = "lm_eval.config.task.TaskConfig"
 harness("config.task.TaskConfig", "custom_dataset", HARNESS, where_installed(is_of(TASK)))
 NODES = takes("parent index", for_itself="yaml.composer.Composer")

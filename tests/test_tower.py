@@ -45,9 +45,9 @@ TORCH = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbyte
 # the prompt: a help page, a wrong recipe or a finished result waits for nothing.
 MAY_TORCH = {
     *("ask.answers", "ask.beam_search", "ask.likelihood", "ask.losses", "ask.packed"),
-    "ask.respond",
+    *("ask.harness", "ask.respond", "ask.rows"),
     *("data.batches", "data.tokenized"),
-    *("evaluate.harness", "evaluate.identity", "evaluate.pose", "evaluate.run"),
+    *("evaluate.identity", "evaluate.pose", "evaluate.run"),
     "launch.heartbeat",
     *("merge.in_memory", "merge.peft", "merge.quantized", "merge.stock_logits", "merge.verify"),
     *("measure.behaviour", "measure.copies", "measure.experts", "measure.folds"),

@@ -30,7 +30,9 @@ NEW_TOKENS = 32
 LARGEST_BATCH = 32
 
 
-def fitting_batch_size(config: Any, longest: int, free: int, new_tokens: int = NEW_TOKENS) -> int:
+def fitting_batch_size(
+    config: Any, longest: int, free: int, new_tokens: int = NEW_TOKENS, beams: int = BEAMS
+) -> int:
     """Return how many prompts to answer at once.
 
     Args:
@@ -38,15 +40,16 @@ def fitting_batch_size(config: Any, longest: int, free: int, new_tokens: int = N
         longest: Tokens of the longest prompt.
         free: Bytes of memory that may be used.
         new_tokens: Tokens of an answer at most.
+        beams: Running hypotheses a prompt.
     """
     heads = getattr(config, "num_attention_heads", 1)  # what Mamba keeps is less than one's
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     blocks, vocabulary = config.num_hidden_layers, config.vocab_size
-    tokens = longest + BEAMS * new_tokens
+    tokens = longest + beams * new_tokens
     # Keys and values in fp32, and a few fp32 copies of each beam's last logits.
     cache = 2 * 4 * blocks * kv_heads * head_dim * tokens
-    row = cache + BEAMS * 8 * 4 * vocabulary
+    row = cache + beams * 8 * 4 * vocabulary
     return max(1, min(LARGEST_BATCH, int(free // (2 * row))))
 
 
@@ -66,14 +69,13 @@ def answers(
     new_tokens: int = NEW_TOKENS,
     chat: bool = False,
 ) -> Iterator[list[tuple[int, str]]]:
-    """Give the answers to prompts as they are done, the longest prompt first.
+    """Give the answers to prompts as they are done, by the protocol's search.
 
     Args:
         model: A causal LM, in eval mode.
         tokenizer: The model's tokenizer.
         prompts: The tokens of each prompt.
-        batch_size: Prompts at once; None: chosen by memory, and halved when it runs out. With 1
-            each prompt is computed alone, whatever the others are.
+        batch_size: Prompts at once, see :func:`continuations`.
         answer: Reads the answer of a prompt from its text, None while there is none, by a first
             match that more text cannot change. Given, texts may be cut short, and only the answers
             in them are the same as without.
@@ -83,12 +85,6 @@ def answers(
     Yields:
         ``(prompt number, new text)`` of some prompts, of each once.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    if not order:
-        return
-    longest = len(prompts[order[0]])
-    free = free_memory(model.device)
-    size = batch_size or fitting_batch_size(model.config, longest, free, new_tokens)
 
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -96,6 +92,36 @@ def answers(
     ends = end_tokens(model, tokenizer, chat)
     read = None if answer is None else lambda number, tokens: answer(number, text(tokens))
     search = BeamSearch(BEAMS, new_tokens, ends, read)
+    for ended in continuations(model, pad_id(tokenizer), prompts, search, batch_size):
+        yield [(number, text(tokens)) for number, tokens in ended]
+
+
+def continuations(
+    model: PreTrainedModel,
+    padding: int,
+    prompts: Sequence[list[int]],
+    search: BeamSearch,
+    batch_size: int | None = None,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Give what is found behind prompts as it is done, the longest prompt first.
+
+    Args:
+        model: A causal LM, in eval mode.
+        padding: The token that is put where there is none.
+        prompts: The tokens of each prompt.
+        search: How to search; with one beam the likeliest token follows, each time.
+        batch_size: Prompts at once; None: chosen by memory, and halved when it runs out. With 1
+            each prompt is computed alone, whatever the others are.
+
+    Yields:
+        ``(prompt number, new tokens)`` of some prompts, of each once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    if not order:
+        return
+    longest, new_tokens = len(prompts[order[0]]), search.new_tokens
+    free = free_memory(model.device)
+    size = batch_size or fitting_batch_size(model.config, longest, free, new_tokens, search.beams)
     # A prompt that may come to where its length decides how it is rotated is answered alone.
     alike = 0 if batch_size == 1 else alike_to(inner(model).config) - new_tokens
     alone = [[number] for number in order if len(prompts[number]) > alike]
@@ -108,11 +134,11 @@ def answers(
             if packs:
                 steps = search.run(model, waiting, size)
             else:
-                steps = _stock(model, waiting, size, ends, pad_id(tokenizer), new_tokens)
+                steps = _stock(model, waiting, size, padding, search)
             try:
                 for ended in steps:
                     left.difference_update(number for number, _ in ended)
-                    yield [(number, text(tokens)) for number, tokens in ended]
+                    yield ended
             except torch.OutOfMemoryError:
                 if size == 1 or batch_size is not None:
                     raise
@@ -130,15 +156,20 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat:
 
 
 @contextmanager
-def without_habits(model: PreTrainedModel) -> Iterator[None]:
+def without_habits(model: PreTrainedModel, ends: list[int] | None = None) -> Iterator[None]:
     """Keep a model's own settings out, which ``generate`` takes where the protocol has none.
 
     A repetition penalty from ``generation_config.json``, say, would change the answers.
+
+    Args:
+        model: The model.
+        ends: The tokens that end an answer, where ``generate`` is not told them.
     """
     from transformers import GenerationConfig
 
     bare = inner(model)
-    habits, bare.generation_config = bare.generation_config, GenerationConfig()
+    habits = bare.generation_config
+    bare.generation_config = GenerationConfig(eos_token_id=ends)
     try:
         yield
     finally:
@@ -149,9 +180,8 @@ def _stock(
     model: PreTrainedModel,
     prompts: Sequence[tuple[int, list[int]]],
     batch_size: int,
-    ends: list[int],
     padding: int,
-    new_tokens: int,
+    search: BeamSearch,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Give the answers of a model that cannot be packed, by transformers' own search.
 
@@ -161,10 +191,10 @@ def _stock(
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
-        num_beams=BEAMS,
-        max_new_tokens=new_tokens,
+        num_beams=search.beams,
+        max_new_tokens=search.new_tokens,
         do_sample=False,
-        eos_token_id=ends or None,
+        eos_token_id=list(search.ends) or None,
         pad_token_id=padding,
     )
     known = is_known(inner(model).config.model_type)
@@ -182,7 +212,7 @@ def _stock(
         kept: dict[str, Any] = {}
         with torch.inference_mode(), without_habits(model):
             if known:
-                kept["past_key_values"] = _kept_of(model, tokens, mask)
+                kept["past_key_values"] = _kept_of(model, tokens, mask, search.beams)
             out: torch.Tensor = model.generate(
                 input_ids=tokens, attention_mask=mask, generation_config=settings, **kept
             )
@@ -190,7 +220,7 @@ def _stock(
         yield [(number, tokens) for (number, _), tokens in zip(batch, new, strict=True)]
 
 
-def _kept_of(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+def _kept_of(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, beams: int) -> Any:
     """Return the keys and values of prompts (batch, width) without the last, for each beam."""
     from transformers import DynamicCache
 
@@ -206,5 +236,5 @@ def _kept_of(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor) -
             use_cache=True,
             logits_to_keep=1,
         )
-        cache.batch_repeat_interleave(BEAMS)
+        cache.batch_repeat_interleave(beams)
     return cache

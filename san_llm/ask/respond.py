@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from san_llm.ask.answers import end_tokens, without_habits
+from san_llm.ask.conversations import with_system
 from san_llm.data.batches import pad_id
 from san_llm.data.encode import chat_prompt, evaluation_text, prompt_tokens
 from san_llm.data.rows import Row
@@ -27,9 +28,9 @@ from san_llm.models.load import load_config
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.subject import Subject, checked_date
 from san_llm.models.tokenizer import begins_texts, load_tokenizer
-from san_llm.protocol.prompts import PromptStyle, prompt_style
+from san_llm.protocol.prompts import Frame, PromptStyle, prompt_style
 from san_llm.protocol.template_date import ASKS
-from san_llm.protocol.templates import system_of, template
+from san_llm.protocol.templates import template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -103,26 +104,29 @@ def question(
 
 
 @dataclass(frozen=True)
-class Posed:
-    """A prompt as a model goes on from it.
+class Way:
+    """How prompts are put to a model.
 
     Attributes:
         found: The base, whose weights are not loaded yet.
         tokenizer: The base's tokenizer.
+        config: The model's config.
         style: The prompt style, or ``none``.
-        text: The exact text.
-        tokens: The text's tokens.
-        date: What the chat template wrote as today's; None where it wrote none.
-        system: The system prompt that the chat template begins with, as all training rows did.
+        date: What the chat template writes as today's; None where it writes none.
+        system: The system prompt that is said; None: the template's own, if it has one.
     """
 
     found: FoundBase
     tokenizer: PreTrainedTokenizerFast
+    config: Any
     style: str
-    text: str
-    tokens: list[int]
     date: str | None
     system: str | None = None
+
+    @property
+    def frame(self) -> Frame:
+        """The style as what stands around a row."""
+        return "none" if self.style == NO_STYLE else prompt_style(self.style)
 
 
 def words_of(
@@ -140,50 +144,54 @@ def words_of(
     return tokenizer, told if ASKS in str(tokenizer.chat_template) else None
 
 
-def posed(
-    subject: Subject,
-    words: str,
-    style: str | None,
-    context: str = "",
-    date: str | None = None,
-    system: str | None = None,
-) -> Posed:
-    """Return a prompt in the style a model was trained in, checked before its weights are loaded.
+def way_of(
+    subject: Subject, style: str | None, date: str | None = None, system: str | None = None
+) -> Way:
+    """Return how a model is asked, in the style it was trained in; its weights are not loaded.
 
     Args:
         subject: The model, with its adapter if any.
-        words: What is asked.
         style: The prompt style, instead of the usual one.
-        context: What a training row has as ``input``.
-        date: What a chat template writes as today's; see :func:`words_of`.
+        date: What a chat template writes as today's date; see :func:`words_of`.
         system: The system prompt, instead of the one that the chat template begins with if any.
 
     Raises:
-        InputError: when the style has no place for the context or the system prompt, there is no
-            chat template, or the prompt leaves no room for an answer.
+        InputError: when the style is ``chat`` and there is no chat template, or another and there
+            is a system prompt.
     """
     found = find_base(subject.base)
     tokenizer, told = words_of(found, subject, date)
     style = style or usual_style(subject, tokenizer)
-    if context and style == NO_STYLE:
-        raise InputError("--input: prompt style none has no place for one; put it in the prompt")
-    named = None if style == NO_STYLE else prompt_style(style)
-    if system is None:
-        text, tokens = question(words, named, tokenizer, context)
-    elif style == "chat":
-        asked = f"{words}\n\n{context}" if context else words
+    if style == "chat":
         refuse_no_template(tokenizer)
-        text, tokens = talk([*system_turns(system), {"role": "user", "content": asked}], tokenizer)
-    else:
+    config = load_config(found, subject.adapter)
+    if system is not None and style != "chat":
         raise InputError(f"--system: prompt style {style} has no place for one")
-    room(tokens, load_config(found, subject.adapter), tokenizer)
-    own = system_of(str(tokenizer.chat_template)) if style == "chat" and system is None else None
-    return Posed(found, tokenizer, style, text, tokens, told if style == "chat" else None, own)
+    return Way(found, tokenizer, config, style, told if style == "chat" else None, system)
 
 
-def system_turns(system: str | None) -> list[dict[str, str]]:
-    """Return what a conversation begins with: the system prompt if one is said."""
-    return [] if system is None else [{"role": "system", "content": system}]
+def posed(way: Way, words: str, context: str = "") -> tuple[str, list[int]]:
+    """Return the text that a model goes on from, and its tokens.
+
+    Args:
+        way: How it is asked.
+        words: What is asked.
+        context: What a training row has as ``input``.
+
+    Raises:
+        InputError: when the style has no place for the context, or the prompt leaves no room for
+            an answer.
+    """
+    if context and way.style == NO_STYLE:
+        raise InputError("--input: prompt style none has no place for one; put it in the prompt")
+    named = None if way.style == NO_STYLE else prompt_style(way.style)
+    if way.system is None:
+        text, tokens = question(words, named, way.tokenizer, context)
+    else:
+        turn = {"role": "user", "content": f"{words}\n\n{context}" if context else words}
+        text, tokens = talk(with_system([turn], way.system), way.tokenizer)
+    room(tokens, way.config, way.tokenizer)
+    return text, tokens
 
 
 def talk(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from san_llm.ask.conversations import Turns, keep, last_conversation, with_system
 from san_llm.ask.voices import show, tell_system, voices
 from san_llm.commands.options import (
     Adapter,
@@ -44,6 +45,8 @@ chat_app = typer.Typer(rich_markup_mode=None)
 
     san-llm chat runs/mine
 
+    san-llm chat --continue
+
     san-llm chat --model runs/latest/merged"""
 )
 def chat(
@@ -53,6 +56,9 @@ def chat(
     base_only: BaseOnly = False,
     compare: Compare = False,
     system: System = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the last conversation with this model.")
+    ] = False,
     date: Date = None,
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,
@@ -63,13 +69,14 @@ def chat(
     quiet_libraries()
     subject = find_subject(model, adapter, base_only, dtype, run)
     names = voices(subject, compare)
+    turns: Turns = last_conversation(subject, names) if go_on else {voice: [] for voice in names}
+    turns = {voice: with_system(history, system) for voice, history in turns.items()}
 
     from san_llm.ask.respond import (
         Sampling,
         in_frame,
         refuse_no_template,
         respond,
-        system_turns,
         talk,
         usual_style,
         words_of,
@@ -89,7 +96,6 @@ def chat(
         tell_system(system_of(str(tokenizer.chat_template)))
     loaded = load_model(found, subject.adapter)
     sampling = Sampling(max_new_tokens, temperature, seed)
-    turns = {voice: system_turns(system) for voice in names}
 
     def ask(by: str, on_text: Callable[[str], None]) -> Answer:
         _, tokens = talk(turns[by], tokenizer)
@@ -99,7 +105,7 @@ def chat(
         if line == "/exit":
             return
         if line == "/clear":
-            turns = {voice: system_turns(system) for voice in names}
+            turns = {voice: with_system([], system) for voice in names}
             continue
         before = {voice: list(history) for voice, history in turns.items()}
         for history in turns.values():
@@ -116,6 +122,7 @@ def chat(
             continue
         for answer in answers:
             turns[answer.by].append({"role": "assistant", "content": answer.text.strip()})
+        keep(subject, turns)
 
 
 def _lines(subject: Subject) -> Iterator[str]:

@@ -28,15 +28,17 @@ eval_app = typer.Typer(rich_markup_mode=None)
 
     san-llm eval --model runs/latest/merged --data path/to/dataset --processes 8
 
-    san-llm eval --protocol loglik --json --output scores""",
+    san-llm eval --protocol loglik --json --output scores
+
+    san-llm eval --protocol lm-eval --tasks gsm8k,mmlu""",
 )
 def evaluate(
     run: Run = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks and task files of your own, joined by commas. Default: the recipe's, or "
-            "all eight."
+            help="Tasks and task files of your own, joined by commas; with --protocol lm-eval any "
+            "that it knows. Default: the recipe's, or all eight."
         ),
     ] = None,
     model: Annotated[
@@ -62,7 +64,8 @@ def evaluate(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="llm-adapters, llm-adapters-aligned, alpaca or chat. Default: as it was trained."
+            help="llm-adapters, llm-adapters-aligned, alpaca or chat; of lm_eval's own tasks none, "
+            "too. Default: as it was trained."
         ),
     ] = None,
     date: Date = None,

@@ -78,13 +78,22 @@ def train(
         print(json.dumps(asdict(result)))
     elif result is not None and result.finished:
         stdout.print(_table(result))
-        say('next: `san-llm generate "..." --compare`, `eval`, `merge --verify`, `report`')
+        say(f"next: {_next(result)}")
     if result is not None and not result.finished:
         say(
             f"stopped after step {result.steps} of {result.max_steps}; "
             f"`san-llm train {result.run} --resume` goes on"
         )
     raise typer.Exit(ended.code)
+
+
+def _next(result: TrainResult) -> str:
+    from san_llm.look.held_out import next_steps
+    from san_llm.runs.folder import recipe_of
+
+    held_out = result.held_out_loss is not None
+    steps = next_steps(recipe_of(Path(result.run)), result.row_kind, held_out)
+    return ", ".join(f"`{step}`" for step in steps)
 
 
 def _product(run: str) -> tuple[str, str]:

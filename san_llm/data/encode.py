@@ -136,10 +136,17 @@ def evaluation_text(
     """Return the prompt of a test row and its tokens, after which the model goes on.
 
     Raises:
-        InputError: when the style is ``chat`` and the tokenizer has no chat template.
+        InputError: when the style is ``chat`` and the tokenizer has no chat template, or another
+            one and the row is a conversation.
     """
     if style == "chat":
-        return chat_prompt(turns_of(row)[:1], tokenizer, row.where)
+        turns = turns_of(row) if row.messages else turns_of(row)[:1]
+        return chat_prompt(turns, tokenizer, row.where, row.tools)
+    if row.messages:
+        raise InputError(
+            f"{row.where}: a conversation cannot be asked in the style {style!r}; "
+            "--prompt-style chat asks it"
+        )
     text = evaluation_prompt(style, row.instruction, row.context)
     if style != "llm-adapters-aligned":
         return text, prompt_tokens(tokenizer, text)
@@ -165,7 +172,10 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def chat_prompt(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, where: str
+    turns: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    where: str,
+    tools: str = "",
 ) -> tuple[str, list[int]]:
     """Return a conversation, after which the assistant goes on, in the chat template; its tokens.
 
@@ -173,12 +183,13 @@ def chat_prompt(
         turns: ``role`` and ``content`` of each turn.
         tokenizer: The model's tokenizer.
         where: What the conversation is, for messages.
+        tools: Those that may be called, as JSON; empty for none.
 
     Raises:
         InputError: when the tokenizer has no chat template, or that refuses the conversation.
     """
     check_tokenizer(tokenizer, "chat")
-    text = render(tokenizer, turns, where, ask=True)
+    text = render(tokenizer, turns, where, ask=True, tools=tools)
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

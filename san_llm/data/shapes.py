@@ -11,12 +11,15 @@ text                ``text``, which is learned whole
 
 What a row says besides is honoured or refused, never dropped, where it means something to what is
 learned; other keys (ids, sources, scores) say nothing of it.
+
+A row that is only asked (:func:`read_asked`) needs no answer; one that it has is what is expected.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ BESIDE = {
     "instruction and output": ("input", "answer", "system", "history"),
     "text": (),
 }
+ANSWERS = ("output", "completion", "answer")  # what a row that is only asked may lack
 KEYS = tuple(dict.fromkeys(key for shape, keys in SHAPES.items() for key in keys + BESIDE[shape]))
 SPEAKERS = {
     **{role: role for role in ROLES},
@@ -67,10 +71,7 @@ def read_row(path: Path | str, where: str, value: Any, columns: Mapping[str, str
         InputError: naming the file, the row and what is wrong with it.
     """
     at = f"{path}: {where}"
-    if not isinstance(value, dict):
-        listed = isinstance(value, list) and where == "line 1"
-        hint = "; one list of all rows? then name the file .json" if listed else ""
-        raise InputError(f"{at}: expected an object, found {kind(value)}{hint}")
+    value = _object(at, where, value)
     if columns is not None:
         value = _renamed(at, value, columns)
     shape = _shape(at, value)
@@ -82,6 +83,88 @@ def read_row(path: Path | str, where: str, value: Any, columns: Mapping[str, str
         return _completion(at, value)
     key = SHAPES[shape][0]
     return _conversation(at, shape, _turns(at, key, value[key]), value)
+
+
+def read_asked(path: Path | str, where: str, value: Any, columns: Mapping[str, str] | None) -> Row:
+    """Return a file's value as a row that is asked: what it says, and the answer that is expected.
+
+    A conversation that ends with the assistant's turn is asked up to that; its ``output``, empty
+    where there is none, is what the turn says.
+
+    Args:
+        path: The file, for messages.
+        where: Its place there.
+        value: What stands there.
+        columns: Which column is which key; those of an answer may be missing, and a row that has
+            none of them is taken as it stands.
+
+    Raises:
+        InputError: naming the file, the row and what is wrong with it.
+    """
+    at = f"{path}: {where}"
+    value = _object(at, where, value)
+    if columns is not None and not value.keys().isdisjoint(columns.values()):
+        there = {key: c for key, c in columns.items() if key not in ANSWERS or c in value}
+        value = _renamed(at, value, there)
+    value = {key: told for key, told in value.items() if told is not None}
+    asking = [shape for shape, keys in SHAPES.items() if keys[0] in value and shape != "text"]
+    whole = [shape for shape in asking if all(key in value for key in SHAPES[shape])]
+    shapes = whole if len(whole) == 1 else asking
+    if len(shapes) > 1:
+        raise InputError(f"{at}: can be asked as {' and as '.join(shapes)}; leave one of them")
+    if not shapes:
+        _shape(at, value)  # which refuses all but a text
+        raise InputError(f"{at}: a text asks nothing; what asks is a prompt, say")
+    if shapes[0] == "instruction and output":
+        row = _instruction(at, value, asked=True)
+    elif shapes[0] == "prompt and completion":
+        return _asked_prompt(at, value)
+    else:
+        key = SHAPES[shapes[0]][0]
+        row = _spoken(at, shapes[0], _turns(at, key, value[key]), value)
+    return _split_off(row) if row.messages else row
+
+
+def _asked_prompt(at: str, value: Mapping[str, Any]) -> Row:
+    """Return a prompt without what completes it."""
+    prompt, completion = value["prompt"], value.get("completion")
+    if not isinstance(prompt, list):
+        return _prompt(at, value, needed=False)
+    row = _spoken(at, "prompt of messages", _turns(at, "prompt", prompt), value)
+    said = _turns(at, "completion", completion) if completion else []
+    return replace(row, output=said[-1].content if said else "")
+
+
+def _split_off(row: Row) -> Row:
+    """Return a conversation up to the assistant's last turn, and what that says as the output."""
+    *before, last = row.messages
+    if last.role != "assistant":
+        return row
+    if not before:
+        raise InputError(f"{row.where}: its only message is the assistant's, so nothing is asked")
+    return replace(row, messages=tuple(before), output=last.content)
+
+
+def value_of(row: Row) -> dict[str, Any]:
+    """Return what a file would say of a row that training reads."""
+    if row.messages:
+        turns = [
+            {"role": turn.role, "content": turn.content, **json.loads(turn.more or "{}")}
+            for turn in row.messages
+        ]
+        return {"messages": turns, **({"tools": json.loads(row.tools)} if row.tools else {})}
+    if row.text:
+        return {"text": row.text}
+    said = {"instruction": row.instruction, "input": row.context, "output": row.output}
+    return said | ({"answer": row.answer} if row.answer else {})
+
+
+def _object(at: str, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        listed = isinstance(value, list) and where == "line 1"
+        hint = "; one list of all rows? then name the file .json" if listed else ""
+        raise InputError(f"{at}: expected an object, found {kind(value)}{hint}")
+    return value
 
 
 def _renamed(at: str, value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -143,8 +226,9 @@ def _text(at: str, key: str, text: Any, needed: bool = True) -> str:
     return text
 
 
-def _instruction(at: str, value: Mapping[str, Any]) -> Row:
-    instruction, output = (_text(at, key, value[key]) for key in ("instruction", "output"))
+def _instruction(at: str, value: Mapping[str, Any], asked: bool = False) -> Row:
+    instruction = _text(at, "instruction", value["instruction"])
+    output = _text(at, "output", value.get("output"), needed=not asked)
     context = _text(at, "input", value.get("input"), needed=False)
     system = _text(at, "system", value.get("system"), needed=False)
     history = value.get("history")
@@ -184,29 +268,41 @@ def _completion(at: str, value: Mapping[str, Any]) -> Row:
         ]
         turns = [*asked, *_turns(at, "completion", completion)]
         return _conversation(at, "prompt and completion of messages", turns, value)
-    texts = _text(at, "prompt", prompt), _text(at, "completion", completion)
+    return _prompt(at, value, needed=True)
+
+
+def _prompt(at: str, value: Mapping[str, Any], needed: bool) -> Row:
+    """Return a prompt that is a text, and its completion, which may be needed."""
+    prompt = _text(at, "prompt", value["prompt"])
+    completion = _text(at, "completion", value.get("completion"), needed)
     for key in ("system", "tools"):
         if value.get(key):
             raise InputError(
                 f"{at}: {key!r} has no place beside a prompt that is a text; write it as messages"
             )
-    return Row(texts[0], "", texts[1], shape="prompt and completion", where=at)
+    return Row(prompt, "", completion, shape="prompt and completion", where=at)
 
 
 def _conversation(at: str, shape: str, turns: list[Turn], value: Mapping[str, Any]) -> Row:
-    system = _text(at, "system", value.get("system"), needed=False)
-    if system.strip():
-        if turns and turns[0].role == "system":
-            raise InputError(f"{at}: has a 'system' and a first message of the system: which one?")
-        turns = [Turn("system", system), *turns]
+    row = _spoken(at, shape, turns, value)
     if not any(
         turn.role == "assistant" and turn.learned and (turn.content.strip() or turn.more)
-        for turn in turns
+        for turn in row.messages
     ):
         raise InputError(
             f"{at}: no assistant message with text that is to be learned, so there is nothing to "
             "learn"
         )
+    return row
+
+
+def _spoken(at: str, shape: str, turns: Sequence[Turn], value: Mapping[str, Any]) -> Row:
+    """Return turns as a row, behind the system's prompt and with the tools beside them."""
+    system = _text(at, "system", value.get("system"), needed=False)
+    if system.strip():
+        if turns and turns[0].role == "system":
+            raise InputError(f"{at}: has a 'system' and a first message of the system: which one?")
+        turns = [Turn("system", system), *turns]
     tools = _tools(at, value.get("tools"))
     return Row(messages=tuple(turns), tools=tools, shape=shape, where=at)
 

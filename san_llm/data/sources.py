@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from san_llm.data.rows import Row
-from san_llm.data.shapes import read_row
+from san_llm.data.shapes import read_asked, read_row
 from san_llm.data.values import stream_values
 from san_llm.errors import InputError, SanError, first_line
 from san_llm.files import sha256_of
@@ -44,10 +44,25 @@ def stream_source(source: Source) -> Iterator[Row]:
         InputError: naming the file, the row and what is wrong with it; when there is none.
         SanError: when the hub cannot be reached.
     """
+    return (row for _, row in _read(source, read_row))
+
+
+def stream_asked(source: Source) -> Iterator[tuple[dict[str, Any], Row]]:
+    """Give a source's rows as they are asked, each behind the object that stands there.
+
+    Raises:
+        InputError: naming the file, the row and what is wrong with it; when there is none.
+    """
+    return _read(source, read_asked)
+
+
+def _read(
+    source: Source, reader: Callable[[str, str, Any, Mapping[str, str] | None], Row]
+) -> Iterator[tuple[dict[str, Any], Row]]:
     columns = None if source.columns is None else source.columns.named
     rows = 0
     for where, value in _values(source):
-        yield read_row(source.label, where, value, columns)
+        yield value, reader(source.label, where, value, columns)
         rows += 1
         if rows == source.limit:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import Formatter
@@ -14,8 +14,9 @@ from san_llm.data.sources import POCKET, read_rows
 from san_llm.data.values import stream_values
 from san_llm.errors import InputError, did_you_mean, first_line, nearest_file
 from san_llm.protocol.neutral import chunks
-from san_llm.protocol.tasks import Task
+from san_llm.protocol.tasks import TASKS, Task
 from san_llm.recipe.task_file import TEXT, OwnTask, places
+from san_llm.runs.record import RowKind
 
 
 def test_file(data: str, task: Task) -> Path:
@@ -56,6 +57,24 @@ def read_task(path: Path, task: Task, limit: int | None = None) -> list[Row]:
                 f"{path}: row {number}: found {answer}, expected one of {', '.join(task.answers)}"
             )
     return rows
+
+
+def kind_of(rows: Sequence[Row]) -> RowKind:
+    """Return what rows are: all of the eight tasks, all of them texts, or somebody's own."""
+    if all(row.text for row in rows):
+        return "texts"
+    return "tasks" if all(map(_of_the_eight, rows)) else "own"
+
+
+def _of_the_eight(row: Row) -> bool:
+    """Whether a row says what the published rows say: its answer is one of those that it offers."""
+    offered = row.instruction.rpartition("Answer format: ")[2].strip().split("/")
+    said = row.output.strip() == f"the correct answer is {row.answer}"
+    return (
+        said
+        and row.answer in offered
+        and any(set(offered) <= set(task.answers) for task in TASKS.values())
+    )
 
 
 def read_own_rows(task: OwnTask) -> list[Row]:

@@ -142,8 +142,8 @@ def compare(
     stored = [read_evaluation(evaluation_folder(path)) for path in paths]
     first = stored[0]
     for evaluation in stored:
-        if metric == "acc_norm" and not any(row.choices for row in evaluation.rows):
-            raise InputError(f"{evaluation.folder}: protocol generate has no acc_norm")
+        if metric == "acc_norm" and all(row.correct_norm is None for row in evaluation.rows):
+            raise InputError(f"{evaluation.folder}: its rows have no acc_norm")
         if evaluation is not first:
             _check_same(first, evaluation, across)
     answered = _answered(first.rows, metric)
@@ -277,10 +277,9 @@ def _answered(rows: Sequence[Judged], metric: str) -> dict[str, list[Judged]]:
     """Return each task's rows that are answered, in the order of its file, as a metric has them."""
     answered: dict[str, list[Judged]] = {}
     for row in sorted(rows, key=lambda row: row.row):
-        if metric == "acc_norm":
-            row = replace(row, correct=bool(row.correct_norm))
-        if row.loss is None and (metric == "acc" or row.choices):
-            answered.setdefault(row.task, []).append(row)
+        if row.loss is None and (metric == "acc" or row.correct_norm is not None):
+            by_length = replace(row, correct=bool(row.correct_norm))
+            answered.setdefault(row.task, []).append(row if metric == "acc" else by_length)
     return answered
 
 

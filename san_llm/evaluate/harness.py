@@ -1,28 +1,71 @@
-"""The same choices scored by lm-evaluation-harness itself, for comparison with others' numbers.
+"""Tasks of lm-evaluation-harness, found by name or file and loaded before any model is.
 
-Each task is given to ``lm_eval`` as a ``multiple_choice`` task of its own: the prompt as it is, the
-choices directly behind it, nothing shuffled, no examples. It asks for no network.
+Of a task's metrics those are taken that are means over rows, so that evaluations can be compared
+row by row. The first of them counts as right or wrong; others stand apart, out of the average.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
+import hashlib
+import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from san_llm.ask.likelihood import ChoiceQuestion, ChoiceScore
-from san_llm.errors import InputError, SanError, debugging
+import yaml
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from san_llm.errors import InputError, SanError, did_you_mean, first_line
+from san_llm.progress import silenced
+from san_llm.protocol.tasks import TASKS, is_task_file
+from san_llm.recipe.task_file import APART, FORGETTING, AnyTask
+
+_RIGHT_OR_WRONG = re.compile(r"acc|match")  # of a metric's name; in part right are f1, bleu, ...
 
 
-TASK = "san_llm"
+@dataclass(frozen=True)
+class HarnessTask:
+    """One metric of a task of lm_eval's.
+
+    Attributes:
+        name: What scores call it.
+        source: What lm_eval calls the task.
+        asked: The name or file that it was asked by: its own, or a group's.
+        metric: The metric, a mean over rows.
+        filter: What lm_eval calls the way in which an answer is read from the text.
+        apart: Whether it stands apart, since another is the task's first or it is right in part.
+        says: What of the task answers depend on.
+        made: The task, as lm_eval has made it.
+    """
+
+    name: str
+    source: str
+    asked: str
+    metric: str
+    filter: str
+    apart: bool
+    says: str = field(repr=False)
+    made: Any = field(compare=False, repr=False)
+
+    @property
+    def judge(self) -> str:
+        """How its answers are judged, in words."""
+        return APART if self.apart else self.metric
+
+    def rows(self, limit: int | None) -> list[Any]:
+        """Return what lm_eval asks."""
+        return list(self.made.eval_docs)[:limit]
+
+    def sha256(self) -> str:
+        """Return the sha256 of what lm_eval asks."""
+        text = json.dumps(self.rows(None), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+Asked = AnyTask | HarnessTask
 
 
 def check_installed() -> None:
@@ -37,109 +80,91 @@ def check_installed() -> None:
         )
 
 
-def score_with_lm_eval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: Sequence[ChoiceQuestion],
-    right: Sequence[int],
-    batch_size: int,
-) -> list[list[ChoiceScore]]:
-    """Return the scores of every question's choices, as ``score_choices`` does, by ``lm_eval``.
-
-    Args:
-        model: A causal LM, in eval mode.
-        tokenizer: The model's tokenizer.
-        questions: The questions, each with its choices.
-        right: The number of each question's right choice.
-        batch_size: Texts at once.
+def of_the_harness(names: Sequence[str]) -> list[str]:
+    """Return the tasks that are neither of the eight nor files of one's own, in their order.
 
     Raises:
-        SanError: when ``lm_eval`` finds other rows right than its own log-probabilities say.
+        InputError: when there are both: what one average is over is asked in one way.
     """
-    from datasets import Dataset
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    names = [name.strip() for name in names]
+    theirs = [name for name in names if not _ours(name)]
+    if theirs and len(theirs) < len(names):
+        ours = next(name for name in names if name not in theirs)
+        raise InputError(f"--tasks: {theirs[0]} is lm_eval's, {ours} is not: evaluate them apart")
+    return theirs
+
+
+def _ours(name: str) -> bool:
+    if not is_task_file(name):
+        known = {alias for task in TASKS.values() for alias in (task.name.lower(), *task.aliases)}
+        return name.lower() in known | {FORGETTING}
+    file = Path(os.path.expanduser(name))
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return True  # and it is told what is wrong with it
+    keys = {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+    return not keys & {"task", "group"}
+
+
+def find_harness(names: Sequence[str]) -> list[HarnessTask]:
+    """Return the tasks of lm_eval's that names and files stand for, groups spelled out.
+
+    Raises:
+        InputError: when one is not known, or has no rows that are right or wrong.
+        SanError: when its data cannot be had.
+    """
+    found: dict[str, HarnessTask] = {}
+    with silenced("lm_eval"):
+        manager = task_manager(defaults=not all(map(is_task_file, names)))
+        for name in names:
+            if not is_task_file(name) and name not in manager.all_tasks:
+                near = did_you_mean(name, manager.all_tasks, 0.6)
+                raise InputError(f"task {name!r} is none of the eight, and none of lm_eval's{near}")
+        for name in names:
+            try:
+                loaded = manager.load([os.path.expanduser(name)])["tasks"]
+            except Exception as error:  # of YAML, of its templates, of whatever fetches its data
+                line = f"{name}: lm_eval cannot load it: {first_line(error)}"
+                raise (InputError if is_task_file(name) else SanError)(line) from None
+            for source, made in loaded.items():
+                found |= {task.name: task for task in _measured(source, name, made)}
+    return list(found.values())
+
+
+def task_manager(defaults: bool) -> Any:
+    """Return what knows lm_eval's tasks; reading all that come with it takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    rows = [
-        {"prompt": question.prompt, "choices": list(question.choices), "right": answer}
-        for question, answer in zip(questions, right, strict=True)
-    ]
-    config: dict[str, Any] = {
-        "task": TASK,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "prompt",
-        "doc_to_choice": "choices",
-        "doc_to_target": "right",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    with _quiet(), _alone():
-        evaluated: Any = simple_evaluate(
-            model=HFLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                softmax_dtype="float32",
-            ),
-            tasks=[config],
-            task_manager=TaskManager(include_defaults=False),
-            bootstrap_iters=0,
+    return TaskManager(include_defaults=defaults)
+
+
+def _measured(source: str, asked: str, made: Any) -> list[HarnessTask]:
+    """Return a task once for each way to read its answers, and each metric."""
+    from lm_eval.api.metrics import mean
+
+    if made.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise InputError(
+            f"{source}: is a text, without answers; a task file of judge loss takes it"
         )
-    scores: list[list[ChoiceScore]] = [[] for _ in questions]
-    for sample in evaluated["samples"][TASK]:
-        number = sample["doc_id"]
-        scores[number] = [
-            ChoiceScore(logprob, greedy, len(text))
-            for (logprob, greedy), text in zip(
-                sample["filtered_resps"], questions[number].choices, strict=True
-            )
-        ]
-        for metric, value in (("acc", _logprob), ("acc_norm", _logprob_norm)):
-            best = scores[number].index(max(scores[number], key=value))
-            if (best == right[number]) != bool(sample[metric]):
-                raise SanError(f"lm_eval's {metric} of a row is not that of its log-probabilities")
-    return scores
-
-
-def _logprob(score: ChoiceScore) -> float:
-    return score.logprob
-
-
-def _logprob_norm(score: ChoiceScore) -> float:
-    return score.logprob / score.length
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hide the other processes from ``lm_eval``: each has its own rows, and needs their scores."""
-    local_rank = os.environ.pop("LOCAL_RANK", None)
-    try:
-        yield
-    finally:
-        if local_rank is not None:
-            os.environ["LOCAL_RANK"] = local_rank
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars and notices of ``lm_eval``, and of what it starts, out of ours."""
-    if debugging():
-        yield
-        return
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        logger.setLevel(level)
+    if getattr(made, "UNSAFE_CODE", False) or made.config.unsafe_code:
+        raise InputError(
+            f"{source}: runs what the model writes as a program, which is not done here"
+        )
+    if getattr(made, "MULTIMODAL", False):
+        raise InputError(f"{source}: asks about pictures or sounds, which the model is not shown")
+    metrics = [metric for metric, how in made.aggregation().items() if how is mean]
+    if made.OUTPUT_TYPE == "multiple_choice" and "acc" in metrics:
+        metrics = ["acc"]  # and with its rows acc_norm
+    if not metrics:
+        raise InputError(f"{source}: has no metric of single rows: {', '.join(made.aggregation())}")
+    filters = [each["name"] for each in made.config.filter_list or ()] or ["none"]
+    says = json.dumps(made.dump_config(), sort_keys=True, default=str)
+    tasks: list[HarnessTask] = []
+    for metric in metrics:
+        for kind in filters:
+            parts = [kind] * (len(filters) > 1) + [metric] * (len(metrics) > 1)
+            apart = bool(tasks) or not _RIGHT_OR_WRONG.search(metric)
+            name = "/".join([source, *parts])
+            tasks.append(HarnessTask(name, source, asked, metric, kind, apart, says, made))
+    return tasks

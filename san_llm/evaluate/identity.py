@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from san_llm.ask.answers import BEAMS, NEW_TOKENS
+from san_llm.evaluate.harness import HarnessTask
 from san_llm.evaluate.pose import SCORED
 from san_llm.evaluate.questions import rows_asked
 from san_llm.evaluate.request import EvalTask
@@ -50,7 +51,7 @@ def identity(task: EvalTask, found: FoundBase, over: FoundBase | None = None) ->
             "new_tokens": NEW_TOKENS,
             "answers_only": settings.answers_only,
         }
-    else:
+    elif not any(isinstance(t, HarnessTask) for t in questions.rows):
         protocol["choices"] = ANSWER_TEXT
     return {
         "format": FORMAT,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from san_llm.ask.answers import NEW_TOKENS, answers
+from san_llm.ask.harness import ask_harness, score_with_lm_eval
 from san_llm.ask.likelihood import ChoiceQuestion, ChoiceScore, encode_question, score_choices
 from san_llm.ask.losses import score_losses
 from san_llm.data.batches import pad_id
@@ -22,13 +23,14 @@ from san_llm.data.encode import (
 )
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
-from san_llm.evaluate.harness import score_with_lm_eval
+from san_llm.evaluate.harness import Asked, HarnessTask
 from san_llm.evaluate.questions import Protocol, Questions, Settings
 from san_llm.evaluate.score import (
     ANSWER_TEXT,
     Choice,
     Judged,
     judge_choices,
+    judge_sample,
     judge_text,
     offered,
     parse_answer,
@@ -37,8 +39,9 @@ from san_llm.launch.processes import world_size
 from san_llm.models.agree import refuse_past_embedding
 from san_llm.models.rotary import alike_to
 from san_llm.protocol.prompts import Frame, training_prompt
+from san_llm.protocol.tasks import Task
 from san_llm.recipe.schema import MOST
-from san_llm.recipe.task_file import FORGETTING, TEXT, AnyTask, Judge, OwnTask
+from san_llm.recipe.task_file import FORGETTING, TEXT, Judge, OwnTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 SCORED_AT_ONCE = 16  # rows of a unit by likelihood
 HARNESS_AT_ONCE = 256  # lm_eval takes a second to start
 
-Way = Literal["generate", "choice", "loss", "lm-eval"]
+Way = Literal["generate", "choice", "loss", "lm-eval", "harness"]
 # How a protocol asks the eight, and what of a task of one's own is not generated.
 WAYS: dict[Protocol, Way] = {"generate": "generate", "loglik": "choice", "lm-eval": "lm-eval"}
 SCORED: dict[Judge, Way] = {"choice": "choice", "loss": "loss"}
@@ -62,13 +65,13 @@ class Item:
         way: How the model is asked.
         number: The row's number in the task's file, from 0.
         row: The row.
-        prompt: The exact text that the model is given.
+        prompt: The exact text that the model is given; of lm_eval's own tasks it alone knows it.
         tokens: The prompt's tokens; by loss: those of the answer, too.
         answers: By likelihood: the answers that are compared.
         labels: By loss: the tokens where they count, elsewhere -100.
     """
 
-    task: AnyTask
+    task: Asked
     way: Way
     number: int
     row: Row
@@ -83,6 +86,11 @@ class Item:
         own = isinstance(self.task, OwnTask)
         texts = self.answers if own else map(ANSWER_TEXT.format, self.answers)
         return ChoiceQuestion(self.prompt, tuple(texts))
+
+    @property
+    def source(self) -> str:
+        """The task as lm_eval knows it, which may have several metrics."""
+        return self.task.source if isinstance(self.task, HarnessTask) else self.task.name
 
     @property
     def new_tokens(self) -> int:
@@ -123,9 +131,14 @@ def pose(
 
 
 def _posed(
-    task: AnyTask, rows: Sequence[Row], settings: Settings, tokenizer: PreTrainedTokenizerFast
+    task: Asked, rows: Sequence[Row], settings: Settings, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Item]:
     """Give a task's rows as they are asked: the eight by the protocol, one's own by its judge."""
+    if isinstance(task, HarnessTask):
+        if settings.prompt == "chat":
+            check_tokenizer(tokenizer, "chat")
+        yield from (Item(task, "harness", number, row, "", []) for number, row in enumerate(rows))
+        return
     if not isinstance(task, OwnTask):
         way = WAYS[settings.protocol]
         for number, row in enumerate(rows):
@@ -144,7 +157,7 @@ def _posed(
         yield Item(task, way, number, row, text, tokens, row.choices)
 
 
-def _frame(task: AnyTask, settings: Settings) -> Frame:
+def _frame(task: Asked, settings: Settings) -> Frame:
     """Return what stands around a task's questions."""
     if not isinstance(task, OwnTask):
         return settings.prompt
@@ -198,17 +211,21 @@ def _check_length(item: Item, tokenizer: PreTrainedTokenizerFast, context: int) 
 def units(items: Sequence[Item], settings: Settings) -> list[list[int]]:
     """Return the item numbers that are answered together, the longest prompts first."""
     order = sorted(range(len(items)), key=lambda i: (-len(items[i].tokens), i))
-    by_way: dict[Way, list[int]] = {}
+    by_way: dict[tuple[Way, str], list[int]] = {}
     for number in order:
-        by_way.setdefault(items[number].way, []).append(number)
+        way = items[number].way
+        source = items[number].source if way == "harness" else ""
+        by_way.setdefault((way, source), []).append(number)
     found = []
-    for way, numbers in by_way.items():
+    for (way, _), numbers in by_way.items():
         size = _unit_size(way, len(numbers), settings)
         found += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return found
 
 
 def _unit_size(way: Way, count: int, settings: Settings) -> int:
+    if way == "harness":
+        return count  # which reads a task's examples once
     if way == "generate" or settings.strict:
         return 1  # generate makes its own batches, and an answer does not depend on them
     if way == "lm-eval":
@@ -246,6 +263,8 @@ def judged_answers(
             if first.way == "generate":
                 alike = isinstance(first.task, OwnTask), first.new_tokens
                 generated.setdefault(alike, []).extend(unit)
+            elif first.way == "harness":
+                yield dict(zip(unit, _by_harness(model, tokenizer, in_unit, settings), strict=True))
             elif first.way == "loss":
                 losses = zip(unit, in_unit, _losses(model, in_unit), strict=True)
                 judged = {number: _with_loss(item, loss) for number, item, loss in losses}
@@ -271,7 +290,7 @@ def _generated(
 
     def first_match(place: int, text: str) -> str | None:
         task = items[numbers[place]].task
-        assert not isinstance(task, OwnTask)
+        assert isinstance(task, Task)
         return parse_answer(task, text)
 
     first = items[numbers[0]]
@@ -289,6 +308,21 @@ def _generated(
                 item.task, item.number, item.prompt, text, item.row.answer
             )
         yield judged
+
+
+def _by_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Sequence[Item],
+    settings: Settings,
+) -> Iterator[Judged]:
+    """Give the rows of one of lm_eval's own tasks, for each of its metrics."""
+    size = 1 if settings.strict else settings.batch_size or SCORED_AT_ONCE
+    rows = 1 + max(item.number for item in items)
+    tasks = [item.task for item in items if isinstance(item.task, HarnessTask)]
+    samples = ask_harness(model, tokenizer, tasks[0].made, rows, settings.prompt, size)
+    for task, item in zip(tasks, items, strict=True):
+        yield judge_sample(task, item.number, samples[task.filter][item.number])
 
 
 def _losses(model: PreTrainedModel, items: Sequence[Item]) -> list[float]:

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from san_llm.errors import InputError
+from san_llm.evaluate.harness import (
+    Asked,
+    HarnessTask,
+    check_installed,
+    find_harness,
+    of_the_harness,
+)
 from san_llm.evaluate.questions import Questions, Settings, find_protocol, read_questions
 from san_llm.files import refuse_files
 from san_llm.launch.processes import is_first
 from san_llm.models.subject import Subject, checked_date, find_subject
-from san_llm.protocol.prompts import prompt_style
+from san_llm.protocol.prompts import Frame, prompt_style
 from san_llm.recipe.schema import Evaluation
 from san_llm.recipe.task_file import FORGETTING, OwnTask, find_any, neutral_task
 from san_llm.runs.folder import new_eval_folder
@@ -87,15 +94,25 @@ class EvalTask:
     fresh: bool = False
 
 
+def _style(name: str | None, theirs: bool) -> Frame | None:
+    """Return the prompt style that is named; ``none`` is one of lm_eval's own tasks alone."""
+    if name is None or (theirs and name == "none"):
+        return "none" if name else None
+    return prompt_style(name)
+
+
 def check_request(request: EvalRequest) -> EvalTask:
     """Return the evaluation that a request asks for, with what it names looked up and read.
 
     Raises:
         InputError: when an option, the adapter or a row cannot be right.
     """
-    named = None if request.tasks is None else find_any(request.tasks)
-    style = None if request.prompt is None else prompt_style(request.prompt)
     protocol = find_protocol(request.protocol)
+    theirs = of_the_harness(request.tasks or ()) if protocol == "lm-eval" else []
+    named = None if request.tasks is None or theirs else find_any(request.tasks)
+    style = _style(request.prompt, bool(theirs))
+    if theirs:
+        check_installed()
     date = request.date and checked_date(request.date)
     if request.answers_only and protocol != "generate":
         raise InputError(f"--answers-only: protocol {protocol} generates nothing")
@@ -104,13 +121,15 @@ def check_request(request: EvalRequest) -> EvalTask:
     )
     defaults = subject.recipe.evaluation if subject.recipe else Evaluation()
     data, limit = request.data or defaults.data, request.limit or defaults.limit
-    style = style or defaults.prompt or subject.prompt or "llm-adapters"
+    style = style or defaults.prompt or subject.prompt or ("none" if theirs else "llm-adapters")
     output = request.output
     if is_first():
         alone = "trained" if subject.whole else "base" if subject.run else "model"
         output = output or new_eval_folder(subject.run, "adapter" if subject.adapter else alone)
         refuse_files(output, request.overwrite)
-    tasks = named or find_any(defaults.tasks)
+    tasks: list[Asked] = (
+        [*find_harness(theirs)] if theirs else [*(named or find_any(defaults.tasks))]
+    )
     told = defaults.forgetting if request.forgetting is None else request.forgetting
     if told:
         tasks = list(dict.fromkeys([*tasks, neutral_task()]))
@@ -118,11 +137,13 @@ def check_request(request: EvalRequest) -> EvalTask:
     neutral = ["the neutral text"] if neutral_task() in tasks else []
     if own and protocol == "lm-eval":
         raise InputError(
-            f"--protocol lm-eval: it asks the eight alone, not {own[0].file}; --protocol generate "
-            "and loglik ask both"
+            f"--protocol lm-eval: it asks the eight and its own tasks, not {own[0].file}; "
+            "--protocol generate and loglik ask that"
         )
-    of_the_eight = [data] if len(own) + len(neutral) < len(tasks) else []
-    asked = ", ".join([*of_the_eight, *(str(task.file) for task in own), *neutral])
+    of_the_eight = [data] if len(own) + len(neutral) < len(tasks) and not theirs else []
+    asked = ", ".join([*of_the_eight, *theirs, *(str(task.file) for task in own), *neutral])
+    files = {task.name: str(task.file) for task in own}
+    files |= {task.name: task.asked for task in tasks if isinstance(task, HarnessTask)}
     chat = "chat" in (style, *(task.says.prompt for task in own))
     return EvalTask(
         subject=subject,
@@ -137,7 +158,7 @@ def check_request(request: EvalRequest) -> EvalTask:
             "adapter": str(subject.adapter) if subject.adapter else None,
             "data": data if of_the_eight else asked,
             "limit": limit,
-            **({"task_files": {task.name: str(task.file) for task in own}} if own else {}),
+            **({"task_files": files} if files else {}),
         },
         output=output or Path(),
         overwrite=request.overwrite,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from san_llm.evaluate.harness import Asked, HarnessTask
 from san_llm.evaluate.judges import judged
 from san_llm.protocol.tasks import Task
-from san_llm.recipe.task_file import GRADED, AnyTask, OwnTask
+from san_llm.recipe.task_file import GRADED, OwnTask
 from san_llm.runs.record import TaskLoss
 
 # What a model is trained to answer. The published rows' outputs all read so.
@@ -117,7 +118,7 @@ class TaskScore:
             of a mean of scores; None for one row.
         accuracy_norm: By likelihood: ``acc_norm``.
         standard_error_norm: The standard error of ``accuracy_norm``.
-        judge: Of a task of one's own: how its answers are judged.
+        judge: Of a task of one's own or lm_eval's: how its answers are judged.
         guessing: Of a task of one's own: the accuracy of guessing, where it is known.
     """
 
@@ -155,18 +156,19 @@ def offered(task: Task, instruction: str, answer: str) -> tuple[str, ...]:
     return answers if answer in answers else task.answers
 
 
-def judge_text(task: AnyTask, row: int, prompt: str, output: str, answer: str) -> Judged:
+def judge_text(task: Asked, row: int, prompt: str, output: str, answer: str) -> Judged:
     """Return a row, judged by a generated text."""
     if isinstance(task, OwnTask):
         parsed, value = judged(task.says, output, answer)
         found = Judged(task.name, row, prompt, output, parsed, answer, value == 1)
         return replace(found, score=value) if task.says.judge in GRADED else found
+    assert isinstance(task, Task)
     parsed = parse_answer(task, output)
     return Judged(task.name, row, prompt, output, parsed, answer, parsed == answer)
 
 
 def judge_choices(
-    task: AnyTask, row: int, prompt: str, choices: Sequence[Choice], answer: str
+    task: Asked, row: int, prompt: str, choices: Sequence[Choice], answer: str
 ) -> Judged:
     """Return a row, judged by likelihood, as lm-evaluation-harness does: the first of equals."""
     best = max(choices, key=lambda choice: choice.logprob)
@@ -185,6 +187,53 @@ def judge_choices(
     )
 
 
+def judge_sample(task: HarnessTask, number: int, sample: Mapping[str, Any]) -> Judged:
+    """Return a row of lm_eval's as it has judged it."""
+    value = float(sample[task.metric])
+    prompt, right = sample["arguments"][0][0], value == 1
+    score = value if task.apart or value not in (0, 1) else None
+    if task.made.OUTPUT_TYPE == "multiple_choice":
+        return _chosen(task, number, sample, score)
+    if task.made.OUTPUT_TYPE == "loglikelihood":
+        (_, greedy), text = sample["filtered_resps"][0], sample["arguments"][0][1]
+        parsed = text if greedy else "something else"
+        return Judged(task.name, number, prompt, parsed, parsed, text, right, score=score)
+    output, parsed = sample["resps"][0][0], sample["filtered_resps"][0]
+    found = None if parsed == "[invalid]" else str(parsed)  # what its filters call no match
+    answer = str(sample["target"])
+    return Judged(task.name, number, prompt, output, found, answer, right, score=score)
+
+
+def _chosen(
+    task: HarnessTask, number: int, sample: Mapping[str, Any], score: float | None
+) -> Judged:
+    """Return a row of which one choice is the likeliest."""
+    texts = [str(choice) for choice in task.made.doc_to_choice(sample["doc"])]
+    names = texts if len(set(texts)) == len(texts) else [f"{n}: {t}" for n, t in enumerate(texts)]
+    told = zip(names, sample["arguments"], sample["filtered_resps"], texts, strict=False)
+    choices = tuple(
+        Choice(name, argument[1], logprob, bool(greedy), max(1, len(text)))
+        for name, argument, (logprob, greedy), text in told
+    )
+    best = max(choices, key=lambda choice: choice.logprob)
+    by_length = max(choices, key=lambda choice: choice.logprob / choice.length)
+    target = sample["target"]
+    target = target[0] if isinstance(target, list) and target else target
+    return Judged(
+        task=task.name,
+        row=number,
+        prompt=sample["arguments"][0][0],
+        output=best.text,
+        parsed=best.answer,
+        answer=names[target] if isinstance(target, int) else str(target),
+        correct=sample[task.metric] == 1,
+        parsed_norm=by_length.answer if "acc_norm" in sample else None,
+        correct_norm=bool(sample["acc_norm"]) if "acc_norm" in sample else None,
+        choices=choices,
+        score=score,
+    )
+
+
 def standard_error(accuracy: float, n: int) -> float | None:
     """Return the standard error of a share of n rows; None for one row."""
     return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
@@ -199,12 +248,13 @@ def mean_value(rows: Sequence[Judged]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((row.value - mean) ** 2 for row in rows) / (n - 1) / n)
 
 
-def score(task: AnyTask, rows: Sequence[Judged]) -> TaskScore:
+def score(task: Asked, rows: Sequence[Judged]) -> TaskScore:
     """Return a task's score over its judged rows (at least one)."""
     own = task if isinstance(task, OwnTask) else None
     n, correct = len(rows), sum(row.correct for row in rows)
     accuracy, error = mean_value(rows)
-    norm = sum(bool(row.correct_norm) for row in rows) / n if rows[0].choices else None
+    by_length = rows[0].correct_norm is not None
+    norm = sum(bool(row.correct_norm) for row in rows) / n if by_length else None
     return TaskScore(
         task=task.name,
         n=n,
@@ -214,9 +264,15 @@ def score(task: AnyTask, rows: Sequence[Judged]) -> TaskScore:
         standard_error=error,
         accuracy_norm=norm,
         standard_error_norm=None if norm is None else standard_error(norm, n),
-        judge=own.says.judge if own else None,
+        judge=_judge(task),
         guessing=_guessing(own, rows) if own else None,
     )
+
+
+def _judge(task: Asked) -> str | None:
+    if isinstance(task, HarnessTask):
+        return task.judge
+    return task.says.judge if isinstance(task, OwnTask) else None
 
 
 def _guessing(task: OwnTask, rows: Sequence[Judged]) -> float | None:
@@ -226,7 +282,7 @@ def _guessing(task: OwnTask, rows: Sequence[Judged]) -> float | None:
     return fmean(1 / len(row.choices) for row in rows)
 
 
-def loss_score(task: AnyTask, rows: Sequence[Judged]) -> TaskLoss:
+def loss_score(task: Asked, rows: Sequence[Judged]) -> TaskLoss:
     """Return the loss of a task's rows (at least one), each token with the same weight."""
     pairs = [(row.loss or 0.0, row.tokens or 0) for row in rows]
     tokens, loss, error = ratio_of_sums(pairs)

@@ -157,7 +157,7 @@ def _options(stored: Stored, facts: Facts) -> list[str]:
     asking, defaults = identity.protocol, recipe.evaluation
     neutral = FORGETTING in identity.data
     asked = [task for task in identity.data if task != FORGETTING] or [FORGETTING]
-    tasks = ",".join(results.task_files.get(task, task) for task in asked)
+    tasks = ",".join(dict.fromkeys(results.task_files.get(task, task) for task in asked))
     of_the_eight = results.data if set(asked) - results.task_files.keys() else None
     pairs = [
         ("--protocol", asking.name, "generate"),

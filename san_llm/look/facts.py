@@ -11,6 +11,7 @@ from typing import Any
 from san_llm.errors import SanError
 from san_llm.look.diff import DiffResult, diff
 from san_llm.models.cards import trained_on
+from san_llm.protocol.tasks import is_task_file
 from san_llm.recipe.schema import Recipe
 from san_llm.runs.folder import is_finished, read_log, recipe_of
 from san_llm.runs.listing import Run, look_at
@@ -62,6 +63,12 @@ class Facts:
             columns = ", free column scales" if method.options.free else ""
             return f"SAN ({method.carrier} carrier, mode {method.mode}{columns})"
         return method.kind.upper()
+
+    @property
+    def asks_tasks(self) -> bool:
+        """Whether tasks are known that say something of what it learned: the eight, or its own."""
+        own = any(map(is_task_file, self.recipe.evaluation.tasks))
+        return own or self.metrics is None or self.metrics.row_kind == "tasks"
 
     @property
     def data(self) -> str:

@@ -6,7 +6,6 @@ content policy forbids what could have slipped through both.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from san_llm import __version__
-from san_llm.errors import InputError
 from san_llm.evaluate.compare_tables import published, sources
 from san_llm.evaluate.differences import LEVEL, RESAMPLES
 from san_llm.evaluate.grids import Grid
-from san_llm.files import write_text
+from san_llm.files import refuse_file, write_text
 from san_llm.look.evaluations import read_evaluations, table
 from san_llm.look.facts import read_facts
 from san_llm.look.side_by_side import side_by_side
@@ -37,22 +35,6 @@ def default_output(runs: Sequence[Path]) -> Path:
     return runs[0] / PAGE if len(runs) == 1 else Path(PAGE)
 
 
-def refuse_page(output: Path, overwrite: bool) -> None:
-    """Refuse to write where something stands.
-
-    Raises:
-        InputError: when a folder is there, or a file and ``overwrite`` is not set; or a file where
-            its folder should be.
-    """
-    above = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
-    if not above.is_dir():
-        raise InputError(f"{output}: {above.name} is not a folder")
-    if output.is_dir():
-        raise InputError(f"{output}: a folder stands there; expected a file to write to")
-    if os.path.lexists(output) and not overwrite:
-        raise InputError(f"{output}: is there already; add --overwrite to replace it")
-
-
 def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> list[Part]:
     """Write the page of one run, or of several side by side, and return what it says of each.
 
@@ -64,7 +46,7 @@ def write_page(runs: Sequence[Path], output: Path, overwrite: bool = False) -> l
     Raises:
         InputError: when a folder is not a run or is damaged, or ``output`` is in the way.
     """
-    refuse_page(output, overwrite)
+    refuse_file(output, overwrite)
     all_facts = [read_facts(run) for run in runs]
     evaluations = [read_evaluations(facts) for facts in all_facts]
     parts = []

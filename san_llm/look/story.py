@@ -17,6 +17,7 @@ from san_llm.evaluate.grids import Grid
 from san_llm.look.evaluations import Evaluated, Judgement, evenly, judge, overview
 from san_llm.look.facts import Facts, Missing
 from san_llm.look.figures import Drawing, check_matplotlib, drawing
+from san_llm.look.held_out import Answered, answering, read_answered
 from san_llm.look.numbers import numbers_of
 from san_llm.look.plots import figures
 from san_llm.look.repeat import Step, steps
@@ -41,6 +42,7 @@ class Part:
         scales: What happened to the neuron scales, by module; None where they are not known.
         evaluations: Every evaluation, in a table; None where there is none.
         judgements: The adapter's evaluations, beside the base's.
+        held_out: Held-out rows with the run's answers.
         manifest: The whole manifest, by dotted keys; None where training has not begun.
         repeat: The steps that make the run, its evaluations and the page again.
         missing: What is not there.
@@ -55,6 +57,7 @@ class Part:
     scales: Grid | None
     evaluations: Grid | None
     judgements: tuple[Judgement, ...]
+    held_out: tuple[Answered, ...]
     manifest: Grid | None
     repeat: tuple[Step, ...]
     missing: tuple[Missing, ...]
@@ -78,6 +81,7 @@ def tell(
     """
     judgements = judge(own, others)
     drawn, undrawn = drawings(facts)
+    answered, unanswered = _answered(facts, bool(judgements))
     return Part(
         label=label(number),
         facts=facts,
@@ -88,9 +92,16 @@ def tell(
         scales=_scales(facts),
         evaluations=overview(own) if own else None,
         judgements=tuple(judgements),
+        held_out=answered,
         manifest=_manifest(facts),
         repeat=tuple(steps(facts, own)),
-        missing=(*facts.missing, *wrong, *_not_judged(facts, judgements), *undrawn),
+        missing=(
+            *facts.missing,
+            *wrong,
+            *_not_judged(facts, judgements),
+            *unanswered,
+            *undrawn,
+        ),
     )
 
 
@@ -100,7 +111,7 @@ def _last(judgements: Sequence[Judgement]) -> list[str]:
 
 def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
     whole = facts.recipe.method.name == "full"
-    if not judgements and facts.run.status == "finished":
+    if not judgements and facts.run.status == "finished" and facts.asks_tasks:
         sentence = f"Its {'model' if whole else 'adapter'} was not evaluated."
         adapter = ["--adapter", str(facts.folder / "adapter")]
         subject = [str(facts.folder)] if whole else adapter
@@ -115,6 +126,20 @@ def _not_judged(facts: Facts, judgements: Sequence[Judgement]) -> list[Missing]:
         unasked = f"The base was not asked the questions of the evaluation {name}"
         missing.append(Missing(f"{unasked}, so nothing tells what training gained.", command))
     return missing
+
+
+def _answered(facts: Facts, judged: bool) -> tuple[tuple[Answered, ...], list[Missing]]:
+    """Return held-out rows with their answers, and what a run of one's own rows lacks of them."""
+    try:
+        answered = read_answered(facts.folder)
+    except InputError as error:
+        return (), [Missing(f"Answers to held-out rows are left out: {error}.")]
+    metrics = facts.metrics
+    asks = metrics is not None and metrics.row_kind == "own" and metrics.held_out_loss is not None
+    if answered or judged or not asks or facts.run.status != "finished":
+        return answered, []
+    command = answering(facts.recipe, facts.folder)
+    return (), [Missing("It was not asked its held-out rows.", command)]
 
 
 def _done(facts: Facts) -> str:

@@ -27,7 +27,9 @@ from san_llm.recipe.shipped import SHIPPED
 
 Judge = Literal["choice", "pattern", "exact", "contains", "number", "f1", "rouge-l", "loss"]
 JUDGES: tuple[Judge, ...] = get_args(Judge)
-GRADED: tuple[Judge, ...] = ("f1", "rouge-l")  # an answer is right in part; no share of right ones
+APART = "score"  # a metric that stands beside a task of lm_eval's, or is of parts
+# An answer is right in part, or counts apart: in no average over shares of right ones.
+GRADED: tuple[str, ...] = ("f1", "rouge-l", APART)
 
 _GENERATED = frozenset({"new_tokens", "guessing"})
 # The keys that are a judge's own.

@@ -26,9 +26,12 @@ from san_llm.runs.record import ADAPTER_CONFIG, MANIFEST, METRICS
 
 RUNS = Path("runs")
 MODEL = "model"  # of a run that trained every weight, instead of an adapter
+HELD_OUT = "held-out"  # what a run's held-out rows are called where a file of rows is
+HELD_OUT_ANSWERS = "held_out.jsonl"  # them, with the run's answers
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
     *("recipe.yaml", MANIFEST, "log.jsonl", METRICS, "lock", "report.html"),
+    HELD_OUT_ANSWERS,
     *("adapter", MODEL, "checkpoints", "eval", "merged", "plots", "tensorboard", "wandb"),
 )
 

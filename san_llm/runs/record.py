@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticKnownError
@@ -228,7 +228,8 @@ class EvaluationResults(_Record):
         average: The mean over the tasks; None where there are none.
         losses: The loss of each task that is judged by it.
         forgetting: What training made the model forget; None where that was not asked.
-        task_files: The file of each task of one's own, by its name.
+        task_files: The file of each task of one's own, by its name; of lm_eval's what it was
+            asked by.
         unparseable_examples: Some outputs without an answer.
         notes: What a reader of the scores should know.
         sha256: The sha256 of each test file.
@@ -526,6 +527,10 @@ def read_run_manifest(run: Path) -> RunManifest:
     return _checked(RunManifest, read_json(path), path) if path.is_file() else RunManifest()
 
 
+# What a run's rows are: of the eight tasks, of one's own, or texts, which ask nothing.
+RowKind = Literal["tasks", "own", "texts"]
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run came to.
@@ -548,6 +553,7 @@ class TrainResult:
         seconds: Training time of this process.
         resumed_at: The step after which this process went on; 0 if it began the run.
         peak_memory: Bytes that this process held at most, on its GPU if it has one.
+        row_kind: What the rows are.
         held_out_losses: That checkpoint's loss on each file or source of held-out rows, by its
             name; empty where there is one.
     """
@@ -568,6 +574,7 @@ class TrainResult:
     seconds: float
     resumed_at: int
     peak_memory: int
+    row_kind: RowKind
     held_out_losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -577,6 +584,7 @@ class Metrics(_Record):
     Attributes:
         resumed_at: 0, too, for a run of a version that did not write it.
         peak_memory: None for a run of a version that did not write it.
+        row_kind: That of the published rows for a run of a version that did not write it.
         held_out_losses: Likewise empty.
     """
 
@@ -592,6 +600,7 @@ class Metrics(_Record):
     seconds: float
     resumed_at: int = 0
     peak_memory: int | None = None
+    row_kind: RowKind = "tasks"
     held_out_losses: dict[str, float] = {}
 
 

@@ -69,9 +69,10 @@ def asked_of(study: Study) -> Asked:
     recipe = recipe_of(study, study.baseline)
     evaluation, prompt = recipe.evaluation, recipe.evaluation.prompt or recipe.data.prompt
     names = (*evaluation.tasks, *([FORGETTING] if evaluation.forgetting else []))
-    questions = read_questions(find_any(names), evaluation.data, evaluation.limit)
+    tasks = tuple(find_any(names))
+    questions = read_questions(tasks, evaluation.data, evaluation.limit)
     return Asked(
-        tasks=tuple(questions.rows),
+        tasks=tasks,
         names=names,
         data=evaluation.data,
         prompt=prompt,

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 
 from san_llm.errors import InputError
+from san_llm.files import refuse_file
 from san_llm.look.figures import drawing
-from san_llm.look.page import PAGE, refuse_page, write_html
+from san_llm.look.page import PAGE, write_html
 from san_llm.progress import say
 from san_llm.study.pictures import draw_study
 from san_llm.study.record import STUDY, read_study_result
@@ -32,7 +33,7 @@ def write_study_page(folder: Path, output: Path | None, overwrite: bool) -> Path
         InputError: when the study's results are damaged, or ``output`` is in the way.
     """
     output = output or folder / PAGE
-    refuse_page(output, overwrite)
+    refuse_file(output, overwrite)
     result = read_study_result(folder)
     try:
         drawings = {name: drawing(figure) for name, figure in draw_study(result).items()}

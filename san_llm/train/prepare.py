@@ -17,6 +17,7 @@ from san_llm.data.encode import encoding_of
 from san_llm.data.ends import turn_end
 from san_llm.data.rows import Row
 from san_llm.data.split import Split, split_held_out
+from san_llm.data.task_rows import kind_of
 from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import InputError, SanError
 from san_llm.launch.engine import Engine, check_engine, load_weights_only, take_engine
@@ -32,6 +33,7 @@ from san_llm.recipe.carried_on import adapter_folder, refuse_other_method
 from san_llm.recipe.doubts import doubts
 from san_llm.recipe.schema import Data, Recipe, micro_batch
 from san_llm.recipe.steps import rates_of, steps_of, warmup_of
+from san_llm.runs.record import RowKind
 from san_llm.train.packed_attention import can_pack, has_dropout, use_packed_attention
 from san_llm.train.samples import Samples
 
@@ -45,6 +47,7 @@ class TokenRows:
         held_out: The rows that judge; None where none are held out.
         sha256: The checksum of each file that they are from.
         names: Returns the rows of ``train`` as they were read, which say where they stand.
+        kind: What the rows are.
         system: The system prompt that every row of ``train`` begins with, or None.
         parts: Of each row of ``held_out`` the file or source whose loss is told apart; empty where
             there is one.
@@ -54,6 +57,7 @@ class TokenRows:
     held_out: Encoded | None
     sha256: dict[str, str]
     names: Callable[[], list[Row]]
+    kind: RowKind
     system: str | None = None
     parts: tuple[str, ...] = ()
 
@@ -168,7 +172,8 @@ def token_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, found: FoundB
         parts = tuple(map(split.part_of, kept_rows(held_out, split.held_out, encoding)))
     if recipe.training.patience is not None and held_out is None:
         raise InputError("training.patience: there are no held-out rows to wait for")
-    return TokenRows(train, held_out, split.sha256, names, split.system, parts)
+    kind = kind_of(split.train)
+    return TokenRows(train, held_out, split.sha256, names, kind, split.system, parts)
 
 
 def _tell_rows(train: Encoded, held_out: Encoded | None, split: Split, data: Data) -> None:

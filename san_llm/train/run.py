@@ -204,6 +204,7 @@ def _result(
         seconds=seconds,
         resumed_at=resumed_at,
         peak_memory=peak_memory(),
+        row_kind=prepared.data.kind,
     )
 
 

@@ -1212,7 +1212,10 @@ def task_file_that_is_not_there(here: Path) -> None:
     own_task(here)
 
 
-@bad("eval --model model --tasks mine.yaml --protocol lm-eval", "it asks the eight alone, not mine")
+@bad("eval --model model --tasks mine.yaml --protocol lm-eval", "its own tasks, not mine.yaml")
+@bad(
+    "eval --model model --tasks boolq,gsm8k --protocol lm-eval", "gsm8k is lm_eval's, boolq is not"
+)
 def task_of_ones_own_for_the_harness(here: Path) -> None:
     own_task(here)
 
@@ -1227,6 +1230,106 @@ def recipe_with_a_task_file_that_is_not_there(here: Path) -> None:
 @bad("train good.yaml 'evaluation.tasks=[mine.yaml]'", "rows.json: row 1: no column 'frage'")
 def recipe_whose_task_has_wrong_rows(here: Path) -> None:
     own_task(here, question="frage")
+
+
+ROWS = "generate --rows asked.jsonl --output answers.jsonl --model model"
+
+
+def asked(here: Path, **row: Any) -> None:
+    """Write ``asked.jsonl``, one row that is answered."""
+    (here / "asked.jsonl").write_text(json.dumps(row))
+
+
+@bad(ROWS, "asked.jsonl: line 1: has a key 'generated', as its answer would be called: rename it")
+def asked_row_with_the_answers_key(here: Path) -> None:
+    asked(here, prompt="Why?", generated="So.")
+
+
+@bad(ROWS, "line 1: can be asked as prompt and completion and as instruction and output; leave one")
+def asked_row_of_two_shapes(here: Path) -> None:
+    asked(here, prompt="Why?", instruction="Why?")
+
+
+@bad(ROWS, "asked.jsonl: line 1: a text asks nothing; what asks is a prompt, say")
+def asked_text(here: Path) -> None:
+    asked(here, text="all of it")
+
+
+@bad(ROWS, "line 1: its only message is the assistant's, so nothing is asked")
+def asked_conversation_that_asks_nothing(here: Path) -> None:
+    asked(here, messages=[{"role": "assistant", "content": "So."}])
+
+
+@bad(ROWS, "line 1: none of the shapes that are read (messages; conversations; prompt and")
+def asked_row_of_no_shape(here: Path) -> None:
+    asked(here, quesiton="Why?")
+
+
+@bad(ROWS, "line 1: the prompt has 1,523 tokens, the model's context is 1,024")
+def asked_row_too_long(here: Path) -> None:
+    asked(here, prompt="y" * 1500)
+
+
+@bad(
+    f"{ROWS} --prompt-style alpaca", "line 1: a conversation cannot be asked in the style 'alpaca'"
+)
+def asked_conversation_in_alpaca(here: Path) -> None:
+    asked(here, messages=[{"role": "user", "content": "Why?"}])
+
+
+@bad(ROWS, "asked.jsonl: cannot be read: No such file or directory (did you mean 'asket.jsonl'?)")
+def asked_file_that_is_not_there(here: Path) -> None:
+    (here / "asket.jsonl").write_text("{}")
+
+
+@bad(ROWS, "answers.jsonl: is there already; add --overwrite to replace it")
+def answers_that_are_there(here: Path) -> None:
+    asked(here, prompt="Why?")
+    (here / "answers.jsonl").write_text("{}")
+
+
+@bad(ROWS.replace("answers.jsonl", "rows.json/answers.jsonl"), "rows.json is not a folder")
+def answers_below_a_file(here: Path) -> None:
+    asked(here, prompt="Why?")
+
+
+@bad(
+    ROWS.replace("answers.jsonl", "answers.csv"), "a JSON object a line is written; name it .jsonl"
+)
+def answers_as_a_table(here: Path) -> None:
+    asked(here, prompt="Why?")
+
+
+@bad(
+    "generate --rows asked.jsonl --model model", "--rows: name the file to write, --output answers"
+)
+def answers_without_a_place(here: Path) -> None:
+    asked(here, prompt="Why?")
+
+
+@bad(
+    "generate --rows held-out --output a.jsonl --model model", "model is not of a run, which would"
+)
+@bad(f"{ROWS} --temperature 1", "--rows takes the likeliest tokens, without --temperature; --lines")
+@bad(f"{ROWS} --input x", "--rows and --input exclude each other: a row has its own input")
+@bad(f"{ROWS} --lines", "--rows and --lines exclude each other")
+@bad(f"{ROWS} hi", "--rows and a prompt exclude each other")
+@bad("generate hi --limit 3", "--limit: is of --rows FILE, which is not there")
+@bad("generate --lines --compare", "--lines --compare: two answers are no line; add --json")
+def asked_together(here: Path) -> None:
+    asked(here, prompt="Why?")
+
+
+@bad("chat --continue", "--continue: no conversation with model + runs/done/adapter so far")
+def chat_that_never_was(here: Path) -> None:
+    pass
+
+
+@bad(
+    "generate --rows held-out", "the rows of runs/done have changed since, so that which were held"
+)
+def held_out_rows_that_have_changed(here: Path) -> None:
+    (here / "rows.json").write_text((here / "rows.json").read_text() + " ")
 
 
 def study(here: Path, **changes: Any) -> None:

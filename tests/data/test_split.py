@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from tiny import rows, write_recipe, write_rows
 
+from san_llm.data.rows import Row
+from san_llm.data.sources import POCKET, read_rows
 from san_llm.data.split import count_rows, split_held_out
+from san_llm.data.task_rows import kind_of
 from san_llm.errors import InputError
 from san_llm.recipe.read import load_recipe
 
@@ -143,3 +147,19 @@ def test_a_data_set_is_read_by_datasets_itself(here):
     assert name.startswith(f"{folder} [test]")
     with pytest.raises(InputError, match=r"\[tset\]: .*tset.*train"):
         split_held_out(mix(here, {"hub": str(folder), "split": "tset"}))
+
+
+def test_the_eights_rows_are_known_from_others():
+    eight = read_rows(POCKET / "train.json")
+    text, bare = Row(text="all of it"), Row("Is it?", "", "the correct answer is true", "true")
+    labels = replace(
+        bare,
+        instruction="Is it?\n\nAnswer format: yes/no",
+        output="the correct answer is yes",
+        answer="yes",
+    )
+    assert kind_of(eight) == "tasks"
+    assert kind_of([text]) == "texts"
+    for other in (text, bare, labels, replace(eight[0], output="so")):
+        assert kind_of([*eight, other]) == "own"
+        assert kind_of([other, *eight]) == "own"

@@ -154,7 +154,7 @@ def test_acc_norm_is_compared_where_it_was_measured(tmp_path):
     assert norm.differences[0].difference == -1
     assert {(c.first, c.other) for c in norm.changes} == {("true", "false")}
     plain = save(tmp_path / "c", FIRST)
-    with pytest.raises(InputError, match="c: protocol generate has no acc_norm"):
+    with pytest.raises(InputError, match="c: its rows have no acc_norm"):
         compare([plain, plain], "acc_norm")
 
 

@@ -438,7 +438,7 @@ def test_lm_eval_is_not_asked_for_them(command, here, own, tiny_base):
         "eval", "--model", tiny_base, "--tasks", own(judge="exact"), "--protocol", "lm-eval"
     )
     assert done.returncode == 2
-    assert "--protocol lm-eval: it asks the eight alone, not legs.yaml" in done.stderr
+    assert "--protocol lm-eval: it asks the eight and its own tasks, not legs.yaml" in done.stderr
 
 
 def test_a_runs_page_drawings_and_card_tell_them(command, here, own, tiny_base):

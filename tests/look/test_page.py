@@ -25,6 +25,7 @@ from san_llm.evaluate.store import read_evaluation, write_evaluation
 from san_llm.evaluate.table import EvalResult
 from san_llm.files import sha256_of
 from san_llm.look.evaluations import evenly
+from san_llm.look.held_out import next_steps
 from san_llm.look.page import environment, write_page
 from san_llm.models.subject import Subject
 from san_llm.protocol.tasks import TASKS, find_tasks
@@ -248,6 +249,15 @@ def test_what_a_run_does_not_have_is_said_with_its_command(run, command, undrawn
     shutil.rmtree(run / "eval")
     done = command("report", run, "--overwrite")
     assert done.stdout == "runs/mine/report.html\n"
+    asked = "san-llm generate --run runs/mine --rows held-out --limit 10 --compare"
+    assert f"runs/mine: It was not asked its held-out rows.\n  {asked}\n" in done.stderr
+    assert "san-llm eval" not in done.stderr
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["row_kind"] == "own"  # what an older version has not written
+    (run / "metrics.json").write_text(
+        json.dumps({key: value for key, value in metrics.items() if key != "row_kind"})
+    )
+    done = command("report", run, "--overwrite")
     assert "Its adapter was not evaluated.\n  san-llm eval --adapter runs/mine/adapter\n" in (
         done.stderr
     )
@@ -258,6 +268,57 @@ def test_what_a_run_does_not_have_is_said_with_its_command(run, command, undrawn
     text = words(page_of(run))
     assert "Training is not finished: stopped after step 0." in text
     assert "Training has not begun." in text
+
+
+def test_answers_to_held_out_rows_stand_beside_the_expected_ones(run, command, undrawn):
+    shutil.rmtree(run / "eval")
+    asked = ("generate", "--run", run, "--rows", "held-out", "--limit", 10, "--compare")
+    done = command(*asked, "--max-new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    text = words(page_of(run))
+    answers = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
+    assert f"The first {len(answers)} that were answered" in text
+    shown = " ".join(text.split())
+    for row in answers:
+        asked = " ".join(row["instruction"].split())
+        assert f"{asked} expected {row['output']} base " in shown
+    assert "It was not asked" not in text
+    hostile = {"instruction": HOSTILE, "output": HOSTILE, "generated": HOSTILE}
+    (run / "held_out.jsonl").write_text(json.dumps(hostile) + "\n")
+    assert "script" not in Reader(page_of(run)).found
+    (run / "held_out.jsonl").write_text(json.dumps({"instruction": "Why?"}) + "\n")
+    text = words(page_of(run))
+    assert "held_out.jsonl: line 1: not an answered row of `san-llm generate --rows`" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "held_out", "changes", "steps"),
+    [
+        ("tasks", True, {}, ["ask --compare", "eval"]),
+        ("own", True, {}, ["held-out --compare", "ask --compare"]),
+        ("own", False, {}, ["ask --compare"]),
+        ("texts", True, {}, ["ask --compare"]),
+        (
+            "own",
+            True,
+            {"data": {"prompt": "chat"}},
+            ["held-out --compare", "ask --compare", "chat"],
+        ),
+        ("own", True, {"method": {"name": "full"}}, ["held-out", "ask"]),
+        ("own", False, {"evaluation": {"tasks": ["mine.yaml"]}}, ["ask --compare", "eval"]),
+    ],
+)
+def test_what_is_next_is_of_the_rows_that_were_learned(here, kind, held_out, changes, steps):
+    recipe = load_recipe(write_recipe(here / "r.yaml", here / "base", here / "rows", **changes))
+    spelled = {
+        "held-out": "san-llm generate --rows held-out --limit 10",
+        "ask": 'san-llm generate "..."',
+    }
+    wanted = []
+    for step in steps:
+        first, *more = step.split()
+        wanted.append(" ".join([spelled.get(first, first), *more]))
+    assert next_steps(recipe, kind, held_out) == [*wanted, "merge --verify", "report"]
 
 
 def test_without_matplotlib_it_has_no_drawings_and_says_so(run, undrawn):

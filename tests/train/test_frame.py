@@ -13,7 +13,7 @@ from merge.stock import verify_in_this_process
 from tiny import save_tiny, tiny_tokenizer, write_recipe
 from transformers import AutoTokenizer
 
-from san_llm.ask.respond import Sampling, in_frame, posed, question, respond
+from san_llm.ask.respond import Sampling, in_frame, posed, question, respond, way_of
 from san_llm.errors import InputError, SanError
 from san_llm.merge.request import MergeRequest
 from san_llm.merge.run import merge
@@ -21,7 +21,7 @@ from san_llm.models.load import load_model
 from san_llm.models.locate import find_base
 from san_llm.models.subject import find_subject
 from san_llm.models.tokenizer import load_tokenizer
-from san_llm.protocol.templates import template
+from san_llm.protocol.templates import system_of, template
 from san_llm.recipe.read import load_recipe
 from san_llm.runs.folder import new_run
 from san_llm.train.run import train
@@ -144,9 +144,10 @@ def test_one_system_prompt_of_all_rows_is_what_the_model_is_asked_with(here, bas
     prompted = f"system: {system['content']}<pad>\n{text}"
     assert question("Colour of snow?", "chat", tokenizer)[0] == prompted
     subject = find_subject(run=here / "run")
-    assert posed(subject, "Colour of snow?", None).system == system["content"]
-    other = posed(subject, "Colour of snow?", None, system="Other.")
-    assert (other.text, other.system) == (f"system: Other.<pad>\n{text}", None)
+    assert posed(way_of(subject, None), "Colour of snow?")[0] == prompted
+    assert system_of(tokenizer.chat_template) == system["content"]
+    other = posed(way_of(subject, None, system="Other."), "Colour of snow?")
+    assert other[0] == f"system: Other.<pad>\n{text}"
     assert "as they were learned" in merged(here).verified.frame
     # Where one row has none, no prompt is everybody's.
     (here / "rows.jsonl").write_text("\n".join(map(json.dumps, [*with_it[1:], rows[0]])))
@@ -163,7 +164,7 @@ def test_a_system_prompt_needs_a_place(here, base):
     path = write_recipe(here / "r.yaml", base, here / "rows.json", data=data)
     trained(load_recipe(path, []))
     with pytest.raises(InputError, match="--system: prompt style alpaca has no place for one"):
-        posed(find_subject(run=here / "run"), "Why?", None, system="Be brief.")
+        way_of(find_subject(run=here / "run"), None, system="Be brief.")
 
 
 def test_an_answer_ends_with_its_turn(here, base):

@@ -479,6 +479,7 @@ def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_bas
         "seconds": result.seconds,
         "resumed_at": 0,
         "peak_memory": result.peak_memory,
+        "row_kind": "own",
     }
     assert 1e7 < result.peak_memory < 1e11
     entries = log(run)
