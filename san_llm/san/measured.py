@@ -194,14 +194,18 @@ def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> Non
         )
 
 
-def pattern(names: Collection[str], graph: MeasuredGraph) -> str:
+def pattern(names: Collection[str], known: Iterable[str]) -> str:
     """Return a regular expression for some of a model's modules and for no others of it.
 
     It is of whatever block where it can be, so that it is short.
+
+    Args:
+        names: Their names.
+        known: Those of all modules, also of what cannot be adapted.
     """
     exact = [re.escape(name) for name in names]
     forms = "|".join(dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", e) for e in exact))
-    others = (module.name for module in graph.modules if module.name not in names)
+    others = (name for name in known if name not in names)
     return "|".join(exact) if any(re.fullmatch(forms, name) for name in others) else forms
 
 
