@@ -14,7 +14,6 @@ from torch import nn
 from torch.func import functional_call
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
 )
@@ -288,7 +287,7 @@ def test_targets_are_no_modules_of_other_kinds_at_the_same_place_of_other_stages
     names, norms = ["stages.0.down.0", "stages.1.down.1"], ["stages.0.down.1", "stages.1.down.0"]
     found = pattern(names, [*names, *norms])
     assert [name for name in (*names, *norms) if re.fullmatch(found, name)] == names
-    assert pattern(names, names) == r"stages\.\d+\.down\.\d+"
+    assert pattern(names, names) == r"stages\.\d+\.down\.0|stages\.\d+\.down\.1"
 
 
 def test_a_shift_and_the_head_trained_whole():
