@@ -152,6 +152,11 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
         _check_targets(targets, graph, [module.name for module in usable])
         usable = [module for module in usable if matches(targets, module.name)]
     tables = [m for m in graph.modules if m.place == "embedding"]
+    if options.adapt_embedding and not tables:
+        raise InputError(
+            f"adapt_embedding: no embedding of a {graph.model_class} feeds a module that is "
+            "measured: leave it out"
+        )
     for table in tables if options.adapt_embedding else ():
         if not table.usable:
             raise InputError(f"adapt_embedding: {table.name} cannot be adapted: {table.note}")
