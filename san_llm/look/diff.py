@@ -2,7 +2,8 @@
 
 A neuron scale above 1 is long-term potentiation (LTP), one below 1 long-term depression (LTD), in
 the words of the paper. The ``scale`` carrier holds the scales themselves; those of the low-rank
-carriers are ratios of row norms, and take the base's weights, some rows at a time.
+carriers are ratios of row norms, and take the base's weights, some rows at a time. To norms that
+are trained beside the scales something is added.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from san_llm.architectures.lookup import in_order, place_of
 from san_llm.models.adapter import open_adapter
 from san_llm.models.locate import find_base
-from san_llm.models.scales import column_scales, neuron_scales
+from san_llm.models.scales import column_scales, neuron_scales, norm_changes
 from san_llm.models.subject import find_subject
 from san_llm.models.weights import Numbers
 from san_llm.runs.folder import adapter_of, last_run
@@ -35,13 +36,13 @@ class Change:
     """What happened to the channels of one module, or to those of its kind in all blocks.
 
     Attributes:
-        module: The projection: ``up_proj``.
+        module: The projection: ``up_proj``; of a norm its parameter: ``input_layernorm.weight``.
         block: The module's block; None for all blocks, or where there is none.
         channels: How many channels.
-        potentiated: Share of the channels with gamma > 1.
-        depressed: Share of the channels with gamma < 1.
-        mean_change: Mean of ``|gamma - 1|``.
-        largest: The channels that moved furthest, each with its gamma.
+        potentiated: Share of the channels with gamma > 1, or that something is added to.
+        depressed: Share of the channels with gamma < 1, or that something is taken from.
+        mean_change: Mean of ``|gamma - 1|``, or of what is added, without its sign.
+        largest: The channels that moved furthest, each with its gamma, or what is added.
     """
 
     module: str
@@ -65,6 +66,8 @@ class DiffResult:
         total: All channels together; its largest are not named.
         modules: Each projection, over all blocks; its largest are not named, either.
         blocks: Each module of each block, in the model's order.
+        norms: Each weight and bias of the norms that are trained beside the scales; empty where
+            none are. Their numbers are what is added, whose start is 0.
         columns: The column scales that each projection has of its own, over all blocks, and those
             of all together; empty but for ``links: free``.
     """
@@ -77,6 +80,7 @@ class DiffResult:
     modules: list[Change]
     blocks: list[Change]
     columns: list[Change]
+    norms: list[Change]
 
 
 def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
@@ -101,7 +105,7 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
         named = find_subject(base, adapter).base
         source, base = find_base(named).folder, named.model
     gammas = neuron_scales(opened, source)
-    sigmas = column_scales(opened)
+    sigmas, norms = column_scales(opened), norm_changes(opened)
     return DiffResult(
         adapter=str(adapter),
         base=str(base or options.get("base_model_name_or_path")),
@@ -114,6 +118,7 @@ def diff(where: Path | None = None, base: str | None = None) -> DiffResult:
             for (block, module), gamma in zip(map(place_of, gammas), gammas.values(), strict=True)
         ],
         columns=[*_by_module(sigmas), _over_all(sigmas)] if sigmas else [],
+        norms=[_norm(name, added) for name, added in norms.items()],
     )
 
 
@@ -131,8 +136,15 @@ def _by_module(scales: Mapping[str, Numbers]) -> list[Change]:
     ]
 
 
-def _change(module: str, block: int | None, gamma: Numbers, named: int) -> Change:
-    moved = gamma - 1
+def _norm(name: str, added: Numbers) -> Change:
+    block, parameter = place_of(name)
+    if block is None:
+        parameter = ".".join(name.split(".")[-2:])  # norm.weight
+    return _change(parameter, block, added, LARGEST, start=0)
+
+
+def _change(module: str, block: int | None, gamma: Numbers, named: int, start: float = 1) -> Change:
+    moved = gamma - start
     size = np.abs(moved)
     furthest = np.argsort(-size, kind="stable")[:named]
     return Change(
@@ -152,17 +164,24 @@ def tables(result: DiffResult) -> Iterator[Table]:
     if result.columns:
         yield _table(result.columns, blocks=False, module="columns of")
     yield _table(result.blocks, blocks=True)
+    if result.norms:
+        yield _table(result.norms, blocks=True, module="norm", shown=("up %", "down %", "added"))
 
 
-def _table(changes: list[Change], blocks: bool, module: str = "module") -> Table:
+def _table(
+    changes: list[Change],
+    blocks: bool,
+    module: str = "module",
+    shown: tuple[str, str, str] = ("LTP %", "LTD %", "gamma"),
+) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in (*(("block",) if blocks else ()), module, "channels", "LTP %", "LTD %", "mean"):
+    for column in (*(("block",) if blocks else ()), module, "channels", *shown[:2], "mean"):
         justify: Literal["left", "right"] = "left" if column == module else "right"
         table.add_column(column, justify=justify, no_wrap=True)
     if blocks:
-        table.add_column("channel:gamma")
+        table.add_column(f"channel:{shown[2]}")
     for change in changes:
         shares = (f"{100 * share:.1f}" for share in (change.potentiated, change.depressed))
         row = [f"{change.channels:,}", *shares, f"{change.mean_change:.4f}"]

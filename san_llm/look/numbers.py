@@ -204,6 +204,8 @@ def _scales(
 ) -> tuple[Mapping[str, Numbers], SynapseScale | None]:
     opened = open_adapter(adapter)
     options, config = opened.options, config_here(base)
+    if options.get("train_norms"):
+        left_out.append("what is added to its norms: `san-llm diff` has it")
     source = None if config is None else config.parent
     if source is None and (options.get("carrier") or "scale") != "scale":
         raise InputError(

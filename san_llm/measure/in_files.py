@@ -151,7 +151,8 @@ def in_files(config: Any, model_class: str, stored: Mapping[str, Shape]) -> InFi
     given = {name for piece in pieces.values() for name in piece.parameters}
     shared = _shared(model)
     given |= {name for names in shared if given.intersection(names) for name in names}
-    missing = (name for name, _ in model.named_parameters() if name not in given)
+    # What a model freezes itself, such as sinusoidal positions, it makes anew where no file has it.
+    missing = (n for n, p in model.named_parameters() if p.requires_grad and n not in given)
     own = (name for name in shapes if _renamed(name, prefix, table, shapes) == (name, None))
     return InFiles(shapes, pieces, tuple(missing), _tied(model, shared), frozenset(own))
 

@@ -40,7 +40,7 @@ def find_link(
     for anterior in reversed(anteriors):
         reach = reaches[anterior]
         active = reach.alone and (_keeps_apart(reach.woken) or _wakes(reach))
-        source = _source(reach.woken if active else reach.moved)
+        source = _source(reach.woken if active or reach.sleeps else reach.moved)
         channels = None if source is None else find_map(source, len(reach.moved))
         if channels is not None:
             if active:

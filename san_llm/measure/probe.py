@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from san_llm.errors import InputError
 from san_llm.measure.copies import Copy
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -24,9 +25,10 @@ FACTORS = (2.0, -1.0)  # what passes with both of them is linear: ReLU passes th
 EXACT = 1e-6  # relative: what is lost on the way, also where a model computes a part in float32
 SMALL = 1e-3  # of a writer's spread: what is added to a channel
 LARGE = 4.0  # likewise, to wake a channel that an activation keeps at 0
+LARGER = 16.0  # likewise, where the activation keeps a sum with other writers at 0
 
-# Of a writer's output, how many rows it has, and whether it is a convolution's.
-Change = Callable[[Tensor, int, bool], Tensor]
+# Of what a writer writes, as (rows, tokens, channels).
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Reach:
             (d_out, d_in).
         moved: How far a reader's channel moves when something is added to a writer's, averaged
             over tokens and relative to what is added: (d_out, d_in).
-        woken: The same, for something large that is added.
+        woken: The same, for something large that is added, where an activation stands between.
         across: Whether a token of the reader moves with another token of the writer.
         alone: Whether a reader's channels depend on nothing but the writer's output.
+        sleeps: Whether some of a reader's channels move with nothing small, as behind a ReLU.
     """
 
     exact: Tensor
@@ -48,6 +51,7 @@ class Reach:
     woken: Tensor
     across: bool
     alone: bool
+    sleeps: bool
 
 
 class DoneError(Exception):
@@ -78,15 +82,47 @@ def channels_in(module: nn.Module) -> int:
     return int(weight.shape[0])
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, CONVOLUTIONS)
+@dataclass(frozen=True)
+class _Layout:
+    """How a module's features are laid out.
+
+    Attributes:
+        batch: The axis of the rows, which tokens may share: 1 of an encoder that has tokens first.
+        channels: The axis of the channels: 1 of a convolution.
+    """
+
+    batch: int
+    channels: int
+
+    def by_row(self, features: Tensor, rows: int) -> Tensor:
+        """Return features as (rows, tokens, channels)."""
+        first = self._moved(features)
+        if first.shape[0] % rows:
+            raise InputError("it computes some tokens apart from others, as routed experts do")
+        return first.reshape(rows, -1, first.shape[-1])
+
+    def as_it_was(self, by_row: Tensor, features: Tensor) -> Tensor:
+        """Return what ``by_row`` made of some features, laid out as they are."""
+        first = by_row.reshape(self._moved(features).shape)
+        return first.movedim((0, -1), (self.batch, self.channels))
+
+    def _moved(self, features: Tensor) -> Tensor:
+        return features.movedim((self.batch, self.channels), (0, -1))
 
 
-def _by_row(features: Tensor, rows: int, convolution: bool) -> Tensor:
-    """Return features as (rows, tokens, channels), however a model lays out its batch."""
-    if convolution:
-        features = features.movedim(1, -1)
-    return features.reshape(rows, -1, features.shape[-1])
+def _layout(module: nn.Module, one: Any, two: Any) -> _Layout | None:
+    """Return the layout of what a module writes, or None where it has no axis of rows.
+
+    Args:
+        module: It.
+        one: What it wrote of one row.
+        two: Of two rows.
+    """
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.dim() != two.dim():
+        return None
+    grown = [axis for axis, size in enumerate(one.shape) if two.shape[axis] != size]
+    channels = 1 if isinstance(module, CONVOLUTIONS) else -1
+    return _Layout(grown[0], channels) if len(grown) == 1 else None
 
 
 class Probe:
@@ -96,49 +132,65 @@ class Probe:
         """Hold a copy."""
         self._copy = copy
         self._modules = dict(copy.model.named_modules())
+        self._layouts: dict[str, _Layout] = {}
 
     def order(self, names: Sequence[str]) -> list[str]:
-        """Return those of some modules that a forward runs, in the order of their first run."""
-        ran: dict[str, None] = {}
+        """Return those of some modules that a forward runs, in the order of their first run.
+
+        Without those that write no features of rows: a router's choice, or what stands for
+        distances between tokens. The others can be measured from now on.
+        """
+        one, two = (self._first_outputs(names, rows) for rows in (1, 2))
+        for name, out in one.items():
+            layout = _layout(self._modules[name], out, two.get(name))
+            if layout is not None:
+                self._layouts[name] = layout
+        return list(self._layouts)
+
+    def _first_outputs(self, names: Sequence[str], rows: int) -> dict[str, Any]:
+        """Return what some modules write in their first run, in the order of those."""
+        wrote: dict[str, Any] = {}
 
         def note(name: str) -> Callable[..., None]:
-            return lambda *_: ran.setdefault(name)
+            def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
+                wrote.setdefault(name, out)
+
+            return hook
 
         with self._hooks((self._modules[name].register_forward_hook, note(name)) for name in names):
-            self._run(1)
-        return list(ran)
+            self._run(rows)
+        return wrote
 
     def reach(self, writer: str, readers: Sequence[str]) -> dict[str, Reach]:
         """Return what a writer's channels do to each of some readers that run after it."""
         out = self._output(writer)
         count, spread = out.shape[-1], float(out.std())
         across, alone = self._across(writer, readers), self._alone(writer, readers)
-        parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in readers}
-        for start in range(0, count, AT_ONCE):
-            channels = range(start, min(count, start + AT_ONCE))
-            moved = self._moved(writer, readers, channels, SMALL * spread)
-            woken = moved
-            if any(alone.values()):
-                woken = self._moved(writer, readers, channels, LARGE * spread)
-            exact = {name: torch.zeros_like(x, dtype=torch.bool) for name, x in moved.items()}
-            if any(_moves_some(x) for x in moved.values()):
-                exact = self._exact(writer, readers, channels)
-            for name in readers:
-                parts[name].append((exact[name], moved[name], woken[name]))
-        reaches = {}
-        for name in readers:
-            exact_rows, moved_rows, woken_rows = zip(*parts[name], strict=True)
-            reaches[name] = Reach(
-                torch.cat(exact_rows),
-                torch.cat(moved_rows),
-                torch.cat(woken_rows),
-                across[name],
-                alone[name],
+        chunks = [range(at, min(count, at + AT_ONCE)) for at in range(0, count, AT_ONCE)]
+
+        def all_of(some: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
+            parts = [some(channels) for channels in chunks]
+            return {name: torch.cat([part[name] for part in parts]) for name in readers}
+
+        moved = all_of(partial(self._moved, writer, readers, SMALL * spread))
+        sleeps = {name: _sleeps(x) for name, x in moved.items()}
+        woken, exact = moved, {name: torch.zeros_like(x).bool() for name, x in moved.items()}
+        if any(alone.values()):
+            woken = all_of(partial(self._moved, writer, readers, LARGE * spread))
+        if asleep := [name for name in readers if sleeps[name] and not alone[name]]:
+            awake = all_of(partial(self._moved, writer, readers, LARGER * spread))
+            woken = woken | {name: awake[name] for name in asleep}
+        if any(_moves_some(x) for x in moved.values()):
+            exact = all_of(partial(self._exact, writer, readers))
+        return {
+            name: Reach(
+                exact[name], moved[name], woken[name], across[name], alone[name], sleeps[name]
             )
-        return reaches
+            for name in readers
+        }
 
     def _moved(
-        self, writer: str, readers: Sequence[str], channels: range, amount: float
+        self, writer: str, readers: Sequence[str], amount: float, channels: range
     ) -> dict[str, Tensor]:
         heard = self._listen(
             writer, readers, len(channels) + 1, _each(channels, partial(add, amount))
@@ -161,8 +213,8 @@ class Probe:
         """Return what a writer writes, (1, tokens, channels)."""
         kept: list[Tensor] = []
 
-        def keep(module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            kept.append(_by_row(out, 1, _is_convolution(module)))
+        def keep(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            kept.append(self._layouts[writer].by_row(out, 1))
             raise DoneError
 
         with self._hooks([(self._modules[writer].register_forward_hook, keep)]):
@@ -172,10 +224,10 @@ class Probe:
     def _across(self, writer: str, readers: Sequence[str]) -> dict[str, bool]:
         """Return at which readers another token than the one that was moved moves, too."""
 
-        def move(out: Tensor, rows: int, convolution: bool) -> Tensor:
-            view = _by_row(out, rows, convolution).clone()
-            view[1, 0] += view.std()
-            return _as_it_was(view, out, convolution)
+        def move(out: Tensor) -> Tensor:
+            moved = out.clone()
+            moved[1, 0] += out.std()
+            return moved
 
         seen = self._listen(writer, readers, 2, move)
         return {
@@ -187,7 +239,7 @@ class Probe:
         """Return which readers read the same of whatever row, while the writer's output stands."""
         kept: list[Tensor] = []
 
-        def keep(out: Tensor, rows: int, convolution: bool) -> Tensor:
+        def keep(out: Tensor) -> Tensor:
             if not kept:
                 kept.append(out)
             return kept[0]
@@ -210,21 +262,25 @@ class Probe:
     ) -> dict[str, Tensor]:
         """Return what readers read of a changed writer, (rows, tokens, channels)."""
         heard: dict[str, Tensor] = {}
-        module = self._modules[writer]
+        wrote: list[torch.Size] = []
 
         def write(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-            return change(out, rows, _is_convolution(module))
+            wrote.append(out.shape)
+            if out.shape != wrote[0]:  # run again, of something else: distances between tokens
+                return out
+            layout = self._layouts[writer]
+            return layout.as_it_was(change(layout.by_row(out, rows)), out)
 
         def listen(name: str) -> Callable[..., None]:
-            convolution = _is_convolution(self._modules[name])
-
             def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                heard.setdefault(name, _by_row(inputs[0], rows, convolution))
+                if name not in heard:
+                    heard[name] = self._layouts[name].by_row(inputs[0], rows)
                 if len(heard) == len(readers):
                     raise DoneError
 
             return hook
 
+        module = self._modules[writer]
         hooks = [(self._modules[name].register_forward_pre_hook, listen(name)) for name in readers]
         with self._hooks([(module.register_forward_hook, write), *hooks]):
             self._run(rows, arguments)
@@ -254,20 +310,19 @@ class Probe:
 def _each(channels: range, change: Callable[[Tensor], Tensor]) -> Change:
     """Return what changes another channel in each row but the first."""
 
-    def changed(out: Tensor, rows: int, convolution: bool) -> Tensor:
-        view = _by_row(out, rows, convolution).clone()
+    def changed(out: Tensor) -> Tensor:
+        moved = out.clone()
         for row, channel in enumerate(channels, start=1):
-            view[row, :, channel] = change(view[row, :, channel])
-        return _as_it_was(view, out, convolution)
+            moved[row, :, channel] = change(moved[row, :, channel])
+        return moved
 
     return changed
 
 
-def _as_it_was(view: Tensor, out: Tensor, convolution: bool) -> Tensor:
-    if not convolution:
-        return view.reshape(out.shape)
-    moved = out.movedim(1, -1)
-    return view.reshape(moved.shape).movedim(-1, 1)
+def _sleeps(moved: Tensor) -> bool:
+    """Return whether some of a reader's channels move and others do not."""
+    still = moved.amax(0) <= EXACT * moved.max()
+    return bool(still.any() and not still.all())
 
 
 def _moves_some(moved: Tensor) -> bool:

@@ -40,6 +40,7 @@ ONE = "it writes one number, a gate or a score"
 INERT = "nothing reads what it writes"
 BARRED = (EXPERTS, INERT, ONE, ROUTER, TIED)  # what begins so cannot be adapted
 DEPTHWISE = "each of its channels reads itself alone, so that s would be a second gamma"
+GROUPED = "its channels read in groups, and SAN has no s for one that each group reads apart"
 
 
 def measure(config: Any, model_class: Any = None) -> MeasuredGraph:
@@ -208,8 +209,8 @@ def _link(
     """Return what feeds a module of a block that was measured, or why nothing does."""
     if is_experts(modules[name]) and not is_gated(modules[name]):
         return EXPERTS
-    if _is_depthwise(modules[name]):
-        return DEPTHWISE
+    if _is_grouped(modules[name]):
+        return DEPTHWISE if modules[name].groups == channels_in(modules[name]) else GROUPED
     own = reaches.get(name, {})
     writers = [writer for writer in order if writer in own]
     link = find_link(name, own, writers)
@@ -248,7 +249,7 @@ def _embedding(model: Any) -> nn.Module | None:
     return table if isinstance(table, nn.Embedding) else None
 
 
-def _is_depthwise(module: Any) -> bool:
+def _is_grouped(module: Any) -> bool:
     groups = getattr(module, "groups", 1)
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and groups > 1
 
@@ -341,7 +342,7 @@ def _module(
         if place == "block" and d_out == 1:
             note = ONE
         made = next(kind for kind in (*KINDS, nn.Embedding) if isinstance(module, kind))
-        kind, grouped = made.__name__, _is_depthwise(module)
+        kind, grouped = made.__name__, _is_grouped(module)
     usable = place != "outside" and not (note or "").startswith(BARRED)
     return MeasuredModule(name, kind, d_out, d_in, place, note, usable, grouped, experts, kernel)
 

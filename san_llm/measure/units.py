@@ -60,16 +60,19 @@ def representatives(units: Sequence[Unit], which: int) -> dict[int, int]:
     """Return for each unit the one that is measured in its place.
 
     Two units are measured as one where they and those before them are alike, and stand in lists of
-    the same names: an encoder's last block before a decoder's first is none before an encoder's.
+    the same names: an encoder's last block before a decoder's first is none before an encoder's. So
+    is the first of a list inside of each block, a ResNet's, and another one that stands behind it.
 
     Args:
         units: The blocks, in order.
         which: 0 takes the first of those alike, 1 the second where there is one.
     """
-    places: dict[tuple[object, object], list[int]] = {}
+    places: dict[tuple[object, ...], list[int]] = {}
     for place, unit in enumerate(units):
-        before = _kind(units[place - 1]) if place else None
-        places.setdefault((before, _kind(unit)), []).append(place)
+        before = units[place - 1] if place else None
+        inside = before is not None and list_of(before.path) == list_of(unit.path)
+        kinds = before and _kind(before), inside, _kind(unit)
+        places.setdefault(kinds, []).append(place)
     measured: dict[int, int] = {}
     for alike in places.values():
         # The next in the same list: one in a later stage costs more, and says nothing else.

@@ -259,8 +259,8 @@ def weight_errors(
         if adapter.measured
         else Expected(base, config, adapter)
     )
-    # What has no rows, or is no weight, is copied.
-    tensors = [t for t in read_weights(merged) if t.dtype in SIZES and t.shape]
+    # What has no rows or no numbers, or is no weight, is copied.
+    tensors = [t for t in read_weights(merged) if t.dtype in SIZES and t.shape and 0 not in t.shape]
     if most is not None:
         changed = [tensor for tensor in tensors if expected.changes(tensor.name)]
         passed = set(changed) - set(changed[:: max(1, len(changed) // most)])

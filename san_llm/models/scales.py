@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from san_llm.architectures.decoders import DOWN, GATE_UP
-from san_llm.architectures.lookup import in_model_order
+from san_llm.architectures.lookup import in_model_order, place_of
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json
 from san_llm.models.adapter import Adapter
@@ -388,6 +388,29 @@ def column_scales(adapter: Adapter) -> dict[str, Numbers]:
     sigmas = _held(adapter, "sigma")
     _check_finite(adapter, sigmas)
     return sigmas
+
+
+def norm_changes(adapter: Adapter) -> dict[str, Numbers]:
+    """Return what the adapter adds to norms, (d,) each, by parameter: ``model.norm.weight``.
+
+    In the order of the blocks; those outside of them come last.
+
+    Raises:
+        SanError: when one is not finite.
+    """
+    added = {
+        f"{module}.{kind}": read_rows(tensor).astype(np.float64)
+        for name, tensor in adapter.tensors.items()
+        for module, _, kind in [name.rpartition(".san_")]
+        if module and kind in ("weight", "bias")
+    }
+    _check_finite(adapter, added)
+
+    def place(name: str) -> tuple[bool, int, str]:
+        block, _ = place_of(name)
+        return block is None, block or 0, name
+
+    return {name: added[name] for name in sorted(added, key=place)}
 
 
 def _check_finite(adapter: Adapter, scales: Mapping[str, Numbers]) -> None:

@@ -49,7 +49,7 @@ def experts(
     for expert in torch.unique(index).tolist():
         if expert >= count:
             continue
-        tokens, places = torch.where(index == expert)
+        places, tokens = torch.where(expert == index.T)  # in this order, for the last bits
         written = F.linear(given[tokens], wide[expert])
         written = scaled(written, None if rows is None else rows[expert, :between])
         gate, up = written.chunk(2, dim=-1)
@@ -78,7 +78,7 @@ def _lean(
     for expert in torch.unique(index).tolist():
         if expert >= count:
             continue
-        tokens, places = torch.where(index == expert)
+        places, tokens = torch.where(expert == index.T)  # in this order, for the last bits
         gate, up = F.linear(given[tokens], wide[expert]).chunk(2, dim=-1)
         g = c = down = None
         if rows is not None:

@@ -152,6 +152,11 @@ def adapted(graph: MeasuredGraph, options: Options) -> list[MeasuredModule]:
         _check_targets(targets, graph, [module.name for module in usable])
         usable = [module for module in usable if matches(targets, module.name)]
     tables = [m for m in graph.modules if m.place == "embedding"]
+    if options.adapt_embedding and not tables:
+        raise InputError(
+            f"adapt_embedding: no embedding of a {graph.model_class} feeds a module that is "
+            "measured: leave it out"
+        )
     for table in tables if options.adapt_embedding else ():
         if not table.usable:
             raise InputError(f"adapt_embedding: {table.name} cannot be adapted: {table.note}")
@@ -194,14 +199,18 @@ def _check_targets(targets: Any, graph: MeasuredGraph, usable: list[str]) -> Non
         )
 
 
-def pattern(names: Collection[str], graph: MeasuredGraph) -> str:
+def pattern(names: Collection[str], known: Iterable[str]) -> str:
     """Return a regular expression for some of a model's modules and for no others of it.
 
     It is of whatever block where it can be, so that it is short.
+
+    Args:
+        names: Their names.
+        known: Those of all modules, also of what cannot be adapted.
     """
     exact = [re.escape(name) for name in names]
     forms = "|".join(dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", e) for e in exact))
-    others = (module.name for module in graph.modules if module.name not in names)
+    others = (name for name in known if name not in names)
     return "|".join(exact) if any(re.fullmatch(forms, name) for name in others) else forms
 
 

@@ -184,7 +184,7 @@ class SanModel(BaseTuner):
         self._nodes = {node.name: node for node in nodes(graph, options)}
         _check_modules(model, self._nodes.values())
         config.graph = graph.as_json()
-        config.target_modules = pattern(self._nodes, graph)
+        config.target_modules = pattern(self._nodes, dict(model.named_modules()))
         return list(self._nodes), {
             node.name: (node.anterior, node.link, node.carry)
             for node in self._nodes.values()

@@ -93,6 +93,33 @@ def test_column_scales_of_their_own_are_counted_beside_the_neuron_scales(command
     assert "columns of" in command("diff", "adapter").stdout
 
 
+def test_what_is_added_to_trained_norms_is_counted_beside_the_scales(command, here, tiny_base):
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    adapted = adapt(base, train_norms=True)
+    for number, (name, parameter) in enumerate(adapted.named_parameters()):
+        if ".san_weight" in name:
+            parameter.data.zero_()[:2] += torch.tensor([0.5, -0.25]) * (number + 1)
+    adapted.save_pretrained(here / "adapter")
+    saved = load_file(here / "adapter" / "adapter_model.safetensors")
+    found = diff(Path("adapter")).norms
+    blocks = adapted.config.num_hidden_layers
+    names = ("input_layernorm.weight", "post_attention_layernorm.weight")
+    of_blocks = [(block, name) for block in range(blocks) for name in names]
+    assert [(change.block, change.module) for change in found] == [
+        *of_blocks, (None, "norm.weight")
+    ]  # fmt: skip
+    for change in found:
+        inside = "" if change.block is None else f"layers.{change.block}."
+        module = change.module.removesuffix(".weight")
+        added = saved[f"{PREFIX}model.{inside}{module}.san_weight"].double()
+        assert change.potentiated == change.depressed == 1 / len(added)
+        assert change.mean_change == pytest.approx(added.abs().mean().item())
+        assert change.largest[:2] == [(0, added[0].item()), (1, added[1].item())]
+    text = command("diff", "adapter").stdout
+    assert "channel:added" in text
+    assert "norm.weight" in text
+
+
 @pytest.mark.parametrize("mode", ["both", "neuron", "synapse"])
 @pytest.mark.parametrize("carrier", ["lora", "dora"])
 def test_the_scales_of_low_rank_carriers_are_ratios_of_dense_row_norms(

@@ -10,6 +10,8 @@ from torch.func import functional_call
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    DebertaV2ForMaskedLM,
+    LongformerForMaskedLM,
     ModernBertForMaskedLM,
     T5ForConditionalGeneration,
     WhisperForConditionalGeneration,
@@ -27,6 +29,13 @@ WIDTHS = {"vocab_size": 97, "d_model": 32, "hidden_size": 32, "intermediate_size
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 WIDTHS |= HEADS | IDS
 MODELS = {
+    # Its attention reads (tokens, rows, channels).
+    "longformer": (LongformerForMaskedLM, {"num_hidden_layers": 2, "attention_window": [4, 4],
+                                           "max_position_embeddings": 16}),
+    # Its q and k also read distances between tokens, of no row.
+    "deberta-v2": (DebertaV2ForMaskedLM, {
+        "num_hidden_layers": 2, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8, "share_att_key": True, "max_position_embeddings": 16}),
     "modernbert": (ModernBertForMaskedLM, {"num_hidden_layers": 2, "cls_token_id": 1,
                                            "sep_token_id": 2}),
     "t5": (T5ForConditionalGeneration, {"d_kv": 8, "d_ff": 40, "num_layers": 2,
@@ -47,6 +56,18 @@ def modernbert():
         wired[here + "mlp.Wi"] = (here + "attn.Wo", None)
         wired[here + "mlp.Wo"] = (here + "mlp.Wi", lambda gamma: gamma[-40:])
         before = here + "mlp.Wo"
+    return wired
+
+
+def bert(layers, q, k, v):
+    wired, before = {}, None
+    for number in range(2):
+        here = f"{layers}.{number}."
+        wired |= {here + "attention.self." + name: (before, None) for name in (q, k, v)}
+        wired[here + "attention.output.dense"] = (here + "attention.self." + v, None)
+        wired[here + "intermediate.dense"] = (here + "attention.output.dense", None)
+        wired[here + "output.dense"] = (here + "intermediate.dense", None)
+        before = here + "output.dense"
     return wired
 
 
@@ -75,6 +96,8 @@ def both(name):
 
 
 WIRED = {
+    "longformer": bert("longformer.encoder.layer", "query", "key", "value"),
+    "deberta-v2": bert("deberta.encoder.layer", "query_proj", "key_proj", "value_proj"),
     "modernbert": modernbert(),
     "t5": encoder_decoder(
         {side: side + ".block.{}." for side in ("encoder", "decoder")},

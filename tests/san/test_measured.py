@@ -138,6 +138,7 @@ WIRED = {
     "mixtral": ("model.layers", MIXTURE),
     "qwen3_moe": ("model.layers", MIXTURE),
     "olmoe": ("model.layers", MIXTURE),
+    "phimoe": ("model.layers", MIXTURE),  # whose router is a Linear that writes a choice
     "qwen2_moe": (
         "model.layers",
         {
@@ -177,6 +178,8 @@ def small(family):
         values |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
         values |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
         values |= {"eos_token_id": 1, "bos_token_id": 1}
+    if family == "phimoe":
+        values |= {"intermediate_size": 64}
     config = AutoConfig.for_model(family, **values)
     model = AutoModelForCausalLM.from_config(config, **EAGER).double().eval()
     for parameter in model.parameters():

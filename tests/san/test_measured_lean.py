@@ -26,6 +26,7 @@ STANDING = {
     "ministral": LLAMA,
     # Norms stand behind attention and MLP, and on all heads of q and k.
     "olmo2": {"attention": 3, "gated": 3},
+    "olmo3": {"attention": 3, "gated": 3},
     # A part of each head is rotated.
     "stablelm": {"norm": 5, "attention": 3, "gated": 3},
     "glm4": {"norm": 5, "attention": 3, "gated": 3},
@@ -40,12 +41,19 @@ STANDING = {
     # The router reads one norm; what experts wrote feeds nothing behind the other.
     "mixtral": {"attention": 3, "rotation": 3},
     "qwen3_moe": {"attention": 3},
+    "olmoe": {"attention": 3},
+    "phimoe": {"attention": 3, "rotation": 3},
     "qwen2_moe": {"attention": 3, "rotation": 3, "gated": 3},
     "gpt2": {"norm": 3, "activation": 2},
     "vit": PICTURES,
     "dinov2": PICTURES,
     "swin": {"norm": 8, "product": 4, "attention": 4, "activation": 4},
+    "swinv2": {"attention": 2, "activation": 2},
     "convnext": {"norm": 4, "activation": 4},
+    "deit": PICTURES,
+    "clip": PICTURES,
+    "siglip": PICTURES,
+    "convnextv2": {"norm": 4},
 }
 
 
