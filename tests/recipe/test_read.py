@@ -279,8 +279,8 @@ def test_anchors_tags_and_python_objects_are_refused(value, message, here):
 def test_a_merge_key_is_a_key_like_any_other():
     assert mistakes(GOOD.replace("  model: some/model", "  <<: {model: x}")) == [
         "mine.yaml:1: base.model: missing",
-        "mine.yaml:2: base.<<: unknown key: known here are model, revision, dtype, quantization, "
-        "quant_type, double_quant, trust_remote_code",
+        "mine.yaml:2: base.<<: unknown key: known here are model, revision, adapter, dtype, "
+        "quantization, quant_type, double_quant, trust_remote_code",
     ]
 
 

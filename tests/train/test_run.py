@@ -480,6 +480,7 @@ def test_a_run_folder_says_what_ran_with_what(here: Path, recipe: Path, tiny_bas
         "resumed_at": 0,
         "peak_memory": result.peak_memory,
         "row_kind": "own",
+        "held_out_losses": {},
     }
     assert 1e7 < result.peak_memory < 1e11
     entries = log(run)
