@@ -36,9 +36,13 @@ def adapter_folder(place: str | None) -> Path | None:
     if (folder / "recipe.yaml").is_file():
         folder /= "adapter"
     if not (folder / CONFIG).is_file():
-        raise InputError(
-            f"base.adapter: {folder}: not an adapter: no {CONFIG} in it{nearest_file(folder)}"
-        )
+        if (folder / "config.json").is_file():
+            raise InputError(
+                f"base.adapter: {folder}: a model, not an adapter: to train it on, name it as "
+                "base.model"
+            )
+        near = "" if folder.exists() else nearest_file(folder)
+        raise InputError(f"base.adapter: {folder}: not an adapter: no {CONFIG} in it{near}")
     return folder
 
 

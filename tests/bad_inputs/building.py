@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 from tiny_gguf import gguf_model, write_gguf
 
 from san_llm.train.checkpoint import SEAL, _seal, best_of
@@ -1405,3 +1406,45 @@ def study_that_is_a_recipe(here: Path) -> None:
 @bad("study study.yaml --plan --output rows.json", "rows.json: a file stands there")
 def study_into_a_file(here: Path) -> None:
     study(here)
+
+
+# --- an adapter that training goes on from ---
+
+
+def without_method(here: Path) -> None:
+    """Write ``on.yaml``: the recipe without its method."""
+    recipe = yaml.safe_load((here / "good.yaml").read_text())
+    del recipe["method"]
+    (here / "on.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@bad("train on.yaml", "on.yaml: method: missing")
+@bad("train on.yaml base.adapter=nowhere", "base.adapter: nowhere: not an adapter: no adapter_con")
+@bad(
+    "train on.yaml base.adapter=model", "base.adapter: model: a model, not an adapter: to train it"
+)
+def an_adapter_to_go_on_from(here: Path) -> None:
+    without_method(here)
+
+
+@bad("train on.yaml base.adapter=runs/done base.model=wide", "was trained on another base")
+def an_adapter_of_another_base(here: Path) -> None:
+    without_method(here)
+    save_tiny(here / "wide", hidden_size=64, head_dim=16)
+
+
+@bad(
+    "train good.yaml base.adapter=runs/done method.mode=neuron", "method.mode: 'neuron', but runs/"
+)
+@bad(
+    "train good.yaml training.patience=2 data.held_out=0", "training.patience: there are no held-o"
+)
+@bad(
+    "train good.yaml training.rate_floor=0.1", "rate_floor: only of schedule cosine and warmup_sta"
+)
+@bad("generate hi --system x --run runs/done", "--system: prompt style alpaca has no place for one")
+@bad(
+    "generate --rows rows.json --output a.jsonl --system x", "--rows and --system exclude each oth"
+)
+def learning_that_does_not_go_together(here: Path) -> None:
+    pass
