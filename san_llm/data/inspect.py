@@ -21,7 +21,8 @@ from rich.text import Text
 
 from san_llm.data.encode import IGNORE, Encoding, check_tokenizer, encoding_of, label_rows
 from san_llm.data.rows import Row
-from san_llm.data.split import Taken, held_out_rows, stream_training
+from san_llm.data.shapes import unread_line
+from san_llm.data.split import Taken, held_out_rows, stream_training, unread_of
 from san_llm.data.task_rows import read_own_rows, read_task, test_file
 from san_llm.errors import InputError
 from san_llm.models.locate import find_base
@@ -89,6 +90,7 @@ class Inspection:
         thoughts: Turns whose thinking the chat template leaves out.
         held_out: Held-out rows of each file.
         twins: Held-out rows that are training rows, too.
+        unread: How many rows have each key that is not read.
         examples: Of each shape the first row's text, in pieces, and whether each is learned.
     """
 
@@ -118,6 +120,7 @@ class Inspection:
     held_out: dict[str, int]
     twins: int
     examples: dict[str, list[tuple[str, bool]]]
+    unread: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -198,7 +201,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     encoding = encoding_of(data, tokenizer, found.vocabulary)
     inspection = inspect(rows, tests, encoding, about, found.context, held_out_rows(data))
     sources = [asdict(source) for source in taken] if len(taken) > 1 else []
-    return replace(inspection, sources=sources)
+    return replace(inspection, sources=sources, unread=unread_of(taken))
 
 
 def inspect(
@@ -394,6 +397,8 @@ def report(inspection: Inspection, colour: bool) -> Iterator[Table | Text]:
     if any(inspection.shapes):
         kinds = [f"{shape} {count:,}" for shape, count in inspection.shapes.items()]
         facts.add_row("read as", ", ".join(kinds))
+    if inspection.unread:
+        facts.add_row("not read", Text(unread_line(inspection.unread)))
     if inspection.turns:
         many = [f"{turns} in {count:,}" for turns, count in list(inspection.turns.items())[:FEW]]
         more = ", ..." if len(inspection.turns) > FEW else ""

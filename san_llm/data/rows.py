@@ -38,6 +38,7 @@ class Row:
         text: What is learned whole, without a frame; all else is then empty.
         choices: The answers that an evaluation lets a model choose from, where the row has its own.
         shape: How it was read, in words.
+        unread: Keys of the file's row that say something no shape reads: an id, a score, a slip.
         where: File and row, for messages; two rows of the same content are equal.
     """
 
@@ -50,4 +51,5 @@ class Row:
     text: str = ""
     choices: tuple[str, ...] = field(default=(), compare=False)
     shape: str = field(default="", compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
     where: str = field(default="a row", compare=False)

@@ -10,7 +10,7 @@ text                ``text``, which is learned whole
 ==================  ===========================================================================
 
 What a row says besides is honoured or refused, never dropped, where it means something to what is
-learned; other keys (ids, sources, scores) say nothing of it.
+learned; other keys (ids, sources, scores) say nothing of it, and are told.
 
 A row that is only asked (:func:`read_asked`) needs no answer; one that it has is what is expected.
 """
@@ -75,6 +75,16 @@ def read_row(path: Path | str, where: str, value: Any, columns: Mapping[str, str
     if columns is not None:
         value = _renamed(at, value, columns)
     shape = _shape(at, value)
+    row = _read(at, shape, value)
+    read = SHAPES[shape] + BESIDE[shape]
+    unread = tuple(key for key, said in value.items() if key not in read and said is not None)
+    return replace(row, unread=_ONCE.setdefault(unread, unread)) if unread else row
+
+
+_ONCE: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows of a file have the same keys
+
+
+def _read(at: str, shape: str, value: dict[str, Any]) -> Row:
     if shape == "text":
         return Row(text=_text(at, "text", value["text"]), shape=shape, where=at)
     if shape == "instruction and output":
@@ -143,6 +153,20 @@ def _split_off(row: Row) -> Row:
     if not before:
         raise InputError(f"{row.where}: its only message is the assistant's, so nothing is asked")
     return replace(row, messages=tuple(before), output=last.content)
+
+
+TOLD = 6  # keys that are not read
+
+
+def unread_line(keys: Mapping[str, int]) -> str:
+    """Return the keys that no shape reads, in words, and what they may be slips of.
+
+    Args:
+        keys: How many rows have each.
+    """
+    told = list(keys.items())[:TOLD]
+    named = [f"{key} in {rows:,} rows{did_you_mean(key, KEYS)}" for key, rows in told]
+    return ", ".join(named) + (", ..." if len(keys) > TOLD else "")
 
 
 def value_of(row: Row) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +26,19 @@ class Taken:
         there: Rows that it has, up to its limit.
         taken: Rows of it in the mix.
         shapes: How many of its rows were read as what.
+        unread: How many rows have each key that is not read.
     """
 
     source: str
     there: int
     taken: int
     shapes: dict[str, int]
+    unread: dict[str, int] = field(default_factory=dict)
+
+
+def unread_of(taken: Iterable[Taken]) -> dict[str, int]:
+    """Return how many rows of all sources have each key that is not read, the most common first."""
+    return dict(sum((Counter(source.unread) for source in taken), Counter()).most_common())
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def stream_training(data: Data, seed: int, taken: list[Taken] | None = None) -> 
             there, wanted = counts[number]
             chosen = set(random.Random(f"{seed} {number}").sample(range(there), wanted))
         rows = took = 0
-        shapes: Counter[str] = Counter()
+        shapes, unread = Counter[str](), Counter[str]()
         for place, row in enumerate(stream_source(source)):
             rows += 1
             if row.messages and data.prompt != "chat":
@@ -161,9 +168,10 @@ def stream_training(data: Data, seed: int, taken: list[Taken] | None = None) -> 
             given += 1
             took += 1
             shapes[row.shape] += 1
+            unread.update(row.unread)
             yield row
         if taken is not None:
-            taken.append(Taken(source.label, rows, took, dict(shapes)))
+            taken.append(Taken(source.label, rows, took, dict(shapes), dict(unread)))
 
 
 def _counts(data: Data) -> list[tuple[int, int]] | None:

@@ -16,7 +16,8 @@ from san_llm.data.batches import Pack, Pad, pad_id
 from san_llm.data.encode import encoding_of
 from san_llm.data.ends import turn_end
 from san_llm.data.rows import Row
-from san_llm.data.split import Split, split_held_out
+from san_llm.data.shapes import unread_line
+from san_llm.data.split import Split, split_held_out, unread_of
 from san_llm.data.task_rows import kind_of
 from san_llm.data.tokenized import Encoded, Rows, encode_rows, kept_rows, refuse_longer
 from san_llm.errors import InputError, SanError
@@ -193,6 +194,8 @@ def _tell_rows(train: Encoded, held_out: Encoded | None, split: Split, data: Dat
         + (f"; {len(held_out.rows):,} held out" if held_out else "")
         + ("; " + ", ".join(lost) if lost else "")
     )
+    if unread := unread_of(split.taken):
+        say(f"  keys that are not read: {unread_line(unread)}")
     if split.system is not None:
         say("  all begin with one system prompt, which the model will be asked with, too")
     if split.duplicates:

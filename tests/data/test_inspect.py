@@ -192,6 +192,7 @@ rows          43
               a.json: 30 of 90 rows
               b.csv: 13 of 13 rows
 read as       messages 30, text 13
+not read      id in 43 rows
 turns         2 in 28, 5 in 2
 tokens a row  min 9, 5 % 9, median 10, 95 % 14, 99 % 1,400, max 1,400, mean 42.65
 learned       129 of 1,234 tokens (10.5 %)
@@ -256,6 +257,7 @@ def test_every_line_of_the_report_is_as_it_is_meant():
         thoughts=3,
         held_out={"other.json": 40},
         twins=4,
+        unread={"id": 43},
         examples={
             "messages": [("Ask: [it]", False), ("yes", True)],
             "text": [("a", False), ("ll", True)],

@@ -13,8 +13,9 @@ import pytest
 from tiny import rows, write_recipe, write_rows
 
 from san_llm.data.rows import Row
+from san_llm.data.shapes import unread_line
 from san_llm.data.sources import POCKET, read_rows
-from san_llm.data.split import count_rows, split_held_out
+from san_llm.data.split import Taken, count_rows, split_held_out, stream_training, unread_of
 from san_llm.data.task_rows import kind_of
 from san_llm.errors import InputError
 from san_llm.recipe.read import load_recipe
@@ -163,3 +164,23 @@ def test_the_eights_rows_are_known_from_others():
     for other in (text, bare, labels, replace(eight[0], output="so")):
         assert kind_of([*eight, other]) == "own"
         assert kind_of([other, *eight]) == "own"
+
+
+def test_keys_that_no_shape_reads_are_counted_and_a_slip_is_named(here):
+    rows = [
+        {"instruction": "Why?", "output": "So.", "id": 1, "sytem": "Be brief.", "score": None},
+        {"instruction": "Who?", "output": "She.", "id": 2},
+    ]
+    (here / "rows.json").write_text(json.dumps(rows))
+    taken: list[Taken] = []
+    data = mix(here, {"path": "rows.json"}).data
+    assert len(list(stream_training(data, 0, taken))) == 2
+    unread = unread_of(taken)
+    assert unread == {"id": 2, "sytem": 1}
+    assert unread_line(unread) == "id in 2 rows, sytem in 1 rows (did you mean 'system'?)"
+    many = unread_line({f"key {number}": 1 for number in range(9)})
+    assert many.endswith("key 5 in 1 rows, ...")
+    # Columns that are named are what the row is; the others are passed over knowingly.
+    named = {"path": "rows.json", "columns": {"prompt": "instruction", "completion": "output"}}
+    list(stream_training(mix(here, named).data, 0, taken := []))
+    assert unread_of(taken) == {}
