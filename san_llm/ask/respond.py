@@ -140,7 +140,7 @@ def words_of(
         date: What is told as today's; default: the training's, else today's.
     """
     told = (date and checked_date(date)) or subject.date or f"{datetime.now():%Y-%m-%d}"
-    tokenizer = load_tokenizer(found, subject.adapter, told)
+    tokenizer = load_tokenizer(found, subject.adapter, told, bases_template=subject.bases_template)
     return tokenizer, told if ASKS in str(tokenizer.chat_template) else None
 
 

@@ -262,7 +262,7 @@ def inspect(
             tokens += len(seen.tokens)
             supervised += seen.supervised
         # Of a conversation the last turn is the response.
-        questions.append(hash((row.instruction, row.context, row.messages[:-1])))
+        questions.append(hash((row.instruction, row.context, row.messages[:-1], row.text)))
         whole.append(hash(row))
         if row.answer:
             counter = answers.setdefault(_group(row), Counter())

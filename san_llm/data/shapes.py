@@ -156,6 +156,7 @@ def _split_off(row: Row) -> Row:
 
 
 TOLD = 6  # keys that are not read
+SLIP = 0.8  # how much alike a key must be to one that is read, where other keys are usual
 
 
 def unread_line(keys: Mapping[str, int]) -> str:
@@ -165,7 +166,7 @@ def unread_line(keys: Mapping[str, int]) -> str:
         keys: How many rows have each.
     """
     told = list(keys.items())[:TOLD]
-    named = [f"{key} in {rows:,} rows{did_you_mean(key, KEYS)}" for key, rows in told]
+    named = [f"{key} in {rows:,} rows{did_you_mean(key, KEYS, SLIP)}" for key, rows in told]
     return ", ".join(named) + (", ..." if len(keys) > TOLD else "")
 
 

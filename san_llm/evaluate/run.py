@@ -49,7 +49,8 @@ def evaluate(task: EvalTask) -> EvalResult | None:
         if task.settings.protocol == "lm-eval":
             check_installed()
         found = find_base(task.subject.base)
-        tokenizer = load_tokenizer(found, task.subject.adapter, task.settings.date)
+        about, date = task.subject, task.settings.date
+        tokenizer = load_tokenizer(found, about.adapter, date, bases_template=about.bases_template)
         config = load_config(found, task.subject.adapter)
         items = pose(task.questions, task.settings, tokenizer, config)
         neutral = any(asked.name == FORGETTING for asked in task.questions.rows)

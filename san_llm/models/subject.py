@@ -62,6 +62,15 @@ class Subject:
         return None if merge is None or merge.prompt is None else prompt_style(merge.prompt)
 
     @property
+    def bases_template(self) -> bool:
+        """Whether chats are written as the base writes them: it learned another frame than chats.
+
+        Which its adapter has for a chat template, so that others ask it rightly; here the prompt
+        style says that frame, and ``chat`` is the base's, as for the base that it is compared with.
+        """
+        return self.adapter is not None and self.prompt not in (None, "chat")
+
+    @property
     def date(self) -> str | None:
         """The date that its chat template wrote in training, as its run or its merge says."""
         if self.recipe is not None:

@@ -65,6 +65,8 @@ def load_tokenizer(
     adapter: Path | None = None,
     date: str | None = None,
     template: str | None = None,
+    *,
+    bases_template: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a base, or of an adapter that brings its own; likewise its template.
 
@@ -73,6 +75,7 @@ def load_tokenizer(
         adapter: The adapter's folder.
         date: What a chat template writes as today's; None: one that does so refuses.
         template: The chat template instead: the name of one of ours, or a file.
+        bases_template: Write chats as the base does, also where the adapter brings its own.
 
     Raises:
         InputError: when there is none that can be used, or an adapter's has tokens that the
@@ -89,7 +92,9 @@ def load_tokenizer(
         AutoTokenizer.from_pretrained,
         trust_remote_code=found.base.trust_remote_code,
     )
-    for file in template_files(found.folder, adapter):
+    if bases_template and folder == adapter:
+        tokenizer.chat_template = load_tokenizer(found).chat_template
+    for file in template_files(found.folder, None if bases_template else adapter):
         if file.parent != folder and file.suffix == ".jinja":
             tokenizer.chat_template = file.read_text(encoding="utf-8")
     chat: Any = tokenizer.chat_template if template is None else _template(template, tokenizer)

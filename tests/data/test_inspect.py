@@ -279,6 +279,11 @@ def test_a_question_that_holds_the_words_before_the_answers_counts_whole():
     assert (found.test_rows, found.exact, found.grams) == (2, 0, 1)
 
 
+def test_texts_have_no_question_to_answer_otherwise():
+    found = look([Row(text="One."), Row(text="Two."), Row(text="One.")])
+    assert (found.duplicates, found.disputed) == (1, 0)
+
+
 def test_rows_are_looked_at_one_by_one_and_never_all_held(monkeypatch):
     monkeypatch.setattr("san_llm.data.encode.CHUNK", 50)
     alive: weakref.WeakSet[Row] = weakref.WeakSet()

@@ -178,6 +178,7 @@ def test_keys_that_no_shape_reads_are_counted_and_a_slip_is_named(here):
     unread = unread_of(taken)
     assert unread == {"id": 2, "sytem": 1}
     assert unread_line(unread) == "id in 2 rows, sytem in 1 rows (did you mean 'system'?)"
+    assert unread_line({"score": 1, "model": 1}) == "score in 1 rows, model in 1 rows"
     many = unread_line({f"key {number}": 1 for number in range(9)})
     assert many.endswith("key 5 in 1 rows, ...")
     # Columns that are named are what the row is; the others are passed over knowingly.

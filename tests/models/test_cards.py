@@ -35,6 +35,7 @@ def run(here):
     chosen = load_recipe(recipe, ["base.model=owner/llama"])
     folder = new_run(chosen, here / "runs" / "mine", False)
     metrics = {"trained_numbers": 1234, "steps": 40, "rows": 512, "held_out_loss": 1.23456}
+    metrics |= {"row_kind": "own", "held_out_losses": {}}
     metrics = dict.fromkeys(Metrics.model_fields, 0) | metrics
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "adapter").mkdir()

@@ -117,6 +117,11 @@ def test_a_style_of_instructions_goes_with_the_model_as_a_template(here, base, m
     assert question("Why?", "alpaca", load_tokenizer(found))[1] == written
     assert in_frame("alpaca", load_tokenizer(found, adapter))
     assert not in_frame("alpaca", load_tokenizer(found))
+    # Asked for chats, it and its base are given the same text.
+    subject, plain = find_subject(run=here / "run"), find_subject(run=here / "run", base_only=True)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    assert posed(way_of(subject, "chat"), "Why?") == posed(way_of(plain, "chat"), "Why?")
+    (base / "chat_template.jinja").unlink()
     # One that was made before it was kept gets it all the same, and another frame is found out.
     (adapter / "chat_template.jinja").unlink()
     shutil.rmtree(here / "out")
