@@ -382,7 +382,9 @@ def _turn(at: str, turn: Any) -> Turn:
     content = turn.get(what)
     if content is None:
         if not more.get("tool_calls"):
-            raise InputError(f"{at}: {what!r} is missing or not a text{did_you_mean(what, turn)}")
+            null = f"{what!r} is null, expected a text"
+            missing = f"{what!r} is missing or not a text{did_you_mean(what, turn)}"
+            raise InputError(f"{at}: {null if what in turn else missing}")
         content = ""
     content = _content(at, what, content)
     said = json.dumps(more, ensure_ascii=False) if more else ""

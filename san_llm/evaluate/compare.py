@@ -190,7 +190,7 @@ def _check_same(first: Stored, other: Stored, across: bool) -> None:
 def _check_asked(
     pair: str, data: dict[str, TaskRows], other_data: dict[str, TaskRows], across: bool
 ) -> None:
-    for task in data.keys() & other_data.keys():
+    for task in sorted(data.keys() & other_data.keys()):
         asked, other_asked = data[task].asked or {}, other_data[task].asked or {}
         for key in sorted(asked.keys() | other_asked.keys()):
             values = asked.get(key, "none"), other_asked.get(key, "none")
