@@ -361,10 +361,32 @@ def _answer(
         tag = text.rfind("<think>", 0, begin)
         if tag >= 0 and not text[tag + len("<think>") : begin].strip():
             begin = tag
+    elif own[0].kind == "content":
+        begin = _with_spaces(tokenizer, turns, number, text, begin, row)
     called = own[-1].kind == "call"
     if called and own[0].kind == "call":
         begin = _behind_header(tokenizer, turns, number, text, begin, row)
     return Answer(begin, end, called)
+
+
+def _with_spaces(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Sequence[Message],
+    number: int,
+    text: str,
+    begin: int,
+    row: Row,
+) -> int:
+    """Return where an answer begins: at its own white space, where the template keeps that.
+
+    The same characters may be the header's, so that is looked up: it is what asks for an answer.
+    """
+    content = turns[number]["content"]
+    spaces = content[: len(content) - len(content.lstrip())]
+    if not spaces or not text[:begin].endswith(spaces):
+        return begin
+    asked = render(tokenizer, turns[:number], row.where, ask=True, tools=row.tools)
+    return max(begin - len(spaces), len(asked)) if text[:begin].startswith(asked) else begin
 
 
 def _behind_header(

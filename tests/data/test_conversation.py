@@ -142,6 +142,20 @@ def test_what_is_learned_is_what_the_assistant_says_and_its_ends(form, system, t
     assert only_last == found[-1:]
 
 
+@pytest.mark.parametrize(
+    ("form", "learned"),
+    [("ChatML", " \n42 <|im_end|>"), ("headers, trimmed", "42<|eot|>"), ("plain words", " \n42")],
+)
+def test_white_space_before_an_answer_is_learned_where_the_template_keeps_it(form, learned):
+    answers = [Turn("assistant", " \n42 "), Turn("assistant", "\n\n42")]
+    asked = Turn("user", "6 * 7?")
+    row = Row(messages=(asked, answers[0], asked), where="row 1")
+    assert runs(tokenizer_with(TEMPLATES[form]), row) == [learned]
+    # What a header ends with is no part of the answer, though the answer begins with the same.
+    (second,) = runs(tokenizer_with(TEMPLATES[form]), Row(messages=(asked, answers[1], asked)))
+    assert second.startswith("42" if form == "headers, trimmed" else "\n\n42")
+
+
 def test_every_template_ends_in_what_it_says():
     """Of the forms above, those that no special token ends are the two that are named."""
     from san_llm.data.ends import turn_end
