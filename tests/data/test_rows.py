@@ -187,7 +187,10 @@ USER = {"role": "user", "content": "Hi"}
         (["hello"], "message 1: expected an object, found a text"),
         ([USER, {"role": "assistant"}], "message 2: 'content' is missing or not a text"),
         ([USER, {"content": "x"}], "message 2: 'role' is missing or not a text"),
-        ([USER, {"role": "assistant", "content": None}], "message 2: 'content' is null, expected a"),
+        (
+            [USER, {"role": "assistant", "content": None}],
+            "message 2: 'content' is null, expected a",
+        ),
         ([{"role": 1, "content": "x"}], "message 1: 'role' is missing or not a text"),
         (
             [USER, {"role": "asistant", "content": "x"}],
