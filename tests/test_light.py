@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import rows, write_recipe, write_rows
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "trl"}
 COMMANDS = ["", "download", "train", "eval", "merge", "diff", "compare", "recipes"]
@@ -81,6 +82,15 @@ def test_what_needs_no_model_loads_no_torch(here, arguments):
     assert code in (0, 2)
     assert text
     assert not modules & HEAVY
+
+
+def test_rows_are_inspected_without_torch(here, tiny_base):
+    write_recipe(here / "r.yaml", tiny_base, write_rows(here / "rows.json", rows(8)))
+    code, text, modules = spied("data", "inspect", "r.yaml")
+    assert code == 0
+    assert "learned" in text
+    assert "tokenizers" in modules
+    assert "torch" not in modules
 
 
 def test_the_package_itself_costs_no_torch_until_a_name_is_used():

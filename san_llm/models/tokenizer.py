@@ -81,15 +81,13 @@ def load_tokenizer(
         InputError: when there is none that can be used, or an adapter's has tokens that the
             embedding has no rows for.
     """
-    from transformers import AutoTokenizer
-
     folder = tokenizer_folder(found.folder, adapter)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise InputError(f"{folder}: no tokenizer in it: none of {', '.join(TOKENIZERS)}")
     tokenizer: PreTrainedTokenizerFast = load_or_refuse(
         "tokenizer",
         str(folder),
-        AutoTokenizer.from_pretrained,
+        _class_of(folder, found).from_pretrained,
         trust_remote_code=found.base.trust_remote_code,
     )
     if bases_template and folder == adapter:
@@ -105,6 +103,22 @@ def load_tokenizer(
     if found.vocabulary is not None:
         _check_words(tokenizer, found, folder, adapter)
     return tokenizer
+
+
+def _class_of(folder: Path, found: FoundBase) -> Any:
+    """Return what loads a tokenizer: transformers' choice, or at once what it would choose.
+
+    Its choice takes two seconds of imports, torch among them. It is the class that the file names
+    where that reads ``tokenizer.json`` as it stands, and the model is a Llama.
+    """
+    import transformers
+
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    plain = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if plain and "auto_map" not in settings and found.config.get("model_type") == "llama":
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def begins_texts(tokenizer: PreTrainedTokenizerFast) -> bool:

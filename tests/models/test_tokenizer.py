@@ -203,3 +203,19 @@ def test_another_models_words_are_refused_in_one_line(here: Path, tiny_base: Pat
     (here / "adapter" / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
         load_tokenizer(find_base(Base(model=str(tiny_base), dtype="float32")), here / "adapter")
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_that_is_loaded_at_once_is_the_one_that_transformers_chooses(
+    here: Path, tiny_base: Path, name: str
+) -> None:
+    shutil.copytree(tiny_base, here / "base")
+    file = here / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    own = load_tokenizer(find_base(Base(model=str(here / "base"), dtype="float32")))
+    chosen = AutoTokenizer.from_pretrained(here / "base")
+    assert type(own) is type(chosen)
+    assert own.backend_tokenizer.to_str() == chosen.backend_tokenizer.to_str()
+    assert own.special_tokens_map == chosen.special_tokens_map
+    assert own.chat_template == chosen.chat_template
+    assert own.init_kwargs == chosen.init_kwargs
