@@ -238,7 +238,11 @@ def test_two_towers_have_a_graph_each():
     ("family", "said"),
     [
         ("siglip2", "no small copy of it can be made"),
-        ("switch_transformers", ".* it computes some tokens apart from others, as routed experts"),
+        # Older versions of transformers keep its experts so that they are not found.
+        (
+            "switch_transformers",
+            ".*(it computes some tokens apart|a small copy cannot be measured)",
+        ),
     ],
 )
 def test_a_model_that_is_not_understood_is_refused(family, said, record_property):
