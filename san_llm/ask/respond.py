@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from san_llm.ask.answers import end_tokens, without_habits
 from san_llm.ask.conversations import with_system
 from san_llm.data.batches import pad_id
+from san_llm.data.conversation import turns_of
 from san_llm.data.encode import chat_prompt, evaluation_text, prompt_tokens
 from san_llm.data.rows import Row
 from san_llm.errors import InputError
@@ -188,8 +189,8 @@ def posed(way: Way, words: str, context: str = "") -> tuple[str, list[int]]:
     if way.system is None:
         text, tokens = question(words, named, way.tokenizer, context)
     else:
-        turn = {"role": "user", "content": f"{words}\n\n{context}" if context else words}
-        text, tokens = talk(with_system([turn], way.system), way.tokenizer)
+        asked = turns_of(Row(instruction=words, context=context))[:1]
+        text, tokens = talk(with_system(asked, way.system), way.tokenizer)
     room(tokens, way.config, way.tokenizer)
     return text, tokens
 
@@ -289,10 +290,9 @@ def respond(
     if sampling.seed is not None:
         set_seed(sampling.seed)
     given = torch.tensor([tokens], device=model.device)
-    bare: Any = model.disable_adapter() if by == "base" and _adapted(model) else nullcontext()
     began = time.perf_counter()
     # Not inference mode: where the model is in training, its next step needs what is made here.
-    with torch.no_grad(), without_habits(model), bare:
+    with torch.no_grad(), without_habits(model), voice_of(model, by):
         out = model.generate(
             input_ids=given,
             attention_mask=torch.ones_like(given),
@@ -307,5 +307,7 @@ def respond(
     return Answer(by, text, len(new), ended, round(time.perf_counter() - began, 3), full)
 
 
-def _adapted(model: Any) -> bool:
-    return hasattr(model, "peft_config")
+def voice_of(model: Any, by: str) -> AbstractContextManager[Any]:
+    """Return where a model answers as itself, or as its ``base``: without its adapter."""
+    leaves = by == "base" and hasattr(model, "peft_config")
+    return model.disable_adapter() if leaves else nullcontext()

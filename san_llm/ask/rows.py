@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from san_llm.ask.answers import continuations, end_tokens
 from san_llm.ask.beam_search import BeamSearch
-from san_llm.ask.respond import Way, room
+from san_llm.ask.respond import Way, room, voice_of
 from san_llm.data.batches import pad_id
 from san_llm.data.encode import evaluation_text
 from san_llm.data.rows import Row
@@ -28,15 +27,13 @@ from san_llm.files import write_text
 from san_llm.models.subject import Subject
 from san_llm.progress import bar
 from san_llm.recipe.schema import Columns, Source
-from san_llm.runs.folder import HELD_OUT
+from san_llm.runs.folder import ANSWER_KEYS, HELD_OUT
 from san_llm.runs.record import read_run_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Asked = tuple[dict[str, Any], Row]  # what stands in a file, and what of it is asked
-
-KEY = "generated"  # what the answer is called beside a row's own keys, of which it is none
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class PosedRows:
 def answer_keys(voices: Sequence[str]) -> dict[str, str]:
     """Return the key of each voice's answer: that of a base beside its adapter says so."""
     beside = len(voices) > 1
-    return {by: f"{KEY}_base" if beside and by == "base" else KEY for by in voices}
+    return {by: ANSWER_KEYS[by if beside else "adapted"] for by in voices}
 
 
 def columns_of(subject: Subject) -> Columns | None:
@@ -177,9 +174,7 @@ def _answers(model: PreTrainedModel, posed: PosedRows, by: str) -> Iterator[tupl
     alike: dict[int, list[int]] = {}
     for number, fitting in enumerate(posed.rooms):
         alike.setdefault(fitting, []).append(number)
-    bare: Any = model
-    leaves = by == "base" and hasattr(model, "peft_config")
-    with bare.disable_adapter() if leaves else nullcontext():
+    with voice_of(model, by):
         for fitting, numbers in alike.items():
             prompts = [posed.prompts[number] for number in numbers]
             search = BeamSearch(1, fitting, ends)

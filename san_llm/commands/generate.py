@@ -141,8 +141,7 @@ def generate(
     way = way_of(subject, style, date, system)
     text, tokens = ("", []) if lines else posed(way, words, context)
     if not as_json:
-        day = f", told that today is {way.date}" if way.date else ""
-        say(f"asking {subject} in prompt style {way.style}{day}")
+        say(f"asking {subject} {_frame(way)}")
         if way.style == "chat" and system is None:
             tell_system(system_of(str(way.tokenizer.chat_template)))
     loaded = load_model(way.found, subject.adapter)
@@ -179,6 +178,11 @@ def _posed_line(way: Way, number: int, line: str, context: str) -> tuple[str, li
         return posed(way, line, context)
     except InputError as error:
         raise InputError(f"stdin: line {number}: {error}") from None
+
+
+def _frame(way: Way) -> str:
+    day = f", told that today is {way.date}" if way.date else ""
+    return f"in prompt style {way.style}{day}"
 
 
 def _about(subject: Subject, way: Way) -> dict[str, Any]:
@@ -279,9 +283,8 @@ def _answer_rows(
     keys, asked = answer_keys(names), rows_of(rows, subject, limit)
     way = way_of(subject, style, date)
     posed = posed_rows(way, asked, new_tokens, keys.values())
-    day = f", told that today is {way.date}" if way.date else ""
     count = len(posed.values)
-    say(f"asking {subject} {count:,} rows in prompt style {way.style}{day}")
+    say(f"asking {subject} {count:,} rows {_frame(way)}")
     cut = answer_rows(load_model(way.found, subject.adapter), posed, keys, output)
     if cut:
         say(f"{cut:,} answers were cut (--max-new-tokens {new_tokens}, or the context is full)")

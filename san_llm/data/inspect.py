@@ -26,11 +26,10 @@ from san_llm.data.split import Taken, held_out_rows, stream_training, unread_of
 from san_llm.data.task_rows import read_own_rows, read_task, test_file
 from san_llm.errors import InputError
 from san_llm.models.locate import find_base
-from san_llm.models.tokenizer import load_tokenizer
+from san_llm.models.tokenizer import training_tokenizer
 from san_llm.progress import say
 from san_llm.protocol.row_text import LEADS
 from san_llm.protocol.tasks import TASKS
-from san_llm.recipe.carried_on import adapter_folder
 from san_llm.recipe.schema import Recipe
 from san_llm.recipe.task_file import OwnTask, find_any
 
@@ -196,8 +195,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     taken: list[Taken] = []
     rows = stream_training(data, recipe.training.seed, taken)
     found = find_base(recipe.base)
-    before = adapter_folder(recipe.base.adapter)
-    tokenizer = load_tokenizer(found, before, date=data.date, template=data.chat_template)
+    tokenizer = training_tokenizer(recipe, found)
     encoding = encoding_of(data, tokenizer, found.vocabulary)
     inspection = inspect(rows, tests, encoding, about, found.context, held_out_rows(data))
     sources = [asdict(source) for source in taken] if len(taken) > 1 else []

@@ -115,16 +115,21 @@ def refuse_no_rows(data: Data) -> None:
     _refuse_no_held_out(data)
 
 
+def missing_file(data: Data) -> Path | None:
+    """Return the first file of training rows that is not here; None where all are."""
+    files = (file_of(source) for source in data.sources)
+    return next((file for file in files if file is not None and not file.exists()), None)
+
+
 def count_rows(data: Data, seed: int = 0) -> tuple[int | None, str | None]:
     """Return the rows that are trained on, or the file of them that is not here to be counted.
 
     Raises:
         InputError: when a row is wrong, or the rows that are here cannot be held out as asked.
     """
-    for source in data.sources:
-        file = file_of(source)
-        if file is not None and not file.exists():
-            return None, str(file)
+    missing = missing_file(data)
+    if missing is not None:
+        return None, str(missing)
     rows = sum(1 for _ in stream_training(data, seed))
     _refuse_no_held_out(data)
     return rows - held_out_count(data, rows), None

@@ -215,21 +215,16 @@ def _chosen(
         Choice(name, argument[1], logprob, bool(greedy), max(1, len(text)))
         for name, argument, (logprob, greedy), text in told
     )
-    best = max(choices, key=lambda choice: choice.logprob)
-    by_length = max(choices, key=lambda choice: choice.logprob / choice.length)
     target = sample["target"]
     target = target[0] if isinstance(target, list) and target else target
-    return Judged(
-        task=task.name,
-        row=number,
-        prompt=sample["arguments"][0][0],
-        output=best.text,
-        parsed=best.answer,
-        answer=names[target] if isinstance(target, int) else str(target),
+    answer = names[target] if isinstance(target, int) else str(target)
+    found = judge_choices(task, number, sample["arguments"][0][0], choices, answer)
+    norm = sample.get("acc_norm")
+    return replace(
+        found,
         correct=sample[task.metric] == 1,
-        parsed_norm=by_length.answer if "acc_norm" in sample else None,
-        correct_norm=bool(sample["acc_norm"]) if "acc_norm" in sample else None,
-        choices=choices,
+        parsed_norm=None if norm is None else found.parsed_norm,
+        correct_norm=None if norm is None else bool(norm),
         score=score,
     )
 

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from san_llm.data.conversation import turns_of
 from san_llm.data.rows import Row
 from san_llm.data.shapes import read_asked
 from san_llm.data.values import stream_values
 from san_llm.errors import InputError
 from san_llm.protocol.tasks import is_task_file
 from san_llm.recipe.schema import Recipe
-from san_llm.runs.folder import HELD_OUT, HELD_OUT_ANSWERS
+from san_llm.runs.folder import ANSWER_KEYS, HELD_OUT, HELD_OUT_ANSWERS
 from san_llm.runs.record import RowKind
 
 SHOWN = 10  # rows on the page; the file may have more
-KEYS = {"base": "generated_base", "adapted": "generated"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_answered(run: Path) -> tuple[Answered, ...]:
     found: list[Answered] = []
     for where, value in stream_values(file):
         row = read_asked(file, where, value, None)
-        answers = tuple((by, value[key]) for by, key in KEYS.items() if key in value)
+        answers = tuple((by, value[key]) for by, key in ANSWER_KEYS.items() if key in value)
         if not answers or not all(isinstance(text, str) for _, text in answers):
             raise InputError(f"{file}: {where}: not an answered row of `san-llm generate --rows`")
         found.append(Answered(_question(row), row.output, answers))
@@ -60,9 +60,8 @@ def read_answered(run: Path) -> tuple[Answered, ...]:
 
 
 def _question(row: Row) -> str:
-    if row.messages:
-        return row.messages[-1].content
-    return f"{row.instruction}\n\n{row.context}" if row.context else row.instruction
+    asked = turns_of(row) if row.messages else turns_of(row)[:1]
+    return str(asked[-1]["content"])
 
 
 def answering(recipe: Recipe, run: Path | None = None) -> str:

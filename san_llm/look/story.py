@@ -22,7 +22,7 @@ from san_llm.look.numbers import numbers_of
 from san_llm.look.plots import figures
 from san_llm.look.repeat import Step, steps
 from san_llm.recipe.schema import leaves
-from san_llm.runs.record import MANIFEST, TaskAccuracy
+from san_llm.runs.record import MANIFEST, TaskAccuracy, held_out_parts
 from san_llm.shown import duration, nats, percent, shown, with_error
 
 LOSSES = 12  # rows of the table beside the curves
@@ -240,18 +240,18 @@ def _losses(facts: Facts) -> Grid | None:
     trained = {entry["step"]: entry for entry in facts.log if "loss" in entry}
     judged = {entry["step"]: entry for entry in facts.log if "eval_loss" in entry}
     chosen = evenly(sorted(judged or trained), LOSSES)
-    prefix = "eval_loss_"  # of a file or source of held-out rows
-    parts = sorted({key for entry in judged.values() for key in entry if key.startswith(prefix)})
+    parts = {step: held_out_parts(entry) for step, entry in judged.items()}
+    names = sorted({name for losses in parts.values() for name in losses})
     rows = tuple(
         (
             f"{step:,}",
             _number(trained.get(step, {}), "loss", ".4f"),
-            *(_number(judged.get(step, {}), key, ".4f") for key in ("eval_loss", *parts)),
+            _number(judged.get(step, {}), "eval_loss", ".4f"),
+            *(_number(parts.get(step, {}), name, ".4f") for name in names),
             _number(trained.get(step, {}), "learning_rate", ".2e"),
         )
         for step in chosen
     )
-    names = (key.removeprefix(prefix) for key in parts)
     header = ("step", "training loss", "held-out loss", *names, "learning rate")
     return Grid("Losses, a token", header, rows) if rows else None
 

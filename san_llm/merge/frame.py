@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from san_llm.data.conversation import render, turns_of
 from san_llm.data.encode import IGNORE, encoding_of, label_rows
-from san_llm.data.ends import turn_end
+from san_llm.data.ends import TurnEnd, turn_end
 from san_llm.data.rows import Row
-from san_llm.data.sources import file_of
-from san_llm.data.split import stream_training
+from san_llm.data.split import missing_file, stream_training
 from san_llm.errors import InputError, SanError
 from san_llm.files import read_json, write_json, write_text
 from san_llm.merge.whole import GENERATION
 from san_llm.models.locate import FoundBase
-from san_llm.models.tokenizer import begins_texts, load_tokenizer
+from san_llm.models.tokenizer import begins_texts, training_tokenizer
 from san_llm.protocol.prompts import PromptStyle
 from san_llm.protocol.templates import template, with_system
 from san_llm.recipe.schema import Recipe
@@ -92,9 +91,7 @@ def keep_recipes_frame(recipe: Recipe, found: FoundBase, folder: Path) -> None:
     """Write the frame of an adapter that was made before it was kept, as its recipe says it."""
     if found.vocabulary is None:  # no model for text
         return
-    data = recipe.data
-    tokenizer = load_tokenizer(found, date=data.date, template=data.chat_template)
-    keep_frame(tokenizer, data.prompt, None, found.folder, folder)
+    keep_frame(training_tokenizer(recipe, found), recipe.data.prompt, None, found.folder, folder)
 
 
 @dataclass(frozen=True)
@@ -123,24 +120,21 @@ def taught(recipe: Recipe, found: FoundBase) -> Taught | str:
         recipe: Of the training.
         found: Its base.
     """
-    data = recipe.data
-    for source in data.sources:
-        file = file_of(source)
-        if file is not None and not file.exists():
-            return f"{file} is not here"
-    tokenizer = load_tokenizer(found, date=data.date, template=data.chat_template)
+    data, missing = recipe.data, missing_file(recipe.data)
+    if missing is not None:
+        return f"{missing} is not here"
     whole = data.model_copy(update={"cutoff": 10**9, "loss": "response"})
-    encoding = encoding_of(whole, tokenizer, None)
     try:
-        rows = list(islice(_sayable(recipe), LOOKED_AT))
-        for row, labelled in zip(rows, label_rows(rows, encoding), strict=True):
+        tokenizer = training_tokenizer(recipe, found)
+        encoding = encoding_of(whole, tokenizer, None)
+        for row in islice(_sayable(recipe), LOOKED_AT):
+            (labelled,) = label_rows([row], encoding)
             if labelled.controls:  # may have been learned as letters
                 continue
             learned = [n for n, label in enumerate(labelled.labels) if label != IGNORE]
             tokens = labelled.tokens[: learned[-1] + 1]
-            ends = turn_end(tokenizer) if data.prompt == "chat" else None
-            no_end = ends is not None and ends.token is None and not ends.text
-            return Taught(row.where, turns_of(row), row.tools, tokens, no_end)
+            open_end = data.prompt == "chat" and turn_end(tokenizer) == TurnEnd()
+            return Taught(row.where, turns_of(row), row.tools, tokens, open_end)
     except InputError as error:
         return str(error)
     return f"a chat template can say none of the first {LOOKED_AT:,} training rows"

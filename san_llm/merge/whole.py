@@ -85,8 +85,7 @@ def copy_tokenizer(adapter: Path, folder: Path) -> None:
     """Copy the tokenizer of an adapter that has its own to one that goes on from it."""
     if tokenizer_folder(folder, adapter) == adapter:
         for file in tokenizer_files(folder, adapter):
-            refuse_link(file)
-            shutil.copyfile(file, folder / file.name)
+            _copy(file, folder)
 
 
 def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
@@ -100,5 +99,9 @@ def copy_companions(source: Path, folder: Path, adapter: Path) -> None:
     files = [file for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
     for file in [*tokenizer_files(source, adapter), adapter / GENERATION, *files]:
         if file.is_file() and not (folder / file.name).exists():
-            refuse_link(file)
-            shutil.copyfile(file, folder / file.name)
+            _copy(file, folder)
+
+
+def _copy(file: Path, folder: Path) -> None:
+    refuse_link(file)
+    shutil.copyfile(file, folder / file.name)

@@ -16,6 +16,8 @@ from san_llm.models.reading import load_or_refuse
 from san_llm.protocol.template_date import with_date
 from san_llm.protocol.templates import NAMES
 from san_llm.protocol.templates import template as named_template
+from san_llm.recipe.carried_on import adapter_folder
+from san_llm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -103,6 +105,16 @@ def load_tokenizer(
     if found.vocabulary is not None:
         _check_words(tokenizer, found, folder, adapter)
     return tokenizer
+
+
+def training_tokenizer(recipe: Recipe, found: FoundBase) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that a recipe's rows are written with, over its base.
+
+    Raises:
+        InputError: see :func:`load_tokenizer`; and where the adapter that it goes on from is none.
+    """
+    before, data = adapter_folder(recipe.base.adapter), recipe.data
+    return load_tokenizer(found, before, date=data.date, template=data.chat_template)
 
 
 def _class_of(folder: Path, found: FoundBase) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from san_llm.errors import InputError, did_you_mean, first_line, not_one_of
 from san_llm.recipe.schema import PeftMethod
+from san_llm.san.options import PEFT_NOTES
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -32,11 +33,6 @@ OVER_BITS = {
 }
 # Tuners that PEFT merges on some models only.
 PARTLY_MERGED = {"BEFT": "`merge` refuses it where a Linear that it is on has no bias"}
-# Fields of every config that are none of a recipe's.
-_OURS = {
-    *("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"),
-    *("base_model_name_or_path", "revision"),
-}
 
 
 def tuner_config(method: PeftMethod, model_type: str = "llama") -> PeftConfig:
@@ -48,7 +44,7 @@ def tuner_config(method: PeftMethod, model_type: str = "llama") -> PeftConfig:
     """
     made = _class(method)
     options = method.options
-    known = sorted({field.name for field in fields(made)} - _OURS)
+    known = sorted({field.name for field in fields(made)} - PEFT_NOTES)
     for key in options:
         if key not in known:
             near = did_you_mean(key, known) or f": known are {', '.join(known)}"

@@ -11,10 +11,9 @@ from san_llm.data.encode import encoding_of
 from san_llm.data.split import split_held_out
 from san_llm.data.tokenized import encode_rows
 from san_llm.models.locate import find_base
-from san_llm.models.tokenizer import load_tokenizer
+from san_llm.models.tokenizer import training_tokenizer
 from san_llm.plan.memory import Batch
 from san_llm.plan.planned import Seen
-from san_llm.recipe.carried_on import adapter_folder
 from san_llm.recipe.schema import Recipe
 
 
@@ -30,9 +29,8 @@ def look_at(recipe: Recipe, micro_batch: int) -> Seen:
     """
     rows = split_held_out(recipe).train
     found = find_base(recipe.base)
-    before, data = adapter_folder(recipe.base.adapter), recipe.data
-    tokenizer = load_tokenizer(found, before, date=data.date, template=data.chat_template)
-    encoding = encoding_of(data, tokenizer, found.vocabulary)
+    tokenizer = training_tokenizer(recipe, found)
+    encoding = encoding_of(recipe.data, tokenizer, found.vocabulary)
     encoded = encode_rows(rows, encoding).rows
     lengths = [len(row) for row in encoded["input_ids"]]
     longest = nlargest(micro_batch, range(len(lengths)), key=lengths.__getitem__)

@@ -11,15 +11,10 @@ from pydantic import TypeAdapter
 from san_llm.architectures.entry import KINDS
 from san_llm.errors import InputError, nearest_file
 from san_llm.files import read_json
-from san_llm.recipe.schema import Method, Recipe
-from san_llm.san.options import saved_options
+from san_llm.recipe.schema import Method, Recipe, as_tuples
+from san_llm.san.options import PEFT_NOTES, saved_options
 
 CONFIG = "adapter_config.json"
-# What PEFT notes beside a method's options.
-_NOTES = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-    "task_type",
-)
 
 
 def adapter_folder(place: str | None) -> Path | None:
@@ -64,7 +59,8 @@ def method_of(folder: Path) -> dict[str, Any]:
     if kind == "IA3" and named:
         forward = sorted(options.get("feedforward_modules") or [])
         return {"name": "ia3", **named, "feedforward_modules": forward}
-    told = {key: value for key, value in options.items() if key not in _NOTES and value is not None}
+    noted = PEFT_NOTES - {"peft_type"}
+    told = {key: value for key, value in options.items() if key not in noted and value is not None}
     return {"name": "peft", "config": told}
 
 
@@ -93,7 +89,7 @@ def refuse_other_method(recipe: Recipe, folder: Path, model_type: str) -> None:
     Raises:
         InputError: naming the first key that differs.
     """
-    before = TypeAdapter[Any](Method).validate_python(_tuples(method_of(folder)))
+    before = TypeAdapter[Any](Method).validate_python(as_tuples(method_of(folder)))
     own = before.model_dump() | {"target_modules": before.targets(model_type)}
     now = recipe.method.model_dump() | {"target_modules": recipe.method.targets(model_type)}
     for key, said in now.items():
@@ -102,12 +98,6 @@ def refuse_other_method(recipe: Recipe, folder: Path, model_type: str) -> None:
                 f"method.{key}: {said!r}, but {folder} was made with {own.get(key)!r}: take the "
                 "section out, for training goes on with the adapter's own"
             )
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _sorted(value: Any) -> Any:

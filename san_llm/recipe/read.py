@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from san_llm.errors import InputError
 from san_llm.recipe.carried_on import adapter_folder, method_of
 from san_llm.recipe.mistakes import PathInProject, Source, dotted, explained
-from san_llm.recipe.schema import Recipe, Section, leaves
+from san_llm.recipe.schema import Recipe, Section, as_tuples, leaves
 from san_llm.shown import masked
 
 LONGEST = 256 * 2**10  # bytes of a recipe: what YAML's parser reads in a second
@@ -162,7 +162,7 @@ def checked(
     lines = list(also)
     try:
         # JSON has lists where the schema has tuples; YAML likewise, so validate as JSON does.
-        found = model.model_validate(_tuples(raw))
+        found = model.model_validate(as_tuples(raw))
     except ValidationError as errors:
         lines += [
             explained(error, raw, source)
@@ -208,12 +208,6 @@ def _check_texts(value: Any, path: PathInProject, source: Source) -> None:
                 f"{where}: a password or a token has no place in a recipe; set HF_TOKEN, or sign "
                 "in with `hf auth login`"
             )
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def parse_yaml(text: str, source: Source) -> Any:

@@ -778,6 +778,13 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
+def as_tuples(value: Any) -> Any:
+    """Return a value of YAML or JSON with tuples for its lists, as a recipe has them."""
+    if isinstance(value, dict):
+        return {key: as_tuples(item) for key, item in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
 def check_date(text: str) -> str:
     """Return a date as ``data.date`` and ``--date`` have it.
 

@@ -28,6 +28,8 @@ RUNS = Path("runs")
 MODEL = "model"  # of a run that trained every weight, instead of an adapter
 HELD_OUT = "held-out"  # what a run's held-out rows are called where a file of rows is
 HELD_OUT_ANSWERS = "held_out.jsonl"  # them, with the run's answers
+# What an answer is called beside a row's own keys, of which it is none, by who gives it.
+ANSWER_KEYS = {"base": "generated_base", "adapted": "generated"}
 # All that a run leaves in its folder. A folder with anything else in it is not ours to empty.
 CONTENTS = (
     *("recipe.yaml", MANIFEST, "log.jsonl", METRICS, "lock", "report.html"),

@@ -604,6 +604,18 @@ class Metrics(_Record):
     held_out_losses: dict[str, float] = {}
 
 
+HELD_OUT_PART = "eval_loss_"  # begins what the log calls the loss of a held-out file or source
+
+
+def held_out_parts(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the loss of each file or source of held-out rows in an entry of a log, by its name."""
+    return {
+        key.removeprefix(HELD_OUT_PART): loss
+        for key, loss in entry.items()
+        if key.startswith(HELD_OUT_PART)
+    }
+
+
 def write_metrics(run: Path, result: TrainResult) -> None:
     """Write what a run came to."""
     write_json(run / METRICS, asdict(result))

@@ -168,10 +168,15 @@ class Options:
 
 # Of a saved adapter, where PEFT alone says no more than KeyError: 'SAN'.
 HOW_TO_LOAD = "pip install san-llm; then, in Python, before PEFT loads this: import san_llm"
+# What PEFT notes in an adapter_config.json beside a tuner's options.
+PEFT_NOTES = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("revision", "task_type"),
+}
 # What an adapter_config.json of SAN may hold: PEFT's own keys, and the options.
 SAVED_KEYS = {
-    *("auto_mapping", "base_model_name_or_path", "how_to_load", "inference_mode", "peft_type"),
-    *("peft_version", "revision", "task_type"),
+    *PEFT_NOTES,
+    "how_to_load",
     *(PEFT_NAMES.get(field.name, field.name) for field in fields(Options)),
 }
 

@@ -28,7 +28,7 @@ from san_llm.models.adapter import add_adapter, load_adapter, trainable_paramete
 from san_llm.models.load import load_base
 from san_llm.models.locate import FoundBase, find_base
 from san_llm.models.rotary import alike_to
-from san_llm.models.tokenizer import load_tokenizer
+from san_llm.models.tokenizer import training_tokenizer
 from san_llm.progress import say
 from san_llm.recipe.carried_on import adapter_folder, refuse_other_method
 from san_llm.recipe.doubts import doubts
@@ -110,8 +110,7 @@ def prepare(recipe: Recipe, run: Path, found: FoundBase | None) -> Prepared:
     before = adapter_folder(recipe.base.adapter)
     if before is not None:
         refuse_other_method(recipe, before, found.config["model_type"])
-    date, template = recipe.data.date, recipe.data.chat_template
-    tokenizer = load_tokenizer(found, before, date=date, template=template)
+    tokenizer = training_tokenizer(recipe, found)
     samples = Samples(recipe, tokenizer)
     data = token_rows(recipe, tokenizer, found)
     arguments = trainer_arguments(recipe, run, data)

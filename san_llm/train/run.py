@@ -33,6 +33,7 @@ from san_llm.runs.record import (
     ADAPTER_WEIGHTS,
     RunManifest,
     TrainResult,
+    held_out_parts,
     write_metrics,
     write_run_manifest,
 )
@@ -181,10 +182,9 @@ def _result(
     steps = [entry for entry in state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in steps if "skipped" not in entry]
     judged: dict[str, float] = {}
-    prefix = "eval_loss_"
     for entry in state.log_history:
         if entry["step"] == state.best_global_step:
-            judged |= {k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix)}
+            judged |= held_out_parts(entry)
     best, encoded = state.best_model_checkpoint, prepared.data.train
     return TrainResult(
         run=str(run),

@@ -34,6 +34,7 @@ from san_llm.launch.engine import Engine
 from san_llm.merge.whole import save_weights
 from san_llm.models.adapter import save_adapter
 from san_llm.recipe.schema import Recipe
+from san_llm.runs.record import HELD_OUT_PART
 from san_llm.train.batches import GroupedByLength
 from san_llm.train.callbacks import BadBatches, Drift
 from san_llm.train.checkpoint import checkpoint_of, damage, remove_old, whole_checkpoint
@@ -282,7 +283,7 @@ class SanTrainer(Trainer):
         if len(parts) > 1:
             each = (total[:, 0] / total[:, 1]).tolist()
             named = zip(parts, each, strict=True)
-            metrics |= {f"{metric_key_prefix}_loss_{part}": loss for part, loss in sorted(named)}
+            metrics |= {f"{HELD_OUT_PART}{part}": loss for part, loss in sorted(named)}
         self.log(metrics)
         mean = metrics[f"{metric_key_prefix}_loss"]
         self._bad.check_held_out(self.state, mean, self._get_learning_rate())

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from san_llm import progress
 from san_llm.progress import Bar, bar
+from san_llm.runs.record import held_out_parts
 from san_llm.shown import BLOCKS, block
 
 DRAWN_PER_SECOND = 2.0
@@ -120,10 +121,7 @@ class View:
             loss, before = logged["eval_loss"], self._held_out
             best = before[1:] if before and before[1] <= loss else (loss, step)
             self._held_out = (loss, *best)
-            prefix = "eval_loss_"
-            self._parts = {
-                k.removeprefix(prefix): v for k, v in logged.items() if k.startswith(prefix)
-            }
+            self._parts = held_out_parts(logged)
         self._samples |= {k: text for k, text in logged.items() if k.startswith("sample_")}
 
     def _speed(self) -> tuple[float, float] | None:

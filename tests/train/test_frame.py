@@ -162,6 +162,17 @@ def test_one_system_prompt_of_all_rows_is_what_the_model_is_asked_with(here, bas
     )
 
 
+def test_a_run_that_goes_on_is_verified_by_its_adapters_template(here, base, monkeypatch):
+    verify_in_this_process(monkeypatch)
+    (here / "mine.jinja").write_text(TEMPLATE)
+    trained(recipe(here, base)).parent.rename(here / "first")
+    # The base has no template; the adapter that it goes on from has brought one along.
+    on = recipe(here, base, chat_template=None)
+    on = on.model_copy(update={"base": on.base.model_copy(update={"adapter": "first"})})
+    trained(on)
+    assert "as they were learned" in merged(here).verified.frame
+
+
 def test_a_system_prompt_needs_a_place(here, base):
     rows = [{"instruction": "Why?", "input": "", "output": f"So {n}."} for n in range(4)]
     (here / "rows.json").write_text(json.dumps(rows))
